@@ -590,8 +590,8 @@ def infer_model(path):
 def load_encoder(model, path, keep_blocks=None):
     """Load an encoder from any file of README "Checkpoints" into a VisionTransformer or Hiera, in place -> info.
 
-    Every encoder tensor must be there in the right shape. Position tables are resized to the model's grid; a relative
-    position bias that the file lacks stays zero, classifier and final norm stay fresh where the file has none.
+    Every encoder tensor must be there in the right shape. Position tables are resized to the model's grid; what the file
+    was trained without (relative position bias, LayerScale) and a final norm that it lacks keep their initial values.
     keep_blocks: load only the embedding and the first so many blocks (Fig. 4); the others stay random.
     Raises InputError naming the file, the keys and what to do.
     """
@@ -613,7 +613,7 @@ def load_encoder(model, path, keep_blocks=None):
     depth = 1 + max((int(k.split(".")[1]) for k in state if re.match(r"blocks\.\d+\.", k)), default=-1)
     if depth > model.depth + 1:    # one more is the 13th block of a D2-MAE file
         raise InputError(f"checkpoint {path} has {depth} blocks, the model {model.depth}: choose the right --model")
-    wanted = {k for k in own if is_encoder(k) and not k.endswith("relative_position_bias_table")}
+    wanted = {k for k in own if is_encoder(k) and not k.endswith(("relative_position_bias_table", ".gamma"))}
     missing = sorted(wanted - set(state))
     surplus = sorted(k for k in state if is_encoder(k) and k not in own)
     for keys, problem in ((missing, "lacks"), (surplus, "has, and the model lacks,")):
