@@ -503,11 +503,13 @@ def layer_id(name, depth):
 # ----------------------------------------------------------------------------------------------------------------------
 # Checkpoints
 # ----------------------------------------------------------------------------------------------------------------------
-HUGGING_FACE_NAMES = (("embeddings.cls_token", "cls_token"), ("embeddings.position_embeddings", "pos_embed"),
-                      ("embeddings.patch_embeddings.projection.", "patch_embed.proj."), ("encoder.layer.", "blocks."),
-                      ("attention.output.dense.", "attn.proj."), ("intermediate.dense.", "mlp.fc1."),
-                      ("output.dense.", "mlp.fc2."), ("layernorm_before.", "norm1."), ("layernorm_after.", "norm2."),
-                      ("layernorm.", "norm."))
+HUGGING_FACE_NAMES = (    # files first; the second of a pair is what state_dict() says since transformers 5
+    ("embeddings.cls_token", "cls_token"), ("embeddings.position_embeddings", "pos_embed"),
+    ("embeddings.patch_embeddings.projection.", "patch_embed.proj."), ("encoder.layer.", "blocks."), ("layers.", "blocks."),
+    ("attention.attention.query.", "attention.q_proj."), ("attention.attention.key.", "attention.k_proj."),
+    ("attention.attention.value.", "attention.v_proj."), ("attention.output.dense.", "attn.proj."),
+    ("attention.o_proj.", "attn.proj."), ("intermediate.dense.", "mlp.fc1."), ("output.dense.", "mlp.fc2."),
+    ("layernorm_before.", "norm1."), ("layernorm_after.", "norm2."), ("layernorm.", "norm."))
 
 
 def read_file(path):
@@ -565,9 +567,9 @@ def load_state(path):
                 for old, new in HUGGING_FACE_NAMES:
                     key = key.replace(old, new)
             renamed[key] = value
-        for key in [k for k in renamed if ".attention.attention.query." in k]:
-            parts = [renamed.pop(key.replace("query", part)) for part in ("query", "key", "value")]
-            renamed[key.replace("attention.attention.query", "attn.qkv")] = torch.cat(parts)
+        for key in [k for k in renamed if k.startswith("blocks.") and ".attention.q_proj." in k]:
+            parts = [renamed.pop(key.replace("q_proj", part)) for part in ("q_proj", "k_proj", "v_proj")]
+            renamed[key.replace("attention.q_proj", "attn.qkv")] = torch.cat(parts)
         state = renamed
     return state, info
 

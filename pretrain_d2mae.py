@@ -61,8 +61,8 @@ IMAGE_TYPES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"
 # ----------------------------------------------------------------------------------------------------------------------
 # Arguments: the defaults are the paper's recipe
 # ----------------------------------------------------------------------------------------------------------------------
-DEMO = dict(data="shapes", out="out/demo", image_size=[64], patch_size=8, epochs=8,
-            warmup_epochs=1, batch_size=32, base_lr=6e-3, workers=2, log_every=10)
+DEMO = dict(data="shapes", out="out/demo", image_size=[64], patch_size=8, crop_scale=(0.4, 1.0), epochs=6,
+            warmup_epochs=1, batch_size=32, base_lr=1e-2, val_images=128, workers=0, log_every=10, eval_every=1)
 
 
 def parse_args(argv=None, **defaults):
@@ -175,22 +175,26 @@ def read_image(path):
             return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
 
 
-def draw_shapes(index, size=96):
-    """Image number `index` of an endless toy set -> (3, size, size) uint8: striped shapes on noisy, shaded ground."""
+@functools.lru_cache(maxsize=None)
+def draw_shapes(index, size=64):
+    """Image number `index` of an endless toy set -> (3, size, size) uint8: textured shapes on textured ground."""
     rng = np.random.default_rng([7, index])
-    y, x = np.mgrid[-1:1:size * 1j, -1:1:size * 1j]
-    direction = rng.uniform(0, 2 * np.pi)
-    shade = 0.25 * (np.cos(direction) * x + np.sin(direction) * y)
-    image = rng.uniform(0.2, 0.8, 3) + shade[..., None] + rng.normal(0, 0.02, (size, size, 3))
-    for _ in range(rng.integers(1, 4)):
-        cx, cy, radius, angle = *rng.uniform(-0.6, 0.6, 2), rng.uniform(0.3, 0.6), rng.uniform(0, np.pi)
+    y, x = np.mgrid[-1:1:size * 1j, -1:1:size * 1j].astype(np.float32)
+
+    def texture(u, v, contrast):
+        angle, frequency, phase = rng.uniform((0, 1, 0), (np.pi, 3, 2 * np.pi))
+        wave = np.sin(frequency * (np.cos(angle) * u + np.sin(angle) * v) + phase)
+        return rng.uniform(0.15, 0.85, 3) + contrast * wave[..., None] * rng.uniform(-1, 1, 3)
+
+    image = texture(x, y, 0.15)
+    for _ in range(rng.integers(1, 3)):
+        cx, cy, radius, angle = rng.uniform((-0.5, -0.5, 0.45, 0), (0.5, 0.5, 0.8, np.pi))
         u = ((x - cx) * np.cos(angle) + (y - cy) * np.sin(angle)) / radius
         v = ((y - cy) * np.cos(angle) - (x - cx) * np.sin(angle)) / radius
-        inside = (np.hypot(u, v) < 1, np.maximum(abs(u), abs(v)) < 0.8, (v < 0.6) & (v > 1.9 * abs(u) - 0.9),
-                  (np.hypot(u, v) < 1) & (np.hypot(u, v) > 0.55))[rng.integers(4)]      # disc, square, triangle, ring
-        stripes = np.sin(rng.uniform(4, 12) * u + rng.uniform(0, 6)) > 0
-        colors = rng.uniform(0, 1, (2, 3))
-        image[inside] = colors[stripes[inside].astype(int)]
+        r = np.hypot(u, v)
+        inside = (r < 1, np.maximum(abs(u), abs(v)) < 0.8, (v < 0.7) & (v > 2 * abs(u) - 0.9), (r < 1) & (r > 0.5))
+        inside = inside[rng.integers(4)]                                       # disc, square, triangle or ring
+        image[inside] = texture(u, v, 0.3)[inside]
     return torch.from_numpy((image.clip(0, 1) * 255).astype(np.uint8)).permute(2, 0, 1)
 
 
@@ -994,12 +998,13 @@ def main(args):
 if __name__ == "__main__":
     try:
         arguments = parse_args()
-        if arguments.demo:    # two ordinary runs: a teacher by --method mae, then the student of whatever options were given
+        if arguments.demo:
             arguments = parse_args(**DEMO)
-            arguments.teacher = arguments.teacher or f"{arguments.out}/teacher/encoder.pt"
-            teacher = parse_args(**DEMO)
-            teacher.method, teacher.out = "mae", f"{arguments.out}/teacher"
-            main(teacher)
+            if arguments.method != "mae" and not arguments.teacher:    # a teacher first, by an ordinary run of half the length
+                teacher = parse_args(**DEMO)
+                teacher.method, teacher.out, teacher.epochs = "mae", f"{arguments.out}/teacher", math.ceil(arguments.epochs / 2)
+                main(teacher)
+                arguments.teacher = f"{teacher.out}/encoder.pt"
         main(arguments)
     except (InputError, FloatingPointError) as error:    # loader processes put their traceback before the sentence
         sys.exit(f"error: {str(error).strip().splitlines()[-1].removeprefix('models.InputError: ')}")

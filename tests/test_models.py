@@ -1,0 +1,326 @@
+"""Encoders against golden numbers and peers, and every checkpoint format that users bring."""
+import argparse
+import ast
+import copy
+import sys
+
+import pytest
+import torch
+from conftest import ROOT, rel_error, seed_weights, seeded
+from torch import nn
+
+import models
+from models import (MODELS, Attention, Hiera, InputError, VisionTransformer, infer_model, layer_id, load_encoder, load_state,
+                    normalize, reroll, resize_grid, sincos_2d, unroll)
+
+SMALL = dict(img_size=32, patch_size=8, embed_dim=24, depth=3, num_heads=3)
+
+
+def small_vit(**kwargs):
+    torch.manual_seed(0)
+    return VisionTransformer(**{**SMALL, **kwargs}).eval()
+
+
+def small_hiera(**kwargs):
+    torch.manual_seed(0)
+    return Hiera(**{**dict(img_size=64, embed_dim=8, num_heads=1, stages=(1, 1, 2, 1)), **kwargs}).eval()
+
+
+# ---- golden numbers -------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("key, name, options", [("vit_tiny", "vit_tiny", {}), ("vit_tiny_rpe", "vit_tiny", {"rel_pos_bias": True}),
+                                                ("hiera_tiny", "hiera_tiny", {})])
+@torch.no_grad()
+def test_classifiers_match_golden(golden, key, name, options):
+    model = seed_weights(MODELS[name](num_classes=1000, **options))
+    images = seeded((2, 3, 224, 224), "images")
+    assert sum(p.numel() for p in model.parameters()) == golden[f"{key}/params"]
+    assert rel_error(model(images)[:, :32], golden[f"{key}/logits"]) < 1e-4
+    if key == "vit_tiny_rpe":
+        assert (model.rel_pos_index[:20, :20].numpy() == golden["vit_tiny_rpe/index_corner"]).all()
+        assert model.rel_pos_index.sum() == golden["vit_tiny_rpe/index_sum"]
+        assert len(model.blocks[0].attn.relative_position_bias_table) == golden["vit_tiny_rpe/table_rows"]
+    if key == "hiera_tiny":
+        for i, stage in enumerate(model.feature_maps(images)):
+            stage = stage.permute(0, 2, 3, 1)
+            assert tuple(stage.shape) == tuple(golden[f"hiera_tiny/stage{i}_shape"])
+            assert rel_error(stage[:, :3, :3, :8], golden[f"hiera_tiny/stage{i}"]) < 1e-4
+            assert rel_error(stage.abs().mean(), golden[f"hiera_tiny/stage{i}_abs_mean"]) < 1e-5
+
+
+# ---- attention, tokens, positions -----------------------------------------------------------------------------------
+@pytest.mark.parametrize("rows", [0, 7 * 7 + 3])
+@torch.no_grad()
+def test_fused_attention_equals_the_map_it_could_have_formed(rows):
+    torch.manual_seed(0)
+    attn, x = Attention(24, 3, rows), torch.randn(2, 17, 24)
+    index = None
+    if rows:
+        index = models.relative_position_index((4, 4))
+        attn.relative_position_bias_table.normal_()
+    probs = attn.logits(x, index).softmax(-1)
+    v = attn.qkv(x).view(2, 17, 3, 3, 8)[:, :, 2].transpose(1, 2)
+    assert torch.allclose(attn(x, index), attn.proj((probs @ v).transpose(1, 2).reshape(2, 17, 24)), atol=1e-5)
+    assert torch.allclose(probs.sum(-1), torch.ones(2, 3, 17), atol=1e-6)
+
+
+@torch.no_grad()
+def test_vit_on_a_subset_equals_embedding_all_and_picking():
+    model, images = small_vit(img_size=(32, 48)), torch.randn(2, 3, 32, 48)
+    ids = torch.stack([torch.randperm(24)[:7] for _ in range(2)])
+    everything = model.embed(images)
+    picked = torch.stack([torch.cat([e[:1], e[1:][i]]) for e, i in zip(everything, ids)])
+    assert torch.allclose(model.embed(images, ids), picked, atol=1e-6)
+    conv = model.patch_embed.proj(images).flatten(2).transpose(1, 2)              # the layer its weights come from
+    assert torch.allclose(model.patch_embed(images), conv, atol=1e-5)
+
+
+def test_features_stop_at_the_last_tap_and_forward_is_deterministic():
+    model, images = small_vit(num_classes=5), torch.randn(1, 3, 32, 32)
+    model.blocks[2].forward = None                                                # would fail if it were run
+    assert set(model.forward_features(images, (0, 2))) == {0, 2}
+    model = small_vit(num_classes=5)
+    assert torch.equal(model(images), model(images)) and model.embed(images).shape[1] == 17
+
+
+@torch.no_grad()
+def test_unroll_pools_and_rerolls():
+    raster = torch.arange(16.).view(1, 16, 1)
+    one_round = unroll(raster, (4, 4), rounds=1).flatten().tolist()
+    assert one_round == [0, 2, 8, 10, 1, 3, 9, 11, 4, 6, 12, 14, 5, 7, 13, 15]    # the example of its docstring
+    x = torch.randn(2, 16 * 24, 3)
+    assert torch.equal(reroll(unroll(x, (16, 24)), (2, 3), 3).flatten(1, 2), x)
+    pooled = reroll(unroll(x, (16, 24)).unflatten(1, (4, -1)).amax(1), (2, 3), 2).permute(0, 3, 1, 2)
+    assert torch.equal(pooled, nn.functional.max_pool2d(x.view(2, 16, 24, 3).permute(0, 3, 1, 2), 2))
+
+
+def test_hiera_maps_are_in_raster_order():
+    model = small_hiera(img_size=(64, 96))
+    images = torch.randn(1, 3, 64, 96, requires_grad=True)
+    for stage, level in zip(model.feature_maps(images, (1, 2)), (4, 8)):          # mask-unit attention: only the unit's pixels
+        (grad,) = torch.autograd.grad(stage[0, :, 0, -1].sum(), images, retain_graph=True)
+        assert grad[..., :32, 64:].abs().sum() > 0 and stage.shape[2:] == (64 // level, 96 // level)
+        assert grad[..., 40:, :].abs().sum() == 0 and grad[..., :48].abs().sum() == 0    # beyond it and the conv's margin: none
+    assert [tuple(f.shape[2:]) for f in model.feature_maps(images)] == [(16, 24), (8, 12), (4, 6), (2, 3)]
+
+
+@pytest.mark.parametrize("size", [112, 120, (224, 200)])
+def test_hiera_refuses_sizes_it_cannot_unroll(size):
+    with pytest.raises(InputError, match="nearest valid size is"):
+        MODELS["hiera_tiny"](img_size=size)
+
+
+def test_sizes_and_position_tables(tmp_path):
+    table = sincos_2d(24, (4, 4), class_token=False)
+    assert resize_grid(table, (4, 4), (4, 4)) is table
+    model = small_vit(rel_pos_bias=True)
+    with torch.no_grad():
+        for block in model.blocks:
+            block.attn.relative_position_bias_table.normal_()
+    torch.save({"model": model.state_dict(), "arch": model.arch}, tmp_path / "own.pt")
+    same = small_vit(rel_pos_bias=True)
+    load_encoder(same, tmp_path / "own.pt")
+    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), same.state_dict().values()))
+    for size in (*range(8, 88, 8), (16, 64), (40, 24)):                           # every multiple, non-square too
+        other = small_vit(img_size=size, rel_pos_bias=True)
+        load_encoder(other, tmp_path / "own.pt")
+        assert torch.equal(other.pos_embed[:, 0], model.pos_embed[:, 0])          # class row untouched
+        assert torch.equal(other.blocks[0].attn.relative_position_bias_table[-3:], model.blocks[0].attn.relative_position_bias_table[-3:])
+        assert other(torch.randn(1, 3, *other.img_size)).isfinite().all()
+    torch.save({"model": other.state_dict(), "arch": other.arch}, tmp_path / "wide.pt")
+    load_encoder(small_vit(rel_pos_bias=True), tmp_path / "wide.pt")              # from a non-square one
+    with pytest.raises(InputError, match="multiple of the patch size"):
+        small_vit(img_size=30)
+
+
+def test_normalize_is_imagenet_statistics():
+    images = torch.randint(0, 256, (2, 3, 4, 5), dtype=torch.uint8)
+    slow = [[(images[b, c] / 255 - models.IMAGENET_MEAN[c]) / models.IMAGENET_STD[c] for c in range(3)] for b in range(2)]
+    assert torch.allclose(normalize(images), torch.stack([torch.stack(r) for r in slow]), atol=1e-6)
+
+
+def test_torch_export_of_the_classifier():
+    model, images = MODELS["vit_tiny"](img_size=64, num_classes=10).eval(), torch.randn(1, 3, 64, 64)
+    exported = torch.export.export(model, (images,)).module()
+    assert torch.allclose(exported(images), model(images), atol=1e-5)
+
+
+def test_layer_ids_follow_block_order():
+    model = MODELS["vit_tiny"](num_classes=10)
+    ids = {name: layer_id(name, 12) for name, _ in model.named_parameters()}
+    assert {ids[k] for k in ("cls_token", "pos_embed", "patch_embed.proj.weight")} == {0}
+    assert ids["blocks.0.norm1.weight"] == 1 and ids["blocks.11.mlp.fc2.bias"] == 12
+    assert ids["head.weight"] == ids["fc_norm.bias"] == 13
+
+
+# ---- checkpoints ----------------------------------------------------------------------------------------------------
+def hugging_face_names(state):
+    table = {"cls_token": "embeddings.cls_token", "pos_embed": "embeddings.position_embeddings", "norm.weight": "layernorm.weight",
+             "norm.bias": "layernorm.bias", "patch_embed.proj.weight": "embeddings.patch_embeddings.projection.weight",
+             "patch_embed.proj.bias": "embeddings.patch_embeddings.projection.bias"}
+    parts = {"norm1": "layernorm_before", "norm2": "layernorm_after", "attn.proj": "attention.output.dense",
+             "mlp.fc1": "intermediate.dense", "mlp.fc2": "output.dense"}
+    out = {}
+    for key, value in state.items():
+        if key in table:
+            out[table[key]] = value
+            continue
+        _, number, *module, kind = key.split(".")
+        module, stem = ".".join(module), f"encoder.layer.{number}."
+        if module == "attn.qkv":
+            out.update({f"{stem}attention.attention.{p}.{kind}": v for p, v in zip(("query", "key", "value"), value.chunk(3))})
+        else:
+            out[f"{stem}{parts[module]}.{kind}"] = value
+    return out
+
+
+DECODER = {"mask_token": torch.zeros(1, 1, 8), "decoder_embed.weight": torch.zeros(8, 24), "decoder_blocks.0.attn.qkv.weight": torch.zeros(24, 8)}
+
+
+def prefixed(state, prefix):
+    return {prefix + k: v for k, v in state.items()}
+
+
+FORMATS = {
+    "bare": lambda s: s,
+    "mae": lambda s: {"model": s},
+    "mae with decoder and options": lambda s: {"model": {**s, **DECODER}, "args": argparse.Namespace(lr=1), "epoch": 3, "optimizer": {}},
+    "mae-lite": lambda s: {"model": prefixed({**s, **DECODER}, "model.")},
+    "mae-lite distilled": lambda s: {"model": {**prefixed(s, "module.model."), **prefixed(prefixed(s, "tch_model."), "module."),
+                                               "module.model.blocks.3.norm1.weight": torch.ones(24),
+                                               "module.attn_adapter.adapter12.weight": torch.ones(3, 3, 1, 1)}},
+    "ddp and compile": lambda s: {"model": prefixed(s, "module._orig_mod.")},
+    "moco-v3": lambda s: {"state_dict": {**prefixed(s, "module.base_encoder."), **prefixed(s, "module.momentum_encoder.")}},
+    "timm pooled": lambda s: {k.replace("norm.", "fc_norm.") if k.startswith("norm.") else k: v for k, v in s.items()},
+    "hugging face": hugging_face_names,
+    "hugging face pre-training": lambda s: {**prefixed(hugging_face_names(s), "vit."), "decoder.mask_token": torch.zeros(1)},
+    "own": lambda s: {"model": s, "arch": small_vit().arch, "mean": [0.5] * 3},
+    "own last.pt": lambda s: {"model": {**prefixed(s, "encoder."), **DECODER}, "arch": small_vit().arch},
+}
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_every_format_gives_the_same_weights(name, tmp_path, capsys):
+    source, target = seed_weights(small_vit()), small_vit()
+    torch.save(FORMATS[name](source.state_dict()), tmp_path / "file.pth")
+    load_encoder(target, tmp_path / "file.pth")
+    assert all(torch.equal(v, target.state_dict()[k]) for k, v in source.state_dict().items())
+    assert "loaded" in capsys.readouterr().out
+
+
+def test_hiera_file_and_classifier_keep_only_what_belongs_downstream(tmp_path, capsys):
+    source, target = seed_weights(small_hiera(q_pool=2)), small_hiera(num_classes=4, img_size=96)
+    head = target.head.projection.weight.clone()
+    state = {**source.state_dict(), **DECODER, "encoder_norm.weight": torch.ones(64), "multi_scale_fusion_heads.0.weight": torch.ones(1)}
+    torch.save({"model_state": state}, tmp_path / "mae_hiera.pth")
+    load_encoder(target, tmp_path / "mae_hiera.pth")
+    assert torch.equal(target.blocks[4].attn.qkv.weight, source.blocks[4].attn.qkv.weight)
+    assert torch.equal(target.head.projection.weight, head) and target.pos_embed.shape[1] == 24 * 24
+    assert "ignored 5" in capsys.readouterr().out
+
+
+def test_safetensors_or_a_clear_message(tmp_path):
+    source, target = seed_weights(small_vit()), small_vit()
+    try:
+        from safetensors.torch import save_file
+    except ImportError:
+        (tmp_path / "model.safetensors").write_bytes(b"0" * 100)
+        with pytest.raises(InputError, match="safetensors"):
+            load_encoder(target, tmp_path / "model.safetensors")
+        return
+    save_file(source.state_dict(), tmp_path / "model.safetensors")
+    load_encoder(target, tmp_path / "model.safetensors")
+    assert torch.equal(target.cls_token, source.cls_token)
+
+
+class Arbitrary:
+    pass
+
+
+def test_files_that_must_be_refused(tmp_path):
+    state = small_vit().state_dict()
+    path = tmp_path / "bad.pth"
+
+    def refused(file, match, model=None):
+        path.unlink(missing_ok=True)
+        path.write_bytes(file) if isinstance(file, bytes) else torch.save(file, path)
+        with pytest.raises(InputError, match=match) as error:
+            load_encoder(model or small_vit(), path)
+        assert str(path) in str(error.value)
+
+    with pytest.raises(InputError, match="does not exist"):
+        load_encoder(small_vit(), tmp_path / "nothing.pth")
+    refused({k: v for k, v in state.items() if k != "blocks.1.attn.qkv.weight"}, "blocks.1.attn.qkv.weight")
+    refused({"model": DECODER}, "no ViT or Hiera encoder")
+    refused({"model": state, "extra": Arbitrary()}, "Arbitrary.*re-save")
+    refused(b"version https://git-lfs.github.com/spec/v1\noid", "Git LFS")
+    refused(b"<!DOCTYPE html><html>", "web page")
+    refused(b"PK\x03\x04 but cut short", "not a readable PyTorch file")
+    refused({"model": state, "arch": {**small_vit().arch, "num_heads": 6}}, "num_heads = 6, the model num_heads = 3")
+    refused({**state, "cls_token": torch.zeros(1, 1, 32)}, r"cls_token is \(1, 1, 32\)")
+    refused(VisionTransformer(**{**SMALL, "depth": 6}).state_dict(), "6 blocks, the model 3")
+    refused(small_vit(rel_pos_bias=True).state_dict(), "relative_position_bias_table")
+    refused({**state, "pos_embed": torch.zeros(1, 18, 24)}, "pos_embed")
+    refused({**prefixed(state, "a."), **prefixed(state, "b.")}, "several encoders")
+
+
+def test_keep_blocks_loads_the_embedding_and_the_first_blocks(tmp_path):
+    source = seed_weights(small_vit())
+    torch.save(source.state_dict(), tmp_path / "file.pth")
+    for keep in range(4):
+        target, fresh = small_vit(), small_vit().state_dict()
+        load_encoder(target, tmp_path / "file.pth", keep_blocks=keep)
+        for key, value in target.state_dict().items():
+            assert torch.equal(value, (source.state_dict() if layer_id(key, 3) <= keep else fresh)[key]), key
+
+
+@pytest.mark.parametrize("name, patch", [("vit_tiny", 16), ("vit_base", 16), ("hiera_tiny", 7)])
+def test_infer_model_from_shapes(name, patch, tmp_path):
+    torch.save(MODELS[name](img_size=32).state_dict(), tmp_path / "file.pth")
+    assert infer_model(tmp_path / "file.pth") == (name, patch)
+
+
+# ---- peers, where they are installed --------------------------------------------------------------------------------
+@torch.no_grad()
+def test_timm_runs_our_weights():
+    timm = pytest.importorskip("timm")
+    ours = seed_weights(MODELS["vit_tiny"](num_classes=1000))
+    peer = timm.create_model("vit_tiny_patch16_224", num_heads=12, global_pool="avg", fc_norm=True, num_classes=1000).eval()
+    peer.load_state_dict(ours.state_dict())
+    images = seeded((1, 3, 224, 224), "images")
+    assert rel_error(ours(images), peer(images)) < 1e-4
+
+
+@torch.no_grad()
+def test_hugging_face_file_gives_its_features(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    config = transformers.ViTMAEConfig(hidden_size=24, num_hidden_layers=3, num_attention_heads=3, intermediate_size=96, image_size=32,
+                                       patch_size=8, mask_ratio=0.0, layer_norm_eps=1e-6, decoder_hidden_size=24,
+                                       decoder_num_hidden_layers=1, decoder_num_attention_heads=3, decoder_intermediate_size=48)
+    peer = transformers.ViTMAEForPreTraining(config).eval()
+    torch.save(peer.state_dict(), tmp_path / "pytorch_model.bin")
+    ours, images = small_vit(), torch.randn(1, 3, 32, 32)
+    load_encoder(ours, tmp_path / "pytorch_model.bin")
+    theirs = peer.vit(images, noise=torch.arange(16.)[None]).last_hidden_state    # ascending noise: no shuffling
+    assert rel_error(ours(images), theirs) < 1e-4
+
+
+# ---- the shape of the repository ------------------------------------------------------------------------------------
+def test_imports_and_devices():
+    allowed = {"torch", "torchvision", "numpy", "PIL", "tqdm", "models"} | set(sys.stdlib_module_names)
+    for path in ROOT.glob("*.py"):
+        text = path.read_text()
+        for node in ast.walk(ast.parse(text)):
+            names = [a.name for a in node.names] if isinstance(node, ast.Import) else [node.module] if isinstance(node, ast.ImportFrom) else []
+            assert {n.split(".")[0] for n in names} <= allowed, (path.name, names)
+        assert ".cuda(" not in text and "weights_only=False" not in text and "register_forward_hook" not in text
+        assert max(map(len, text.splitlines())) <= 130, path.name
+
+
+def test_common_parts_are_the_same_text():
+    """The scripts are self-contained; what they repeat is repeated word for word."""
+    banner = "# Process group, batches, optimizer groups"
+    texts = {p.name: p.read_text() for p in ROOT.glob("*.py")}
+    parts = {name: text[text.index(banner):].split("\n# ----")[1] for name, text in texts.items() if banner in text}
+    assert "pretrain_d2mae.py" in parts and len(set(parts.values())) == 1, list(parts)
+    schedules = {name: text[text.index("def lr_at("):].split("\n\n\n")[0] for name, text in texts.items() if "def lr_at(" in text}
+    assert len(set(schedules.values())) == 1, list(schedules)
