@@ -10,7 +10,7 @@ returns the pre-softmax map that the distillation reads, projecting q and k alon
     tokens = vit.forward_features(images, taps=(8, 12))              # {8: (B, 197, 192), 12: (B, 197, 192)}
 
 Shapes: B images, h x w patch grid, N = h * w patches, V visible patches, T tokens (1 + V with the class token),
-        D width, H heads, d = D / H, U mask units of Hiera. Blocks are counted from 1, as in the paper; 0 is the embedding.
+        D width, H heads, d = D / H, U mask units of Hiera. Blocks count from 1, as in the paper; 0 is the embedding.
 Masks:  `ids_keep` (B, V) holds raster indices of visible patches (Hiera: of visible mask units). A boolean mask is
         called `masked` and is True where a patch was removed, in every file.
 """
@@ -296,7 +296,7 @@ class VisionTransformer(nn.Module):
         return block.attn.logits(block.norm1(x), self.rel_pos_index)
 
     def representation(self, x, block):
-        """Normalised representation of `block` (Fig. 2) from its output: the next block's norm1, `norm` for the last."""
+        """Normalised representation of `block` (Fig. 2) from its output: next block's norm1, `norm` for the last."""
         return self.blocks[block].norm1(x) if block < self.depth else self.norm(x)
 
 
@@ -336,7 +336,7 @@ def reroll(x, units, rounds):
 
 
 class MaskUnitAttention(nn.Module):
-    """Attention over unrolled tokens, inside each mask unit (tokens_per_unit > 0) or global (0), queries max-pooled or not."""
+    """Attention over unrolled tokens, inside mask units (tokens_per_unit > 0) or global (0), queries pooled or not."""
 
     def __init__(self, dim, dim_out, num_heads, q_pool, tokens_per_unit):
         super().__init__()
@@ -354,8 +354,8 @@ class MaskUnitAttention(nn.Module):
 
     def forward(self, x):
         B = x.shape[0]
-        x = F.scaled_dot_product_attention(*self.split(self.qkv(x), 3))                          # (B * windows, H, S, d)
-        x = x.unflatten(0, (B, -1)).permute(0, 3, 1, 2, 4).flatten(3).flatten(1, 2)              # (B, T, D)
+        x = F.scaled_dot_product_attention(*self.split(self.qkv(x), 3))                   # (B * windows, H, S, d)
+        x = x.unflatten(0, (B, -1)).permute(0, 3, 1, 2, 4).flatten(3).flatten(1, 2)       # (B, T, D)
         return self.proj(x)
 
     def logits(self, x):
@@ -395,7 +395,8 @@ class Hiera(nn.Module):
     """
     unit, patch_stride = 8, 4
 
-    def __init__(self, img_size=224, embed_dim=46, num_heads=1, stages=(1, 2, 7, 2), q_pool=3, num_classes=0, drop_path=0.0):
+    def __init__(self, img_size=224, embed_dim=46, num_heads=1, stages=(1, 2, 7, 2), q_pool=3, num_classes=0,
+                 drop_path=0.0):
         super().__init__()
         self.img_size, self.depth, self.q_pool = pair(img_size), sum(stages), q_pool
         if any(s % 32 or s < 32 for s in self.img_size):
@@ -452,7 +453,7 @@ class Hiera(nn.Module):
         return x
 
     def forward_features(self, images, taps, ids_keep=None):
-        """Unrolled tokens after the blocks in `taps` -> {tap: (B, T, D of that block)}. No block after the last runs."""
+        """Unrolled tokens after the blocks in `taps` -> {tap: (B, T, D of the block)}. No block after the last runs."""
         x = self.embed(images, ids_keep)
         features = {0: x} if 0 in taps else {}
         for number, block in enumerate(self.blocks[:max(taps)], start=1):
@@ -483,13 +484,13 @@ class Hiera(nn.Module):
 
 
 MODELS = {    # parameters: the encoder alone / with a classifier of 1000 classes
-    "vit_tiny": partial(VisionTransformer, embed_dim=192, depth=12, num_heads=12),                      #  5.52M /  5.72M
-    "deit_tiny": partial(VisionTransformer, embed_dim=192, depth=12, num_heads=3),                      #  5.52M /  5.72M
-    "vit_base": partial(VisionTransformer, embed_dim=768, depth=12, num_heads=12),                      #  85.8M /  86.6M
-    "vit_large": partial(VisionTransformer, embed_dim=1024, depth=24, num_heads=16),                    # 303.3M / 304.3M
-    "vit_huge": partial(VisionTransformer, patch_size=14, embed_dim=1280, depth=32, num_heads=16),      # 630.8M / 632.0M
-    "hiera_tiny": partial(Hiera, embed_dim=46, num_heads=1, stages=(1, 2, 7, 2)),                       #  6.33M /  6.69M
-    "hiera_base": partial(Hiera, embed_dim=96, num_heads=1, stages=(2, 3, 16, 3)),                      #  50.8M /  51.5M
+    "vit_tiny": partial(VisionTransformer, embed_dim=192, depth=12, num_heads=12),  # 5.52M / 5.72M
+    "deit_tiny": partial(VisionTransformer, embed_dim=192, depth=12, num_heads=3),  # 5.52M / 5.72M
+    "vit_base": partial(VisionTransformer, embed_dim=768, depth=12, num_heads=12),  # 85.8M / 86.6M
+    "vit_large": partial(VisionTransformer, embed_dim=1024, depth=24, num_heads=16),  # 303.3M / 304.3M
+    "vit_huge": partial(VisionTransformer, patch_size=14, embed_dim=1280, depth=32, num_heads=16),  # 630.8M / 632.0M
+    "hiera_tiny": partial(Hiera, embed_dim=46, num_heads=1, stages=(1, 2, 7, 2)),  # 6.33M / 6.69M
+    "hiera_base": partial(Hiera, embed_dim=96, num_heads=1, stages=(2, 3, 16, 3)),  # 50.8M / 51.5M
 }
 
 
@@ -505,7 +506,8 @@ def layer_id(name, depth):
 # ----------------------------------------------------------------------------------------------------------------------
 HUGGING_FACE_NAMES = (    # files first; the second of a pair is what state_dict() says since transformers 5
     ("embeddings.cls_token", "cls_token"), ("embeddings.position_embeddings", "pos_embed"),
-    ("embeddings.patch_embeddings.projection.", "patch_embed.proj."), ("encoder.layer.", "blocks."), ("layers.", "blocks."),
+    ("embeddings.patch_embeddings.projection.", "patch_embed.proj."), ("encoder.layer.", "blocks."),
+    ("layers.", "blocks."),
     ("attention.attention.query.", "attention.q_proj."), ("attention.attention.key.", "attention.k_proj."),
     ("attention.attention.value.", "attention.v_proj."), ("attention.output.dense.", "attn.proj."),
     ("attention.o_proj.", "attn.proj."), ("intermediate.dense.", "mlp.fc1."), ("output.dense.", "mlp.fc2."),
@@ -520,8 +522,8 @@ def read_file(path):
                          "absence of the option)")
     head = path.open("rb").read(64)
     if head.startswith(b"version https://git-lfs") or head.lstrip().startswith(b"<"):
-        raise InputError(f"checkpoint {path} holds no weights but a {'Git LFS pointer' if b'lfs' in head else 'web page'}: "
-                         "download the real file")
+        what = "Git LFS pointer" if b"git-lfs" in head else "web page"
+        raise InputError(f"checkpoint {path} holds no weights but a {what}: download the real file")
     if path.suffix == ".safetensors":
         try:
             return importlib.import_module("safetensors.torch").load_file(path)
@@ -532,11 +534,11 @@ def read_file(path):
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         name = re.search(r"GLOBAL (\S+)|type (\S+)", str(error))
-        raise InputError(f"checkpoint {path} pickles {name.group(0) if name else 'an object'}, which could run code when "
-                         "loaded: re-save only its tensors and plain Python types") from None
+        raise InputError(f"checkpoint {path} pickles {name.group(0) if name else 'an object'}, which could run code "
+                         "when loaded: re-save only its tensors and plain Python types") from None
     except (RuntimeError, EOFError, KeyError, UnicodeDecodeError) as error:
-        raise InputError(f"checkpoint {path} is not a readable PyTorch file ({str(error).splitlines()[0][:80]}): is the "
-                         "download complete?") from None
+        raise InputError(f"checkpoint {path} is not a readable PyTorch file ({str(error).splitlines()[0][:80]}): is "
+                         "the download complete?") from None
 
 
 def load_state(path):
@@ -552,7 +554,8 @@ def load_state(path):
     state = {k: v for k, v in state.items() if torch.is_tensor(v)} if isinstance(state, dict) else {}
     stems = ("patch_embed.proj.weight", "embeddings.patch_embeddings.projection.weight")
     prefixes = {k[:-len(s)] for k in state for s in stems if k.endswith(s)}
-    prefixes = {p for p in prefixes if not re.search("tch_model|teacher|momentum", p)} if len(prefixes) > 1 else prefixes
+    if len(prefixes) > 1:
+        prefixes = {p for p in prefixes if not re.search("tch_model|teacher|momentum", p)}
     if len(prefixes) != 1:
         raise InputError(f"checkpoint {path} has {'several encoders: ' + str(sorted(prefixes)) if prefixes else 'no'} "
                          f"ViT or Hiera encoder (looked for a key ending in {stems[0]})")
@@ -575,11 +578,11 @@ def load_state(path):
 
 
 def infer_model(path):
-    """Name in MODELS and patch size of the encoder in a file -> ('vit_base', 16). Head counts cannot be seen in weights:
-    own files store them, others get those of the standard model of that width and depth."""
+    """Name in MODELS and patch size of the encoder in a file -> ('vit_base', 16). Head counts cannot be seen in
+    weights: own files store them, others get those of the standard model of that width and depth."""
     state, info = load_state(path)
-    weight, depth = state["patch_embed.proj.weight"], 1 + max(int(k.split(".")[1]) for k in state if k.startswith("blocks."))
-    width, patch = weight.shape[0], weight.shape[-1]
+    width, *_, patch = state["patch_embed.proj.weight"].shape
+    depth = 1 + max([int(k.split(".")[1]) for k in state if re.match(r"blocks\.\d+\.", k)], default=-1)
     heads = info.get("arch", {}).get("num_heads")
     known = {(192, 12): "deit_tiny" if heads == 3 else "vit_tiny", (192, 13): "vit_tiny", (768, 12): "vit_base",
              (1024, 24): "vit_large", (1280, 32): "vit_huge", (46, 12): "hiera_tiny", (96, 24): "hiera_base"}
@@ -592,8 +595,8 @@ def infer_model(path):
 def load_encoder(model, path, keep_blocks=None):
     """Load an encoder from any file of README "Checkpoints" into a VisionTransformer or Hiera, in place -> info.
 
-    Every encoder tensor must be there in the right shape. Position tables are resized to the model's grid; what the file
-    was trained without (relative position bias, LayerScale) and a final norm that it lacks keep their initial values.
+    Every encoder tensor must be there in the right shape. Position tables are resized to the model's grid; what the
+    file was trained without (relative position bias, LayerScale) and a norm that it lacks keep their initial values.
     keep_blocks: load only the embedding and the first so many blocks (Fig. 4); the others stay random.
     Raises InputError naming the file, the keys and what to do.
     """
@@ -604,8 +607,8 @@ def load_encoder(model, path, keep_blocks=None):
         if key in arch and key in model.arch and arch[key] != model.arch[key]:
             raise InputError(f"checkpoint {path} has {key} = {arch[key]}, the model {key} = {model.arch[key]}: "
                              "choose the --model that the file was written for")
-    if "norm.weight" in own and "norm.weight" not in state and "fc_norm.weight" in state and model.arch["kind"] == "vit":
-        state.update({f"norm.{p}": state.pop(f"fc_norm.{p}") for p in ("weight", "bias")})    # timm with average pooling
+    if "norm.weight" in own and "norm.weight" not in state and "fc_norm.weight" in state:    # timm with average pooling
+        state.update({f"norm.{p}": state.pop(f"fc_norm.{p}") for p in ("weight", "bias")})
 
     # what belongs to the encoder on either side; the rest (decoder, adapters, teacher, heads, a 13th block) is ignored
     def is_encoder(key):

@@ -3,7 +3,7 @@
     torchrun --nproc_per_node=8 pretrain_d2mae.py --data data/imagenet/train --teacher mae_base.pt    # the paper's run
     torchrun --nproc_per_node=8 pretrain_d2mae.py --method mae                                        # its MAE baseline
     torchrun --nproc_per_node=8 pretrain_d2mae.py --model hiera_tiny --method d-mae --teacher mae_hiera_base_224.pth
-    python pretrain_d2mae.py --demo                                                                   # no files, 4 minutes
+    python pretrain_d2mae.py --demo                                                                   # needs no files
 
 The student sees a quarter of the patches and learns two things. Its block 8 feeds a small decoder that paints the
 other patches (L_rec). The attention map of one extra, 13th attention after block 12 imitates, through a learned mix of
@@ -28,6 +28,7 @@ import functools
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -74,12 +75,12 @@ def parse_args(argv=None, **defaults):
              "mae: no teacher")
     add("--model", choices=tuple(MODELS), default="vit_tiny",
         help="student; the paper's are vit_tiny (12 heads) and hiera_tiny")
-    add("--teacher", help="checkpoint of the frozen teacher (README, 'Checkpoints'); the paper's is MAE ViT-Base, 1600 epochs")
-    add("--teacher-model", default="auto", help="name of the teacher's model; auto reads it off the shapes of its weights")
+    add("--teacher", help="checkpoint of the frozen teacher (README, 'Checkpoints'); paper: MAE ViT-Base, 1600 epochs")
+    add("--teacher-model", default="auto", help="the teacher's model; auto reads it off the shapes of its weights")
     add("--decoder-tap", type=int, help="block whose normalised output the decoder reads; d2-mae: 8, others: the last")
     add("--distill", choices=("attention", "hidden"), default="attention", help="what is distilled (ablation)")
     add("--distill-layers", type=int, nargs="+", help="student blocks, counted from 1; the last block if absent")
-    add("--distill-map", choices=("logits", "probs"), default="logits", help="attention maps before or after the softmax")
+    add("--distill-map", choices=("logits", "probs"), default="logits", help="before or after the softmax (ablation)")
     add("--alpha", type=float, default=1.0, help="weight of the distillation loss in L = L_rec + alpha * L_attn")
     add("--mask-ratio", type=float, help="share of patches removed; ViT 0.75, Hiera 0.4 (of mask units)")
     add("--norm-pix", action=argparse.BooleanOptionalAction, default=True, help="targets normalised per patch")
@@ -94,11 +95,11 @@ def parse_args(argv=None, **defaults):
     add("--image-size", type=int, nargs="+", default=[224], help="side, or height and width, in pixels")
     add("--patch-size", type=int, default=16, help="side of a ViT patch in pixels")
     add("--crop-scale", type=float, nargs=2, default=(0.08, 1.0), help="area range of RandomResizedCrop")
-    add("--mean", type=float, nargs=3, default=IMAGENET_MEAN, help="per channel, of pixels in [0, 1]; stored and reused")
-    add("--std", type=float, nargs=3, default=IMAGENET_STD, help="per channel, of pixels in [0, 1]; stored and reused")
+    add("--mean", type=float, nargs=3, default=IMAGENET_MEAN, help="of pixels in [0, 1]; stored and reused")
+    add("--std", type=float, nargs=3, default=IMAGENET_STD, help="of pixels in [0, 1]; stored and reused")
     add("--skip-corrupt", action="store_true", help="replace unreadable files by others and count them; default: stop")
-    add("--workers", type=int, default=max(1, min(16, (os.cpu_count() or 2) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))),
-        help="loader processes per training process")
+    cpus = (os.cpu_count() or 2) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    add("--workers", type=int, default=max(1, min(16, cpus)), help="loader processes per training process")
 
     add = parser.add_argument_group("recipe (paper Sec. 'experimental setup', pre-training)").add_argument
     add("--epochs", type=int, default=400, help="paper: 400")
@@ -112,7 +113,7 @@ def parse_args(argv=None, **defaults):
     add("--clip-grad", type=float, default=0.0, help="largest gradient norm; 0: no clipping, as in the paper")
 
     add = parser.add_argument_group("run").add_argument
-    add("--out", default="out/pretrain", help="folder for checkpoints, log and pictures; the same command resumes there")
+    add("--out", default="out/pretrain", help="folder for checkpoints, log, pictures; the same command resumes")
     add("--no-resume", action="store_true", help="start again although --out holds a checkpoint")
     add("--device", choices=("auto", "cuda", "mps", "cpu"), default="auto")
     add("--dtype", choices=("auto", "bf16", "fp16", "fp32"), default="auto",
@@ -122,7 +123,7 @@ def parse_args(argv=None, **defaults):
     add("--max-steps", type=int, help="stop after so many optimizer steps (the schedule stays that of --epochs)")
     add("--log-every", type=int, default=20, help="optimizer steps per line of log.jsonl")
     add("--eval-every", type=int, default=10, help="epochs between evaluations with pictures; the last epoch always")
-    add("--demo", action="store_true", help="defaults for a run without files: a small teacher, then D2-MAE, on drawn shapes")
+    add("--demo", action="store_true", help="defaults for a run on drawn shapes: a small teacher, then its student")
     parser.set_defaults(**defaults)
     return parser.parse_args(argv)
 
@@ -141,8 +142,8 @@ def resolve(args):
         raise InputError(f"--method {args.method} distils from a teacher: give --teacher FILE (README, 'Checkpoints'), "
                          "or choose --method mae")
     if hiera and args.method == "d2-mae":
-        raise InputError("--method d2-mae is defined for plain ViTs: Hiera's decoder fuses stages 1, 2 and 4, so there is no "
-                         "inner block to tap; choose --method d-mae (the paper's Hiera run) or mae")
+        raise InputError("--method d2-mae is defined for plain ViTs: Hiera's decoder fuses stages 1, 2 and 4, so there "
+                         "is no inner block to tap; choose --method d-mae (the paper's Hiera run) or mae")
     if hiera and (args.distill == "hidden" or args.decoder_tap):
         raise InputError("--distill hidden and --decoder-tap are ablations on ViT and have no counterpart on Hiera")
     if args.decoder_tap and args.method != "d2-mae" and args.decoder_tap != depth:
@@ -206,12 +207,12 @@ class Images(Dataset):
     """
 
     def __init__(self, items, load, size, cells, crop_scale=(0.08, 1.0), train=True, seed=0, skip_corrupt=False):
-        self.items, self.load, self.cells, self.train, self.seed, self.skip_corrupt = items, load, cells, train, seed, skip_corrupt
-        bicubic = v2.InterpolationMode.BICUBIC
-        self.transform = v2.Compose([
-            v2.RandomResizedCrop(size, scale=tuple(crop_scale), ratio=(3 / 4, 4 / 3), interpolation=bicubic, antialias=True),
-            v2.RandomHorizontalFlip()]) if train else v2.Compose([
-                v2.Resize(max(size), interpolation=bicubic, antialias=True), v2.CenterCrop(size)])
+        self.items, self.load, self.cells, self.train = items, load, cells, train
+        self.seed, self.skip_corrupt = seed, skip_corrupt
+        how = dict(interpolation=v2.InterpolationMode.BICUBIC, antialias=True)
+        self.transform = v2.Compose([v2.RandomResizedCrop(size, tuple(crop_scale), (3 / 4, 4 / 3), **how),
+                                     v2.RandomHorizontalFlip()] if train else
+                                    [v2.Resize(max(size), **how), v2.CenterCrop(size)])
 
     def __len__(self):
         return len(self.items)
@@ -225,8 +226,8 @@ class Images(Dataset):
                 return self.transform(self.load(self.items[index])), noise, index, int(tries > 0)
             except (OSError, RuntimeError, ValueError, SyntaxError) as error:
                 if not self.skip_corrupt:
-                    raise InputError(f"cannot read image {self.items[index]} ({type(error).__name__}): remove it, or go on "
-                                     "without it by --skip-corrupt") from None
+                    raise InputError(f"cannot read image {self.items[index]} ({type(error).__name__}): remove it, or "
+                                     "go on without it by --skip-corrupt") from None
                 index = (index + 1) % len(self.items)
         raise InputError(f"100 unreadable images in a row, up to {self.items[index]}: is --data a folder of images?")
 
@@ -256,7 +257,7 @@ def make_data(args, cells):
             train, val, said = [f for i, f in enumerate(train) if i % 50], train[::50], "every 50th image held out"
         val = val[::max(1, len(val) // args.val_images)][:args.val_images]      # spread over all folders
     if not train:
-        raise InputError(f"--data {args.data} holds a single image: pre-training needs more, or a --val-data of its own")
+        raise InputError(f"--data {args.data} holds a single image: give more, or --val-data besides")
     make = functools.partial(Images, load=load, size=args.image_size, cells=cells, seed=args.seed,
                              crop_scale=args.crop_scale, skip_corrupt=args.skip_corrupt)
     return make(train), make(val, train=False), f"{len(train)} training images, {len(val)} held out ({said})"
@@ -266,7 +267,7 @@ def make_data(args, cells):
 # Method: masking, targets and losses
 # ----------------------------------------------------------------------------------------------------------------------
 def random_masking(noise, mask_ratio):
-    """Per-sample random masking by sorting noise (B, N) -> ids_keep (B, V), ids_masked (B, M), V = int(N * (1 - ratio))."""
+    """Random masking per sample, by sorting noise (B, N) -> ids_keep (B, V), ids_masked (B, M). V = int(N (1 - r))."""
     ids = noise.argsort(dim=1)
     keep = int(noise.shape[1] * (1 - mask_ratio))
     return ids[:, :keep], ids[:, keep:]
@@ -283,7 +284,7 @@ def patch_pixels(images, ids, patch_size, channels_last=True):
 
 
 def normalize_patches(patches):
-    """norm_pix: each patch minus its mean, over sqrt(unbiased variance + 1e-6) -> targets, mean, std. (B, M, P) each."""
+    """norm_pix: patches (B, M, P) minus their means, over sqrt(unbiased variance + 1e-6) -> targets, means, stds."""
     mean, std = patches.mean(-1, keepdim=True), (patches.var(-1, keepdim=True) + 1e-6).sqrt()
     return (patches - mean) / std, mean, std
 
@@ -296,8 +297,8 @@ def reconstruction_loss(pred, target):
 def attention_loss(student, teacher, adapter, probs=False):
     """L_attn = MSE(A_T, M A_S), A = q k^T / sqrt(d) before the softmax (after it with probs=True).
 
-    student (B, H_S, T, T), teacher (B, H_T, T, T) over the same visible tokens, class token included; the adapter M is a
-    learned bias-free 1x1 convolution over heads, H_S -> H_T. Computed in float32, since logits can be large.
+    student (B, H_S, T, T), teacher (B, H_T, T, T) over the same visible tokens, class token included; the adapter M is
+    a learned bias-free 1x1 convolution over heads, H_S -> H_T. Computed in float32, since logits can be large.
     """
     with torch.autocast(student.device.type, enabled=False):
         student, teacher = student.float(), teacher.float()
@@ -315,8 +316,8 @@ def hidden_loss(student, teacher, adapter):
 
 @torch.no_grad()
 def teacher_signals(teacher, images, ids_keep, layers, distill="attention"):
-    """What the loss reads of the frozen teacher at its blocks `layers`, and nothing more: for the attention map of block
-    12, blocks 1-11, then LayerNorm, q and k of block 12. -> list of maps (B, H, T, T) or hidden states (B, T, D)."""
+    """What the loss reads of the frozen teacher at its blocks `layers`, and nothing more: for the map of block 12,
+    blocks 1-11, then LayerNorm, q and k of block 12. -> list of maps (B, H, T, T) or hidden states (B, T, D)."""
     if distill == "hidden":
         features = teacher.forward_features(images, layers, ids_keep)
         return [teacher.representation(features[k], k) for k in layers]
@@ -356,9 +357,11 @@ class MaskedAutoencoder(nn.Module):
                 nn.init.zeros_(self.extra_qk.bias)
         self.adapters = nn.ModuleDict()
         for k in self.layers:
-            t = teacher.blocks[teacher_layer(k, encoder, teacher) - 1]
-            self.adapters[str(k)] = nn.Linear(encoder.embed_dim, teacher.embed_dim, bias=False) if distill == "hidden" else \
-                nn.Conv2d(encoder.blocks[k - 1].attn.num_heads, t.attn.num_heads, 1, bias=False)
+            if distill == "hidden":
+                self.adapters[str(k)] = nn.Linear(encoder.embed_dim, teacher.embed_dim, bias=False)
+            else:
+                blocks = encoder.blocks[k - 1], teacher.blocks[teacher_layer(k, encoder, teacher) - 1]
+                self.adapters[str(k)] = nn.Conv2d(*(b.attn.num_heads for b in blocks), 1, bias=False)
 
     def build_decoder(self, dim, depth, heads):
         """The decoder of MAE: embedding, mask token, fixed sin-cos positions, blocks, norm, pixels."""
@@ -399,7 +402,7 @@ class MaskedAutoencoder(nn.Module):
         return {"loss": rec + self.alpha * attn, "rec": rec, "attn": attn}
 
     def student_signal(self, features, k):
-        """The student's attention map (B, H, T, T), or hidden state (B, T, D), that answers the teacher's at block k."""
+        """The student's map (B, H, T, T), or hidden state (B, T, D), that imitates the teacher's at block k."""
         depth = self.encoder.depth
         if self.decoupled and k == depth:    # D2-MAE: one attention more, behind the last block
             x = self.extra_norm(features[depth])
@@ -441,15 +444,16 @@ class MaskedAutoencoder(nn.Module):
 class HieraMaskedAutoencoder(MaskedAutoencoder):
     """MAE and D-MAE on Hiera (built with q_pool=2): the decoder fuses the ends of stages 1, 2 and the last block.
 
-    ids_keep and ids_masked count mask units; each has 2x2 decoder tokens of 16x16 pixels, kept together: token 4 u + i is
-    token i (raster) of unit u.
+    ids_keep and ids_masked count mask units; each has 2x2 decoder tokens of 16x16 pixels, kept together: token 4 u + i
+    is token i (raster) of unit u.
     """
 
     def build_decoder(self, dim, depth, heads):
         encoder = self.encoder
         width, (h, w) = encoder.embed_dim, encoder.unit_grid
+        widths = [encoder.blocks[end - 1].mlp.fc2.out_features for end in encoder.stage_ends[:2]]
         self.multi_scale_fusion_heads = nn.ModuleList([    # stage 1: 8x8 tokens per unit -> 2x2, stage 2: 4x4 -> 2x2
-            nn.Conv2d(encoder.blocks[end - 1].mlp.fc2.out_features, width, k, k) for end, k in zip(encoder.stage_ends, (4, 2))])
+            nn.Conv2d(widths[0], width, 4, 4), nn.Conv2d(widths[1], width, 2, 2)])
         self.encoder_norm = LayerNorm(width)
         self.decoder_embed = nn.Linear(width, dim)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, dim))
@@ -477,9 +481,9 @@ class HieraMaskedAutoencoder(MaskedAutoencoder):
     def forward_decoder(self, features, ids_keep, ids_masked):
         """-> decoder tokens (B, 4 N, D) in the order [ids_keep, ids_masked], 4 per unit."""
         B, V = ids_keep.shape
-        ends, x = self.encoder.stage_ends, 0
-        for end, rounds, head in zip((ends[0], ends[1], ends[3]), (3, 2, 1), [*self.multi_scale_fusion_heads, nn.Identity()]):
-            units = features[end].unflatten(1, (-1, V)).transpose(1, 2).flatten(0, 1)         # (B V, tokens, C), unrolled
+        ends, x, (head1, head2) = self.encoder.stage_ends, 0, self.multi_scale_fusion_heads
+        for end, rounds, head in ((ends[0], 3, head1), (ends[1], 2, head2), (ends[3], 1, nn.Identity())):
+            units = features[end].unflatten(1, (-1, V)).transpose(1, 2).flatten(0, 1)         # (B V, tokens, C)
             x = x + head(reroll(units, (1, 1), rounds).permute(0, 3, 1, 2))                   # (B V, D, 2, 2)
         x = self.encoder_norm(x.flatten(2).transpose(1, 2).reshape(B, 4 * V, -1))
         x = self.decoder_embed(x)
@@ -507,19 +511,19 @@ def build_teacher(args):
     if name not in MODELS:
         raise InputError(f"--teacher-model {name} is not one of {', '.join(MODELS)}")
     if name.startswith("hiera") != args.model.startswith("hiera"):
-        raise InputError(f"--teacher {args.teacher} is a {name}, the student a {args.model}: their tokens do not correspond")
+        raise InputError(f"--teacher {args.teacher} is a {name}, the student a {args.model}: their tokens differ")
     if name.startswith("hiera"):
         teacher = MODELS[name](img_size=args.image_size, q_pool=2)
     elif patch != args.patch_size:
         raise InputError(f"--teacher {args.teacher} has patches of {patch} pixels, the student of {args.patch_size}: "
-                         f"their tokens do not correspond; give --patch-size {patch}")
+                         f"their tokens differ; give --patch-size {patch}")
     else:
         teacher = MODELS[name](img_size=args.image_size, patch_size=patch, fixed_pos_embed=True)
     info = load_encoder(teacher, args.teacher)
     for key in ("mean", "std"):
         if key in info and not np.allclose(info[key], getattr(args, key)):
-            raise InputError(f"--teacher {args.teacher} was trained with --{key} {info[key]}, this run has {getattr(args, key)}: "
-                             "student and teacher must see the same pixels")
+            raise InputError(f"--teacher {args.teacher} was trained with --{key} {info[key]}, this run has "
+                             f"{getattr(args, key)}: student and teacher must see the same pixels")
     return teacher.eval().requires_grad_(False)
 
 
@@ -552,10 +556,11 @@ def lr_at(step, total, warmup, lr, min_lr):
 # ----------------------------------------------------------------------------------------------------------------------
 def init_distributed(device):
     """torchrun sets RANK, LOCAL_RANK and WORLD_SIZE; without them this is one process. -> rank, world, torch.device"""
-    rank, local_rank, world = (int(os.environ.get(k, v)) for k, v in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
+    rank, local_rank, world = (int(os.environ.get(*v)) for v in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    if (device == "cuda" and not torch.cuda.is_available()) or (device == "mps" and not torch.backends.mps.is_available()):
+        device = next(name for name in available if available[name])
+    if not available[device]:
         raise InputError(f"--device {device} is not available on this machine: choose another, or auto")
     device = torch.device(device, local_rank) if device == "cuda" else torch.device(device)
     if device.type == "cuda":
@@ -574,10 +579,10 @@ def amp_dtype(name, device):
 
 
 class EpochBatches:
-    """Batch sampler: lists of (epoch, index) keys. A global batch is the same for any number of processes and micro-steps.
+    """Batch sampler: lists of (epoch, index) keys, the same global batches for any number of processes, micro-steps.
 
-    Each epoch is a seeded permutation cut into batches of `batch` (the last, incomplete one is left out); a batch is dealt
-    out to accum_steps x world. A set smaller than `batch` makes batches of all it has. Set `epoch` and `start`, the
+    An epoch is a seeded permutation cut into batches of `batch` (an incomplete last one is left out), each dealt out to
+    accum_steps x world. A set smaller than `batch` makes one batch of all it has. Set `epoch`, and `start` to the
     optimizer steps of it that are already done, before iterating.
     """
 
@@ -586,7 +591,7 @@ class EpochBatches:
         self.per_process = min(batch, n) // (accum_steps * world)
         if batch % (accum_steps * world) or not self.per_process:
             raise InputError(f"--batch-size {batch} cannot be dealt out evenly to {world} process(es) x --accum-steps "
-                             f"{accum_steps} from {n} images: choose a multiple of {accum_steps * world} and enough images")
+                             f"{accum_steps} from {n} images: choose a multiple of {accum_steps * world}")
         self.batch = self.per_process * accum_steps * world
         self.steps, self.epoch, self.start = n // self.batch, 0, 0
 
@@ -594,22 +599,23 @@ class EpochBatches:
         return (self.steps - self.start) * self.accum_steps
 
     def __iter__(self):
-        order = torch.randperm(self.n, generator=torch.Generator().manual_seed(self.seed * 100_003 + self.epoch)).tolist()
+        generator = torch.Generator().manual_seed(self.seed * 100_003 + self.epoch)
+        order = torch.randperm(self.n, generator=generator).tolist()
         for micro in range(self.start * self.accum_steps, self.steps * self.accum_steps):
             first = (micro * self.world + self.rank) * self.per_process
             yield [(self.epoch, i) for i in order[first:first + self.per_process]]
 
 
 def param_groups(model, weight_decay, layer_decay=1.0, depth=12):
-    """Optimizer groups by layer and decay: lr_scale = layer_decay^(depth + 1 - layer); no weight decay on biases, norms,
-    tokens and position tables. Names may start with 'encoder.'."""
+    """Optimizer groups: lr_scale = layer_decay^(depth + 1 - layer); no weight decay on biases, norms, tokens, position
+    tables. Names may start with 'encoder.'."""
     groups, undecayed = {}, ("cls_token", "mask_token", "pos_embed", "relative_position_bias_table")
     for name, p in model.named_parameters():
         if p.requires_grad:
-            layer, decay = layer_id(name.removeprefix("encoder."), depth), p.dim() > 1 and not name.endswith(undecayed)
-            groups.setdefault((layer if layer_decay != 1 else depth + 1, decay), []).append(p)
-    return [{"params": params, "weight_decay": weight_decay if decay else 0.0, "layer": layer,
-             "lr_scale": layer_decay ** (depth + 1 - layer)} for (layer, decay), params in sorted(groups.items(), key=lambda g: g[0])]
+            layer = depth + 1 if layer_decay == 1 else layer_id(name.removeprefix("encoder."), depth)
+            groups.setdefault((layer, p.dim() > 1 and not name.endswith(undecayed)), []).append(p)
+    return [{"params": params, "weight_decay": weight_decay if decayed else 0.0, "layer": layer,
+             "lr_scale": layer_decay ** (depth + 1 - layer)} for (layer, decayed), params in sorted(groups.items())]
 
 
 def save_checkpoint(path, **state):
@@ -618,32 +624,39 @@ def save_checkpoint(path, **state):
     os.replace(f"{path}.tmp", path)
 
 
-def resume(path, args, free=("workers", "device", "compile", "max_steps", "log_every", "eval_every", "no_resume", "eval", "predict")):
-    """State saved in `path`, or None. The recipe must be that of the interrupted run, but for the options in `free`."""
+def resume(path, args):
+    """State saved in `path`, or None. The options must be those of the interrupted run, but for the free ones."""
+    free = "workers device compile max_steps log_every eval_every no_resume eval predict".split()
     if args.no_resume or not Path(path).exists():
         return None
     state = torch.load(path, map_location="cpu", weights_only=True)
-    now = json.loads(json.dumps(vars(args)))
-    changed = [f"--{k.replace('_', '-')} {state['args'].get(k)}" for k in now if k not in free and state["args"].get(k) != now[k]]
+    now, before = json.loads(json.dumps(vars(args))), state["args"]
+    changed = [f"--{k.replace('_', '-')} {before.get(k)}" for k in now if k not in free and before.get(k) != now[k]]
     if changed:
-        raise InputError(f"{path} was written with {', '.join(changed[:5])}: give the same options to go on, or another --out, "
-                         "or --no-resume to start again")
+        raise InputError(f"{path} was written with {', '.join(changed[:5])}: give the same options to go on, another "
+                         "--out, or --no-resume to start again")
     return state
 
 
 def log_line(path, rank, **values):
     """Append one JSON object to log.jsonl (rank 0 only)."""
     if rank == 0:
+        values = {k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in values.items()}
         with open(path, "a") as file:
-            file.write(json.dumps({k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in values.items()}) + "\n")
+            file.write(json.dumps(values) + "\n")
+
+
+def read_log(path):
+    return [json.loads(line) for line in Path(path).read_text().splitlines()]
 
 
 def open_log(path, rank, args, step):
-    """Keep the lines of a resumed run up to its checkpoint; begin a new log with the resolved options and the git commit."""
+    """Keep what a resumed run logged up to its checkpoint; a new log begins with the options and the git commit."""
     if rank == 0:
-        lines = [json.loads(line) for line in open(path)] if step and Path(path).exists() else []
-        commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True)
-        lines = [v for v in lines if v.get("step", 0) <= step] or [{"args": vars(args), "commit": commit.stdout.strip()}]
+        lines = read_log(path) if step and Path(path).exists() else []
+        git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
+        commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() if shutil.which("git") else ""
+        lines = [v for v in lines if v.get("step", 0) <= step] or [{"args": vars(args), "commit": commit}]
         Path(path).write_text("".join(json.dumps(v) + "\n" for v in lines))
 
 
@@ -651,10 +664,12 @@ def memory_gb(device):
     """Peak memory: allocated on a GPU, resident of this process elsewhere (0 where the system does not tell)."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated() / 2 ** 30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** (30 if sys.platform == "darwin" else 20) if resource else 0.0
+    unit = 2 ** 30 if sys.platform == "darwin" else 2 ** 20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit if resource else 0.0
 
 
-def train_epoch(model, loader, losses_of, names_of, optimizer, scaler, lr_of, step, until, total, args, rank, world, device, stop):
+def train_epoch(model, loader, losses_of, names_of, optimizer, scaler, lr_of, step, until, total, args, rank, world,
+                device, stop):
     """Optimizer steps from `step` to the end of the epoch or to `until` -> next step, True if SIGTERM asked to stop.
 
     losses_of(model, batch) -> dict of scalars, "loss" first; names_of(batch) -> its images, for error messages;
@@ -673,9 +688,9 @@ def train_epoch(model, loader, losses_of, names_of, optimizer, scaler, lr_of, st
             waiting = time.perf_counter()
             batch = next(batches)
             waited += time.perf_counter() - waiting
-            torch.manual_seed((args.seed * 1_000_003 + step) * 4096 + micro * world + rank)    # drop path, mixup: no state to save
+            torch.manual_seed((args.seed * 1_000_003 + step) * 4096 + micro * world + rank)   # no RNG state to save
             last = micro == args.accum_steps - 1
-            with contextlib.nullcontext() if world == 1 or last else model.no_sync():           # one all-reduce per step
+            with contextlib.nullcontext() if world == 1 or last else model.no_sync():         # one all-reduce a step
                 with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
                     losses = losses_of(model, batch)
                 scaler.scale(losses["loss"] / args.accum_steps).backward()
@@ -693,12 +708,12 @@ def train_epoch(model, loader, losses_of, names_of, optimizer, scaler, lr_of, st
             continue
 
         # the only place where the host waits for the device, and processes for each other's losses
-        own = torch.stack([torch.stack([*losses.values()]) for _, _, losses in window])          # (micro-steps, losses)
+        own = torch.stack([torch.stack([*values.values()]) for _, _, values in window])       # (micro-steps, losses)
         mean, flag = own / world, torch.tensor([float(stop.is_set())], device=device)
         if world > 1:
             dist.all_reduce(mean)
             dist.all_reduce(flag)
-        asked, bad = flag.item() > 0, [i for i, row in enumerate(mean.isfinite().all(dim=1).tolist()) if not row]
+        asked, bad = flag.item() > 0, (~mean.isfinite().all(dim=1)).nonzero().flatten().tolist()
         if bad:
             where, names, _ = window[bad[0]]
             for r in range(world):    # every process names its own images, one after another
@@ -707,15 +722,16 @@ def train_epoch(model, loader, losses_of, names_of, optimizer, scaler, lr_of, st
                 if world > 1:
                     dist.barrier()
             finite = mean[bad[0] - 1, 0].item() if bad[0] else finite
-            raise FloatingPointError(f"the loss is {mean[bad[0], 0].item()} at step {where}, lr {lr:.3g}, last finite loss {finite}; "
-                                     f"checkpoints in {args.out} are from before; try --dtype fp32, --clip-grad 1 or a lower rate")
-        finite, seconds, share = mean[-1, 0].item(), time.perf_counter() - begun, waited / (time.perf_counter() - begun)
-        means, rate = dict(zip(window[0][2], mean.mean(dim=0).tolist())), (step - first) * sampler.batch / seconds
+            raise FloatingPointError(
+                f"the loss is {mean[bad[0], 0].item()} at step {where}, lr {lr_of(where):.3g}, last finite loss {finite};"
+                f" checkpoints in {args.out} are from before; try --dtype fp32, --clip-grad 1 or a lower learning rate")
+        finite, seconds = mean[-1, 0].item(), time.perf_counter() - begun
+        means, rate, share = mean.mean(dim=0).tolist(), (step - first) * sampler.batch / seconds, waited / seconds
         eta, memory = (total - step) * sampler.batch / rate / 3600, memory_gb(device)
-        log_line(log, rank, step=step, epoch=sampler.epoch + 1, **means, lr=lr, grad_norm=grad_norm.item(), img_s=rate,
-                 data_share=share, memory_gb=memory, eta_h=eta)
+        log_line(log, rank, step=step, epoch=sampler.epoch + 1, **dict(zip(window[0][2], means)), lr=lr,
+                 grad_norm=grad_norm.item(), img_s=rate, data_share=share, memory_gb=memory, eta_h=eta)
         bar.update(step - first)
-        bar.set_postfix_str(f"loss {means['loss']:.4f}, {rate:.0f} img/s, data {share:.0%}, {eta:.2g} h left")
+        bar.set_postfix_str(f"loss {means[0]:.4f}, {rate:.0f} img/s, data {share:.0%}, {eta:.2g} h left")
         if rank == 0 and step >= 50 > first:
             bar.write(f"after {step} steps: {rate:.0f} images/s, {memory:.1f} GB, {eta:.2g} hours to go")
         if rank == 0 and share > 0.3 and step == end:
@@ -727,27 +743,30 @@ def train_epoch(model, loader, losses_of, names_of, optimizer, scaler, lr_of, st
 
 def draw_curves(path, panels):
     """Line charts side by side as a PNG. panels: title -> {label: [(x, y), ...]}."""
-    font, width, height, colors = ImageFont.load_default(13), 430, 300, ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#000000")
+    font, width, height = ImageFont.load_default(13), 430, 300
+    colors = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#000000")
     image = Image.new("RGB", (width * len(panels), height), "white")
     draw = ImageDraw.Draw(image)
     for i, (title, lines) in enumerate(panels.items()):
         left, top, right, bottom = i * width + 62, 34, (i + 1) * width - 16, height - 34
         xs, ys = ([p[axis] for line in lines.values() for p in line] or [0, 1] for axis in (0, 1))
         (x0, x1), (y0, y1) = ((min(v), max(v) if max(v) > min(v) else min(v) + 1) for v in (xs, ys))
-        place = lambda x, y: (left + (x - x0) / (x1 - x0) * (right - left), bottom - (y - y0) / (y1 - y0) * (bottom - top))
+
+        def place(x, y):
+            return left + (x - x0) / (x1 - x0) * (right - left), bottom - (y - y0) / (y1 - y0) * (bottom - top)
+
         draw.text((left, 8), title, "black", font)
         for k in range(5):
             x, y = x0 + (x1 - x0) * k / 4, y0 + (y1 - y0) * k / 4
             draw.line([place(x0, y), place(x1, y)], "#dddddd")
             draw.text((left - 6, place(x0, y)[1]), f"{y:.3g}", "black", font, anchor="rm")
             draw.text((place(x, y0)[0], bottom + 6), f"{x:.4g}", "black", font, anchor="ma" if k < 4 else "ra")
-        for color, (label, line) in zip(colors, lines.items()):
+        for k, (label, line) in enumerate(lines.items()):
             points = [place(*p) for p in line]
-            draw.line(points, color, 2)
+            draw.line(points, colors[k % 5], 2)
             for x, y in points if len(points) < 40 else ():
-                draw.ellipse([x - 2, y - 2, x + 2, y + 2], color)
-        for k, label in enumerate(lines):
-            draw.text((right - 4, top + 4 + 16 * k), label, colors[k % len(colors)], font, anchor="ra")
+                draw.ellipse([x - 2, y - 2, x + 2, y + 2], colors[k % 5])
+            draw.text((right - 4, top + 4 + 16 * k), label, colors[k % 5], font, anchor="ra")
     image.save(path)
 
 
@@ -770,11 +789,13 @@ def evaluate(model, teacher, loader, args, world, device):
             losses = model(images, ids_keep, ids_masked, signals)
         target = model.targets(images, ids_masked)
         base = (target - target.mean(dim=-1, keepdim=True)).square().mean()
-        sums += torch.stack([torch.ones_like(base), losses["rec"].float(), base, losses.get("attn", base * 0).float()]) * len(images)
+        means = base.new_ones(()), losses["rec"], base, losses.get("attn", base.new_zeros(()))
+        sums += torch.stack([m.float() for m in means]) * len(images)
     if world > 1:
         dist.all_reduce(sums)
     n, rec, base, attn = sums.tolist()
-    return {"val_rec": rec / n, "val_base": base / n, **({"val_attn": attn / n} if teacher else {}), "val_images": int(n)}
+    values = {"val_rec": rec / n, "val_base": base / n, "val_images": int(n)}
+    return {**values, "val_attn": attn / n} if teacher else values
 
 
 def teacher_reads(model, teacher):
@@ -792,7 +813,7 @@ def to_pixels(images, args):
 def reconstruct(model, images, ids_keep, ids_masked):
     """Images with masked patches greyed out, and with predicted ones in their place -> two (B, 3, H, W), normalised.
 
-    A model trained with norm_pix predicts patches of zero mean and unit variance; mean and std are taken from the input.
+    A model trained with norm_pix predicts patches of zero mean and unit variance; mean and std come from the input.
     """
     features = model.encoder.forward_features(images, model.encoder_taps(), ids_keep)
     tokens = model.forward_decoder(features, ids_keep, ids_masked)
@@ -807,7 +828,7 @@ def reconstruct(model, images, ids_keep, ids_masked):
     pictures = []
     for values in (torch.zeros_like(pred), pred):
         picture = images.clone()
-        grid = picture.view(B, 3, -1, p, w, p).permute(0, 2, 4, 1, 3, 5)                      # a view: writes go through
+        grid = picture.view(B, 3, -1, p, w, p).permute(0, 2, 4, 1, 3, 5)                      # a view to write through
         grid[torch.arange(B, device=ids.device)[:, None], ids // w, ids % w] = values
         pictures.append(picture)
     return pictures
@@ -837,14 +858,14 @@ def draw_reconstructions(model, images, noise, args, path):
     ids_keep, ids_masked = random_masking(noise, args.mask_ratio)
     masked, filled = reconstruct(model, images, ids_keep, ids_masked)
     rows = list(zip(*(to_pixels(x, args) for x in (images, masked, filled))))
-    note = "prediction of the masked patches only" + ("; patch mean and std taken from the input (norm_pix)" if args.norm_pix else "")
-    draw_grid(path, ("input", "masked", "prediction"), rows, note)
+    note = "; patch mean and std taken from the input (norm_pix)" if args.norm_pix else ""
+    draw_grid(path, ("input", "masked", "prediction"), rows, "prediction of the masked patches only" + note)
 
 
 @torch.no_grad()
 def draw_attention(model, teacher, images, args, path):
-    """Student's (after the head adapter) and teacher's softmax attention at the last distilled layer, mean over heads, all
-    patches visible. Two queries per image."""
+    """Student's (after the head adapter) and teacher's softmax attention at the last distilled layer, mean over heads,
+    all patches visible. Two queries per image."""
     layer, encoder, B = model.layers[-1], model.encoder, len(images)
     hiera = isinstance(model, HieraMaskedAutoencoder)
     ids = torch.arange(model.cells, device=images.device).expand(B, -1)
@@ -863,10 +884,15 @@ def draw_attention(model, teacher, images, args, path):
         for y, x in ((h // 3, w // 3), (2 * h // 3, w // 2)):
             marked = Image.fromarray(pictures[b].copy())
             ImageDraw.Draw(marked).rectangle([x * p - 1, y * p - 1, x * p + p, y * p + p], outline="#ff0000")
-            heat = [((a - a.min()) / (a.max() - a.min())).view(h, w).numpy() for a in (m[b, y * w + x] for m in maps)]
-            heat = [(np.stack([a ** 0.5, a ** 1.5, 0.3 * a], -1) * 255).astype(np.uint8).repeat(p, 0).repeat(p, 1) for a in heat]
-            rows.append((np.asarray(marked), *heat))
-    draw_grid(path, ("query", "student", "teacher"), rows, "attention of the marked patch, mean over heads, each map from its minimum (dark) to its maximum")
+            heats = []
+            for m in maps:
+                a = m[b, y * w + x].view(h, w).numpy()
+                a = (a - a.min()) / (a.max() - a.min())
+                heat = (np.stack([a ** 0.5, a ** 1.5, 0.3 * a], axis=-1) * 255).astype(np.uint8)      # black to yellow
+                heats.append(heat.repeat(p, 0).repeat(p, 1))
+            rows.append((np.asarray(marked), *heats))
+    draw_grid(path, ("query", "student", "teacher"), rows,
+              "attention of the marked patch, mean over heads, each map from its minimum (dark) to its maximum")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -886,8 +912,8 @@ def main(args):
     model = build_student(args, teacher).to(device)
     encoder_size, trained = (sum(p.numel() for p in m.parameters() if p.requires_grad or m is model.encoder)
                              for m in (model.encoder, model))
-    say(f"{args.method} on {args.model}: encoder {encoder_size / 1e6:.2f}M parameters, {trained / 1e6:.2f}M trained with decoder "
-        f"and adapters; decoder reads block {args.decoder_tap}; distilled blocks: {args.distill_layers or 'none'}")
+    say(f"{args.method} on {args.model}: encoder {encoder_size / 1e6:.2f}M parameters, {trained / 1e6:.2f}M trained "
+        f"with decoder and adapters; decoder reads block {args.decoder_tap}; distilled: {args.distill_layers or 'none'}")
 
     # data
     train_set, val_set, said = make_data(args, model.cells)
@@ -902,10 +928,11 @@ def main(args):
     total, warmup = args.epochs * batches.steps, int(args.warmup_epochs * batches.steps)
     until = min(total, args.max_steps or total)
     dtype = amp_dtype(args.dtype, device)
-    say(f"{batches.per_process} images x {world} process(es) x {args.accum_steps} accumulation = batch {batches.batch}"
-        f"{'' if batches.batch == args.batch_size else f' (not {args.batch_size}: the data set is smaller)'}; "
-        f"lr {args.lr:.3g} = {args.base_lr:g} * {batches.batch} / 256; {batches.steps} steps per epoch; {device}, {dtype}")
-    optimizer = torch.optim.AdamW(param_groups(model, args.weight_decay), lr=args.lr, betas=tuple(args.betas), fused=True)
+    smaller = "" if batches.batch == args.batch_size else f" (not {args.batch_size}: the data set is smaller)"
+    say(f"batch {batches.batch}{smaller} = {batches.per_process} images x {world} process(es) x {args.accum_steps} "
+        f"micro-steps; lr {args.lr:.3g} = {args.base_lr:g} * {batches.batch} / 256; {batches.steps} steps per epoch; "
+        f"{device}, {dtype}")
+    optimizer = torch.optim.AdamW(param_groups(model, args.weight_decay), args.lr, tuple(args.betas), fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     step, state = 0, resume(out / "last.pt", args)
     if state:
@@ -941,11 +968,11 @@ def main(args):
 
     def save():
         if rank == 0:
-            plain = json.loads(json.dumps(vars(args)))
-            common = dict(arch=model.encoder.arch, mean=list(args.mean), std=list(args.std), norm_pix=args.norm_pix, args=plain, step=step)
+            about = dict(arch=model.encoder.arch, mean=list(args.mean), std=list(args.std), norm_pix=args.norm_pix,
+                         args=json.loads(json.dumps(vars(args))), step=step)
             save_checkpoint(out / "last.pt", model=model.state_dict(), optimizer=optimizer.state_dict(),
-                            scaler=scaler.state_dict(), **common)
-            save_checkpoint(out / "encoder.pt", model=model.encoder.state_dict(), **common)
+                            scaler=scaler.state_dict(), **about)
+            save_checkpoint(out / "encoder.pt", model=model.encoder.state_dict(), **about)
 
     def report(pictures):
         values = evaluate(model, teacher, val_loader, args, world, device)
@@ -958,11 +985,12 @@ def main(args):
             draw_reconstructions(model, images, noise, args, out / "reconstruction.png")
             if teacher and args.distill == "attention":
                 draw_attention(model, teacher, images[:4], args, out / "attention.png")
-            lines = [json.loads(line) for line in open(out / "log.jsonl")]
-            curve = lambda *keys: {k: [(v["step"], v[k]) for v in lines if k in v] for k in keys}
-            panels = {"reconstruction loss by step": curve("rec", "val_rec", "val_base")}
-            if teacher:
-                panels[f"{args.distill} loss by step"] = {"train": curve("attn")["attn"], "held out": curve("val_attn")["val_attn"]}
+            lines, panels = read_log(out / "log.jsonl"), {}
+            for title, keys in (("reconstruction", ("rec", "val_rec", "val_base")),
+                                (args.distill, ("attn", "val_attn"))):
+                curves = {k: [(v["step"], v[k]) for v in lines if k in v] for k in keys}
+                if any(curves.values()):
+                    panels[f"{title} loss by step"] = curves
             draw_curves(out / "curves.png", panels)
 
     # training
@@ -972,8 +1000,8 @@ def main(args):
         report(pictures=False)
     while step < until:
         batches.epoch, batches.start = divmod(step, batches.steps)
-        step, stopped = train_epoch(student, loader, losses_of, names_of, optimizer, scaler, lr_of, step, until, total, args,
-                                    rank, world, device, stop)
+        step, stopped = train_epoch(student, loader, losses_of, names_of, optimizer, scaler, lr_of, step, until, total,
+                                    args, rank, world, device, stop)
         save()
         if stopped:
             raise SystemExit(f"stopped by SIGTERM after step {step}; the same command goes on from {out}/last.pt")
@@ -985,14 +1013,14 @@ def main(args):
     report(pictures=True)
 
     if rank == 0:
-        lines = [json.loads(line) for line in open(out / "log.jsonl")]
-        evaluations = [v for v in lines if "val_rec" in v]
-        print(f"\nheld-out reconstruction loss {evaluations[-1]['val_rec']:.3f} (predicting the mean of each patch: "
-              f"{evaluations[-1]['val_base']:.3f}; before training: {evaluations[0]['val_rec']:.3f})")
+        evaluations = [v for v in read_log(out / "log.jsonl") if "val_rec" in v]
+        first, last = evaluations[0], evaluations[-1]
+        print(f"\nheld-out reconstruction loss {last['val_rec']:.3f} (before training {first['val_rec']:.3f}; "
+              f"predicting the mean of each patch {last['val_base']:.3f})")
         if teacher:
-            print(f"held-out {args.distill} loss {evaluations[-1]['val_attn']:.4g} (before training: {evaluations[0]['val_attn']:.4g})")
-        print(f"encoder for the other scripts: {out}/encoder.pt\npictures: "
-              f"{', '.join(str(p) for p in sorted(out.glob('*.png')))}\nlog: {out}/log.jsonl")
+            print(f"held-out {args.distill} loss {last['val_attn']:.4g} (before training {first['val_attn']:.4g})")
+        print(f"encoder for the other scripts: {out}/encoder.pt\nlog: {out}/log.jsonl\n"
+              f"pictures: {', '.join(str(p) for p in sorted(out.glob('*.png')))}")
 
 
 if __name__ == "__main__":
@@ -1000,9 +1028,10 @@ if __name__ == "__main__":
         arguments = parse_args()
         if arguments.demo:
             arguments = parse_args(**DEMO)
-            if arguments.method != "mae" and not arguments.teacher:    # a teacher first, by an ordinary run of half the length
+            if arguments.method != "mae" and not arguments.teacher:    # a teacher first, by an ordinary, shorter run
                 teacher = parse_args(**DEMO)
-                teacher.method, teacher.out, teacher.epochs = "mae", f"{arguments.out}/teacher", math.ceil(arguments.epochs / 2)
+                teacher.method, teacher.out = "mae", f"{arguments.out}/teacher"
+                teacher.epochs = math.ceil(arguments.epochs / 2)
                 main(teacher)
                 arguments.teacher = f"{teacher.out}/encoder.pt"
         main(arguments)
