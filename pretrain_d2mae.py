@@ -169,7 +169,7 @@ def read_image(path):
         image = torchvision.io.decode_image(str(path), mode=torchvision.io.ImageReadMode.RGB)
         image = image[0] if image.dim() == 4 else image                        # first frame of an animation
         return (image.int() // 257).to(torch.uint8) if image.dtype == torch.uint16 else image
-    except RuntimeError:    # a format that only Pillow reads, or a broken file
+    except (RuntimeError, AttributeError):    # a format that only Pillow reads, a broken file, a torchvision without it
         with Image.open(path) as image:
             if image.mode.startswith("I"):                                     # 16-bit grey, which convert() would clip
                 image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
@@ -723,7 +723,7 @@ def train_epoch(model, loader, losses_of, names_of, optimizer, scaler, lr_of, st
                     dist.barrier()
             finite = mean[bad[0] - 1, 0].item() if bad[0] else finite
             raise FloatingPointError(
-                f"the loss is {mean[bad[0], 0].item()} at step {where}, lr {lr_of(where):.3g}, last finite loss {finite};"
+                f"the loss is {mean[bad[0], 0].item()} at step {where}, lr {lr_of(where):.3g}, last finite {finite};"
                 f" checkpoints in {args.out} are from before; try --dtype fp32, --clip-grad 1 or a lower learning rate")
         finite, seconds = mean[-1, 0].item(), time.perf_counter() - begun
         means, rate, share = mean.mean(dim=0).tolist(), (step - first) * sampler.batch / seconds, waited / seconds
@@ -913,7 +913,7 @@ def main(args):
     encoder_size, trained = (sum(p.numel() for p in m.parameters() if p.requires_grad or m is model.encoder)
                              for m in (model.encoder, model))
     say(f"{args.method} on {args.model}: encoder {encoder_size / 1e6:.2f}M parameters, {trained / 1e6:.2f}M trained "
-        f"with decoder and adapters; decoder reads block {args.decoder_tap}; distilled: {args.distill_layers or 'none'}")
+        f"with decoder and adapters; decoder on block {args.decoder_tap}; distilled: {args.distill_layers or 'none'}")
 
     # data
     train_set, val_set, said = make_data(args, model.cells)
@@ -1036,7 +1036,7 @@ if __name__ == "__main__":
                 arguments.teacher = f"{teacher.out}/encoder.pt"
         main(arguments)
     except (InputError, FloatingPointError) as error:    # loader processes put their traceback before the sentence
-        sys.exit(f"error: {str(error).strip().splitlines()[-1].removeprefix('models.InputError: ')}")
+        sys.exit(f"\nerror: {str(error).strip().splitlines()[-1].removeprefix('models.InputError: ')}")
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
