@@ -278,15 +278,17 @@ def patch_pixels(images, ids, patch_size, channels_last=True):
     or (channel, row, column) as in Hiera. Only those patches are copied."""
     B, p = len(images), patch_size
     h, w = images.shape[2] // p, images.shape[3] // p
-    patches = images.view(B, 3, h, p, w, p).permute(0, 2, 4, 3, 5, 1) if channels_last else \
-        images.view(B, 3, h, p, w, p).permute(0, 2, 4, 1, 3, 5)
-    return patches[torch.arange(B, device=images.device)[:, None], ids // w, ids % w].flatten(2)
+    patches = images.view(B, 3, h, p, w, p).permute(0, 2, 4, 1, 3, 5)                          # (B, h, w, 3, p, p)
+    patches = patches[torch.arange(B, device=images.device)[:, None], ids // w, ids % w]       # (B, M, 3, p, p)
+    return (patches.permute(0, 1, 3, 4, 2) if channels_last else patches).flatten(2)
 
 
 def normalize_patches(patches):
-    """norm_pix: patches (B, M, P) minus their means, over sqrt(unbiased variance + 1e-6) -> targets, means, stds."""
-    mean, std = patches.mean(-1, keepdim=True), (patches.var(-1, keepdim=True) + 1e-6).sqrt()
-    return (patches - mean) / std, mean, std
+    """norm_pix: (x - mean) / sqrt(unbiased variance + 1e-6) of each patch (B, M, P). A layer norm has the biased
+    variance instead, so its eps and its result are scaled."""
+    n = patches.shape[-1]
+    ratio = (n - 1) / n    # biased over unbiased variance
+    return F.layer_norm(patches, (n,), eps=1e-6 * ratio) * ratio ** 0.5
 
 
 def reconstruction_loss(pred, target):
@@ -392,7 +394,7 @@ class MaskedAutoencoder(nn.Module):
         """
         features = self.encoder.forward_features(images, self.encoder_taps(), ids_keep)       # block -> (B, 1 + V, D)
         tokens = self.forward_decoder(features, ids_keep, ids_masked)                          # (B, 1 + N, decoder D)
-        pred = self.predict(tokens[:, -self.masked_tokens(ids_masked):])                       # (B, M, P)
+        pred = self.predict(tokens, self.masked_tokens(ids_masked))                            # (B, M, P)
         rec = reconstruction_loss(pred, self.targets(images, ids_masked))
         if not self.layers:
             return {"loss": rec, "rec": rec}
@@ -415,19 +417,25 @@ class MaskedAutoencoder(nn.Module):
         return self.encoder.attention_map(features[k - 1], k)
 
     def forward_decoder(self, features, ids_keep, ids_masked):
-        """Encoder features -> decoder tokens (B, 1 + N, D) in the order [class, ids_keep, ids_masked]."""
+        """Encoder features -> tokens (B, 1 + N, D) before the last block, as [class, ids_keep, ids_masked]."""
         x = self.decoder_embed(self.encoder.norm(features[self.decoder_tap]))                 # (B, 1 + V, D)
         x = torch.cat([x, self.mask_token.expand(*ids_masked.shape, -1).to(x.dtype)], dim=1)  # (B, 1 + N, D)
         order = torch.cat([ids_keep, ids_masked], dim=1) + 1
         pos = self.decoder_pos_embed[0]
         x = x + torch.cat([pos[:1].expand(len(x), 1, -1), pos[order]], dim=1)
-        for block in self.decoder_blocks:
+        for block in self.decoder_blocks[:-1]:
             x = block(x)
         return x
 
-    def predict(self, tokens):
-        """Decoder tokens (B, M, D) -> pixels (B, M, P)."""
-        return self.decoder_pred(self.decoder_norm(tokens))
+    def predict(self, x, n):
+        """Last decoder block, norm and pixels (B, n, P) of the last n of the tokens x (B, T, D), the masked ones: all
+        tokens serve as keys and values, but nothing is computed for outputs that no loss reads."""
+        block, (B, T, D) = self.decoder_blocks[-1], x.shape
+        qkv = block.attn.qkv(block.norm1(x)).view(B, T, 3, block.attn.num_heads, -1)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)                                                   # 3 x (B, H, T, d)
+        y = F.scaled_dot_product_attention(q[:, :, -n:], k, v).transpose(1, 2).reshape(B, n, D)
+        x = x[:, -n:] + block.attn.proj(y)
+        return self.decoder_pred(self.decoder_norm(x + block.mlp(block.norm2(x))))
 
     def masked_tokens(self, ids_masked):
         return ids_masked.shape[1]
@@ -438,7 +446,7 @@ class MaskedAutoencoder(nn.Module):
 
     def targets(self, images, ids_masked):
         patches = self.patches(images, ids_masked).float()
-        return normalize_patches(patches)[0] if self.norm_pix else patches
+        return normalize_patches(patches) if self.norm_pix else patches
 
 
 class HieraMaskedAutoencoder(MaskedAutoencoder):
@@ -479,7 +487,7 @@ class HieraMaskedAutoencoder(MaskedAutoencoder):
         return self.unit_tokens[units].flatten(1)
 
     def forward_decoder(self, features, ids_keep, ids_masked):
-        """-> decoder tokens (B, 4 N, D) in the order [ids_keep, ids_masked], 4 per unit."""
+        """-> tokens (B, 4 N, D) before the last block, as [ids_keep, ids_masked], 4 per unit."""
         B, V = ids_keep.shape
         ends, x, (head1, head2) = self.encoder.stage_ends, 0, self.multi_scale_fusion_heads
         for end, rounds, head in ((ends[0], 3, head1), (ends[1], 2, head2), (ends[3], 1, nn.Identity())):
@@ -489,7 +497,7 @@ class HieraMaskedAutoencoder(MaskedAutoencoder):
         x = self.decoder_embed(x)
         x = torch.cat([x, self.mask_token.expand(B, self.masked_tokens(ids_masked), -1).to(x.dtype)], dim=1)
         x = x + self.decoder_pos_embed[0][self.raster_ids(torch.cat([ids_keep, ids_masked], dim=1))]
-        for block in self.decoder_blocks:
+        for block in self.decoder_blocks[:-1]:
             x = block(x)
         return x
 
@@ -817,10 +825,10 @@ def reconstruct(model, images, ids_keep, ids_masked):
     """
     features = model.encoder.forward_features(images, model.encoder_taps(), ids_keep)
     tokens = model.forward_decoder(features, ids_keep, ids_masked)
-    pred = model.predict(tokens[:, -model.masked_tokens(ids_masked):]).float()
+    pred = model.predict(tokens, model.masked_tokens(ids_masked)).float()
     if model.norm_pix:
-        _, mean, std = normalize_patches(model.patches(images, ids_masked))
-        pred = pred * std + mean
+        patches = model.patches(images, ids_masked)
+        pred = pred * (patches.var(dim=-1, keepdim=True) + 1e-6).sqrt() + patches.mean(dim=-1, keepdim=True)
     hiera = isinstance(model, HieraMaskedAutoencoder)
     ids, p = (model.raster_ids(ids_masked), 16) if hiera else (ids_masked, model.encoder.patch_size)
     pred = pred.unflatten(2, (3, p, p) if hiera else (p, p, 3)).permute(0, 1, *((2, 3, 4) if hiera else (4, 2, 3)))
