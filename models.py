@@ -20,7 +20,7 @@ import os
 import pickle
 import re
 from collections import OrderedDict
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 
 import torch
@@ -37,8 +37,13 @@ class InputError(ValueError):
 
 def normalize(images, mean=IMAGENET_MEAN, std=IMAGENET_STD):
     """(B, 3, H, W) uint8 -> float32 of about zero mean and unit variance, on whatever device the images are."""
-    mean, std = (torch.tensor(c, device=images.device).view(3, 1, 1) * 255 for c in (mean, std))
+    mean, std = channel_constants(tuple(mean), tuple(std), images.device)
     return (images - mean) / std
+
+
+@lru_cache(maxsize=8)    # a copy to the device in every step would make the host wait for it
+def channel_constants(mean, std, device):
+    return [255 * torch.tensor(c, device=device).view(3, 1, 1) for c in (mean, std)]
 
 
 def pair(size):

@@ -953,7 +953,7 @@ def main(args):
 
     student = torch.compile(model) if args.compile else model
     if args.compile and teacher:
-        teacher.compile()
+        teacher.forward_features = torch.compile(teacher.forward_features)
     if world > 1:
         student = DistributedDataParallel(student, device_ids=[device.index] if device.type == "cuda" else None,
                                           gradient_as_bucket_view=True)

@@ -480,3 +480,18 @@ def test_defaults_are_the_papers_recipe():
                              clip_grad=0, mask_ratio=0.75, decoder_tap=8, distill_layers=[12], crop_scale=(0.08, 1.0), norm_pix=True)
     assert all(getattr(args, k) == v for k, v in vars(recipe).items())
     assert P.resolve(P.parse_args(["--method", "mae", "--model", "hiera_tiny"])).mask_ratio == 0.4
+    section = (ROOT / "README.md").read_text().split("## Pre-training")[1].split("\n## ")[0]
+    table = re.findall(r"\| `--([\w-]+)` \| ([\d. ]+)", section)                # the README's table of defaults
+    assert len(table) == 14
+    for option, text in table:
+        value = getattr(args, option.replace("-", "_"))
+        assert [float(t) for t in text.split()] == list(np.ravel(value)), option
+
+
+def test_waiting_for_data_is_reported(tmp_path, monkeypatch, capsys):
+    slow = P.draw_shapes.__wrapped__
+    monkeypatch.setattr(P, "draw_shapes", lambda index: (time.sleep(0.05), slow(index))[1])
+    P.main(P.parse_args([str(c) for c in QUICK] + ["--method", "mae", "--epochs", "1", "--batch-size", "8", "--max-steps", "2",
+                                                   "--out", str(tmp_path)]))
+    assert "waiting for data" in capsys.readouterr().out
+    assert P.read_log(tmp_path / "log.jsonl")[2]["data_share"] > 0.3
