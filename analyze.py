@@ -1,0 +1,841 @@
+"""Layer similarity, attention statistics, probes, cost and curves for any checkpoints (paper Figs. 1, 3, 4 and 5).
+
+    python analyze.py cka DeiT=deit_tiny.pth MAE=mae.pt D2-MAE=out/pretrain/encoder.pt --data data/imagenet/val   # Fig. 3
+    python analyze.py attention MAE=mae.pt D2-MAE=out/pretrain/encoder.pt --data data/imagenet/val                # Fig. 5
+    python analyze.py probe random MAE=mae.pt D2-MAE=out/pretrain/encoder.pt --data FOLDER_OF_CLASS_FOLDERS
+    python analyze.py layers MAE=out/sweep_mae/fig4.csv D2-MAE=out/sweep_d2/fig4.csv                              # Fig. 4
+    python analyze.py cost vit_tiny vit_tiny+rpe hiera_tiny --points tests/assets/fig1.csv                        # Fig. 1
+    python analyze.py curves MAE=out/mae/log.jsonl D2-MAE=out/pretrain/log.jsonl
+    python analyze.py --demo                                                                          # all, no files needed
+
+A model is [LABEL=]SOURCE; SOURCE is a checkpoint of README, "Checkpoints", the name of an untrained model (vit_tiny,
+vit_tiny+rpe, hiera_tiny, ...) or `random`, an untrained copy of the first file's model. Every command writes a picture
+and the numbers behind it as .csv to --out. Nothing here trains, and every map and feature is an explicit return value.
+
+Shapes: B images, N patches, D width, H heads, Q queries and K keys of an attention map, n images of a CKA batch.
+        Layers are counted from 1, as in the paper; layer 0 is the patch embedding.
+
+NOTES, departures from the authors' code:
+- Attention distance is in pixels: grid distance times patch size. The authors multiply by 14 for patches of 16 pixels,
+  so their numbers are 14/16 of these. Entropy has no + 1e-6 inside the logarithm (a difference below 2e-4 nats).
+- CKA centres each Gram matrix once per layer and batch and takes the HSICs of all pairs of layers from one product.
+- The representation of a layer is the next block's first LayerNorm of its output, the final norm for the last (Fig. 2).
+  In D2-MAE files that final norm was trained on block 8. Hiera has none before its decoder: a LayerNorm without scale
+  and bias stands for it.
+- Hiera: maps of mask-unit blocks are over the tokens of one unit, and pooled queries lie at the centre of their four tokens.
+"""
+import argparse
+import csv
+import io
+import json
+import math
+import statistics
+import sys
+import textwrap
+import time
+from collections import defaultdict
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageColor, ImageDraw, ImageFont, ImageOps
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.data import DataLoader, Dataset
+from torch.utils.flop_counter import FlopCounterMode
+from tqdm import tqdm
+
+from models import IMAGENET_MEAN, IMAGENET_STD, MODELS, InputError, infer_model, load_encoder, load_state, normalize, unroll
+
+IMAGE_TYPES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Arguments
+# ----------------------------------------------------------------------------------------------------------------------
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--demo", action="store_true", help="every command on drawn images, with the encoders that the "
+                        "--demo of the other scripts left in out/demo, else untrained ones")
+    commands = parser.add_subparsers(title="commands (each has its own --help)", metavar="COMMAND")
+
+    def command(run, help, *, inputs="models", data=False):
+        sub = commands.add_parser(run.__name__, help=help, description=help,
+                                  formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        sub.set_defaults(run=run)
+        add = sub.add_argument
+        add(inputs, nargs="+", metavar=f"[LABEL=]{inputs[:-1].upper()}", help="see the head of this file")
+        add("--out", default="out/analyze", help="folder for pictures and tables")
+        if inputs == "models":
+            add("--image-size", type=int, nargs="+", help="side, or height and width, in pixels; if absent, the largest "
+                "that the files store, else 224; position tables are resized to it")
+            add("--device", choices=("auto", "cuda", "mps", "cpu"), default="auto")
+            add("--seed", type=int, default=0, help="of the choice of images and of untrained weights")
+        if data:
+            add("--data", default="data/imagenet/val", help="folder of images, or 'shapes' for drawn ones")
+            add("--images", type=int, default=1024, help="at most so many, drawn at random from all of --data")
+            add("--workers", type=int, default=4, help="processes that read images")
+        return add
+
+    add = command(cka, "similarity of every layer of the first model with every layer of each other one (Fig. 3)", data=True)
+    add("--batch-size", type=int, default=128, help="images per minibatch of the unbiased HSIC")
+    add = command(attention, "distance and entropy of every attention head (Fig. 5)", data=True)
+    add("--batch-size", type=int, default=32, help="images per forward pass; the result does not depend on it")
+    add = command(probe, "few-shot accuracy of the frozen features of every layer; --data has one folder per class", data=True)
+    add("--batch-size", type=int, default=64, help="images per forward pass; the result does not depend on it")
+    add("--shots", type=lambda s: [int(v) for v in s.split(",")], default="2,5,10", help="training images per class")
+    add("--draws", type=int, default=20, help="random choices of the training images; the same for every model and layer")
+    add("--neighbours", type=int, default=5, help="k of the k-nearest-neighbour classifier, at most the training images")
+    add("--ridge", type=float, default=0.1, help="penalty of the ridge classifier, in mean squared feature norms")
+    command(layers, "accuracy against the number of pre-trained blocks kept (Fig. 4), from the fig4.csv files of "
+            "finetune.py --sweep-keep-blocks", inputs="files")
+    add = command(cost, "parameters, multiply-adds, latency and throughput; accuracy against latency (Fig. 1)")
+    add("--batch-size", type=int, default=64, help="images per forward pass when measuring throughput")
+    add("--seconds", type=float, default=5.0, help="time spent on each measurement, after as much as a third for warm-up")
+    add("--threads", type=int, help="CPU threads; if absent, as PyTorch chooses")
+    add("--dtype", choices=("fp32", "bf16", "fp16"), default="fp32", help="of weights and activations")
+    add("--points", help="CSV with columns label, model, top1, latency_ms, source for the picture; an empty latency_ms "
+        "is filled in from the model of that label measured here")
+    add = command(curves, "what log.jsonl files of any of the scripts hold, one panel per quantity", inputs="files")
+    add("--keys", nargs="+", help="quantities to draw; if absent, all losses and metrics")
+    args = parser.parse_args(argv)
+    if not args.demo and not hasattr(args, "run"):
+        parser.error("give a command (cka, attention, probe, layers, cost, curves) or --demo")
+    return args
+
+
+def named(argument):
+    """[LABEL=]PATH -> label, path. Without a label: the last folder and the name of the file, or the name as it is."""
+    if "=" in argument and not Path(argument).exists():
+        return tuple(argument.split("=", 1))
+    path = Path(argument)
+    return (f"{path.parent.name}/{path.stem}" if path.suffix else argument), argument
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Models
+# ----------------------------------------------------------------------------------------------------------------------
+class Encoder(NamedTuple):
+    label: str
+    model: nn.Module
+    mean: tuple    # of the pixels it was trained on
+    std: tuple
+
+
+def pick_device(name):
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if (name == "cuda" and not torch.cuda.is_available()) or (name == "mps" and not torch.backends.mps.is_available()):
+        raise InputError(f"--device {name} is not available on this machine: choose another, or auto")
+    return torch.device(name)
+
+
+def architecture(source):
+    """What a checkpoint says about its encoder -> name in MODELS, options of its constructor, (H, W) or None."""
+    (name, patch), (state, info) = infer_model(source), load_state(source)
+    if name.startswith("hiera"):    # a classifier pools three times, an encoder is analysed as it was pre-trained
+        options = dict(q_pool=3 if any(k.startswith("head.") for k in state) else 2)
+    else:
+        options = dict(patch_size=patch, rel_pos_bias=any(k.endswith("relative_position_bias_table") for k in state),
+                       layer_scale=1.0 if any(k.endswith("ls1.gamma") for k in state) else None)
+    return name, options, info.get("arch", {}).get("img_size")
+
+
+def load_models(args, **options):
+    """The models named on the command line, all for the same image size -> [Encoder], args.image_size filled in."""
+    described, first = [], None
+    for label, source in map(named, args.models):
+        name, _, rpe = source.partition("+")
+        if name in MODELS and rpe in ("", "rpe"):
+            described.append((label, None, name, dict(rel_pos_bias=True) if rpe else {}, None))
+        elif source != "random":
+            described.append((label, source, *architecture(source)))
+            first = first or described[-1]
+        else:
+            described.append((label, None, None, None, None))    # the model of the first file, which may come later
+    if first is None and any(name is None for _, _, name, _, _ in described):
+        raise InputError(f"`random` copies the model of a checkpoint, and none is given: name one of {', '.join(MODELS)}")
+    sizes = [size for *_, size in described if size]
+    size = args.image_size or (max(sizes) if sizes else [224])
+    args.image_size = tuple(size) * 2 if len(size) == 1 else tuple(size)
+
+    encoders = []
+    for label, source, name, own, _ in described:
+        torch.manual_seed(args.seed)
+        name, own = (name, own) if name else first[2:4]
+        model, info = MODELS[name](img_size=args.image_size, **{**own, **options}), {}
+        if source:
+            info = load_encoder(model, source)
+        model.eval().requires_grad_(False).to(pick_device(args.device))
+        encoders.append(Encoder(label, model, info.get("mean", IMAGENET_MEAN), info.get("std", IMAGENET_STD)))
+    return encoders
+
+
+def representations(model, images):
+    """Patch tokens after the embedding (index 0) and the normalised representation of each block (Fig. 2).
+
+    images (B, 3, H, W) -> depth + 1 tensors (B, N, D), without the class token; Hiera: tokens in unrolled order, fewer
+    and wider with each stage.
+    """
+    features = model.forward_features(images, range(model.depth + 1))
+    if model.arch["kind"] == "vit":
+        return [(model.representation(x, k) if k else x)[:, 1:] for k, x in features.items()]
+    norms = [nn.Identity(), *(block.norm1 for block in model.blocks[1:]), lambda x: F.layer_norm(x, x.shape[-1:], eps=1e-6)]
+    return [norm(x) for norm, x in zip(norms, features.values())]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Images
+# ----------------------------------------------------------------------------------------------------------------------
+def load_image(file, size):
+    """Image file -> (3, H, W) uint8 RGB: the central 224/256 of the picture in the shape of `size`, bicubic, antialiased."""
+    with Image.open(file) as image:
+        if image.mode.startswith("I"):                                         # 16-bit grey, which convert() would clip
+            image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
+        image = ImageOps.fit(image.convert("RGB"), size[::-1], Image.Resampling.BICUBIC, bleed=1 / 16)
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+
+def draw_image(kind, number, side=96):
+    """Drawn image `number` of class `kind` (0-7: disc, square, triangle or ring, with wide or narrow stripes)."""
+    rng = np.random.default_rng([11, kind, number])
+    y, x = np.mgrid[0:side, 0:side] / side
+    ground, stripe, paint = rng.uniform(0, 1, (3, 3))
+    picture = ground * (1 - 0.5 * rng.uniform() * y)[..., None] + rng.normal(0, 0.02, (side, side, 3))
+    cx, cy, r, turn = *rng.uniform(0.35, 0.65, 2), rng.uniform(0.22, 0.34), rng.uniform(0, 2 * math.pi)
+    u = ((x - cx) * math.cos(turn) + (y - cy) * math.sin(turn)) / r            # coordinates of the shape, which spans -1..1
+    v = ((y - cy) * math.cos(turn) - (x - cx) * math.sin(turn)) / r
+    radius = np.hypot(u, v)
+    inside = (radius < 1, np.maximum(abs(u), abs(v)) < 0.85, (v < 0.6) & (2 * abs(u) - v < 1), (radius < 1) & (radius > 0.55))
+    waves = np.sin((6 if kind < 4 else 14) * u + rng.uniform(0, 6)) > 0
+    picture[inside[kind % 4]] = np.where(waves[..., None], stripe, paint)[inside[kind % 4]]
+    return Image.fromarray((picture.clip(0, 1) * 255).astype(np.uint8))
+
+
+class Images(Dataset):
+    """Items are files, or (kind, number) of drawn images -> (3, H, W) uint8."""
+
+    def __init__(self, items, size):
+        self.items, self.size = items, size
+
+    def __len__(self):
+        return len(self.items)
+
+    def __getitem__(self, index):
+        item = self.items[index]
+        if isinstance(item, tuple):
+            return torch.from_numpy(np.array(draw_image(*item).resize(self.size[::-1], Image.Resampling.BICUBIC))).permute(2, 0, 1)
+        try:
+            return load_image(item, self.size)
+        except (OSError, ValueError, SyntaxError) as error:
+            raise InputError(f"cannot read image {item} ({type(error).__name__}): remove it from --data") from None
+
+
+def list_items(args):
+    """All items of --data in a seeded random order, at most --images of them -> items, their class names."""
+    if args.data == "shapes":
+        items = [(kind, number) for kind in range(8) for number in range(args.images // 8 + 1)]
+        classes = [str(kind) for kind, _ in items]
+    else:
+        folder = Path(args.data)
+        if not folder.is_dir():
+            raise InputError(f"{folder} is not a folder: give --data a folder of images (ImageNet: data/imagenet/val)")
+        files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in IMAGE_TYPES)
+        items, classes = [str(p) for p in files], [p.relative_to(folder).parts[0] if p.parent != folder else "" for p in files]
+    order = np.random.default_rng(args.seed).permutation(len(items))[:args.images]
+    if len(order) < 4:
+        raise InputError(f"--data {args.data} gives {len(order)} image(s) ({', '.join(sorted(IMAGE_TYPES))}): four are the least")
+    return [items[i] for i in order], [classes[i] for i in order]
+
+
+def image_batches(items, args, batch_size, drop_last=False):
+    loader = DataLoader(Images(items, args.image_size), batch_size, num_workers=args.workers, drop_last=drop_last)
+    return tqdm(loader, desc=args.run.__name__, leave=False)
+
+
+def prepare(images, encoder):
+    """uint8 images -> on the encoder's device, normalised as it was trained."""
+    return normalize(images.to(next(encoder.model.parameters()).device), encoder.mean, encoder.std)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Layer similarity (Fig. 3)
+# ----------------------------------------------------------------------------------------------------------------------
+def centred_gram(features):
+    """Gram matrix of (n, ...) features, centred so that HSIC_1(K, L) = sum(K~ * L~) / (n (n - 3)) -> (n * n,) float64.
+
+    That is the unbiased HSIC of arXiv 2010.15327, Eq. 3, [tr KL + 1'K1 1'L1 / ((n-1)(n-2)) - 2 / (n-2) 1'KL1] / (n (n-3))
+    with zeroed diagonals, where K~ = K - r 1' - 1 r' + s, r_i = sum_j K_ij / (n-2), s = sum_i r_i / (n-1), diagonal zero.
+    It does not see an offset common to all samples, so the mean is removed first, which saves digits. On the host:
+    float64 does not exist on every device.
+    """
+    x, n = features.flatten(1).cpu().double(), len(features)
+    x = x - x.mean(dim=0)
+    gram = (x @ x.T).fill_diagonal_(0)
+    rows = gram.sum(dim=1) / (n - 2)
+    return (gram - rows[:, None] - rows + rows.sum() / (n - 1)).fill_diagonal_(0).flatten()
+
+
+def minibatch_cka(batches):
+    """CKA of each layer of model 0 with each layer of the others: HSICs summed over batches *before* the ratio is taken.
+
+    batches yields lists over models of lists over layers of features (n, ...), n >= 4 -> a (layers of model 0, layers of
+    model m) float64 matrix for every m >= 1. A layer whose features never vary has similarity 0.
+    """
+    cross, own = defaultdict(float), defaultdict(float)
+    for models in batches:
+        n = len(models[0][0])
+        grams = [torch.stack([centred_gram(x) for x in layers]) for layers in models]            # (layers, n * n) each
+        for m, gram in enumerate(grams):
+            cross[m] += grams[0] @ gram.T / (n * (n - 3))
+            own[m] += gram.square().sum(dim=1) / (n * (n - 3))                                   # HSIC of a layer with itself
+    return [cross[m] / (own[0][:, None] * own[m]).sqrt().clamp(min=1e-300) for m in range(1, len(own))]
+
+
+@torch.inference_mode()
+def cka(args):
+    encoders = load_models(args)
+    if len(encoders) < 2:
+        raise InputError("cka compares two models or more: name the reference first, then the others (the same one twice is fine)")
+    items, _ = list_items(args)
+    batch = min(args.batch_size, len(items))
+    if batch < 4:
+        raise InputError(f"--batch-size {batch}: the unbiased HSIC needs 4 images or more in a batch")
+    matrices = minibatch_cka([representations(e.model, prepare(images, e)) for e in encoders]
+                             for images in image_batches(items, args, batch, drop_last=True))
+    reference, others = encoders[0], encoders[1:]
+    rows = [(reference.label, i, other.label, j, f"{value:.6f}") for other, matrix in zip(others, matrices)
+            for i, line in enumerate(matrix.tolist()) for j, value in enumerate(line)]
+    write_csv(args, ("reference", "layer_of_reference", "model", "layer_of_model", "cka"), rows)
+    print(f"CKA over {len(items) // batch} batches of {batch} images; each layer's best match in {reference.label}:")
+    sheet = Sheet(len(others), min(3, len(others)), 360, 330, note="layer 0: patch embedding; unbiased minibatch CKA, "
+                  f"{len(items) // batch} batches of {batch} images")
+    for number, (other, matrix) in enumerate(zip(others, matrices)):
+        best = matrix.argmax(dim=0).tolist()
+        print(f"  {other.label}: " + ", ".join(f"{j}~{i} ({matrix[i, j]:.2f})" for j, i in enumerate(best)))
+        sheet.axes(number, f"{other.label} and {reference.label}", f"layer of {other.label}", f"layer of {reference.label}",
+                   (-0.5, matrix.shape[1] - 0.5), (-0.5, matrix.shape[0] - 0.5), grid=False).heatmap(matrix.tolist())
+    sheet.save(args)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Attention distance and entropy (Fig. 5)
+# ----------------------------------------------------------------------------------------------------------------------
+def attention_statistics(logits, distance):
+    """Attention distance and entropy of every image and head -> two (B, H), the means over queries i of
+
+        sum_j p_ij |x_i - x_j|   and   -sum_j p_ij log p_ij (nats),   p = softmax of the logits over the keys j.
+
+    logits (B, H, Q, K) before the softmax, of patch tokens alone: the class token is removed *before* the softmax.
+    distance (Q, K): Euclidean, in the unit that the result is to have.
+    """
+    log_p = logits.float().log_softmax(dim=-1)
+    p = log_p.exp()
+    return torch.einsum("bhqk,qk->bh", p, distance) / len(distance), -(p * log_p).sum(dim=(-2, -1)) / len(distance)
+
+
+def token_distances(model):
+    """Distances in pixels between the tokens whose maps `attention_map` gives -> one (Q, K) matrix per block.
+
+    ViT: raster patches. Hiera: unrolled tokens of the image, or of one mask unit in blocks that attend within units (all
+    units look alike); a pooled query lies at the centre of its four tokens.
+    """
+    hiera = model.arch["kind"] == "hiera"
+    y, x = (torch.arange(n) * float(model.patch_stride if hiera else model.patch_size) for n in model.grid)
+    keys = torch.cartesian_prod(y, x)[None]                                                      # (1, N, 2), raster
+    if not hiera:
+        return [torch.cdist(keys[0], keys[0])] * model.depth
+    keys, distances = unroll(keys, model.grid), []
+    for block in model.blocks:
+        queries = keys.unflatten(1, (4, -1)).mean(dim=1) if block.attn.q_pool else keys
+        windows = keys.shape[1] // (block.attn.tokens_per_unit or keys.shape[1])                 # unit index fastest
+        distances.append(torch.cdist(queries[0, ::windows], keys[0, ::windows]))
+        keys = queries
+    return distances
+
+
+@torch.inference_mode()
+def attention(args):
+    encoders = load_models(args)
+    items, _ = list_items(args)
+    sums = defaultdict(float)                                                                    # (model, block) -> (2, H)
+    distances = [[d.to(next(e.model.parameters()).device) for d in token_distances(e.model)] for e in encoders]
+    for images in image_batches(items, args, args.batch_size):
+        for m, e in enumerate(encoders):
+            features = e.model.forward_features(prepare(images, e), range(e.model.depth))
+            for k in range(1, e.model.depth + 1):
+                logits = e.model.attention_map(features[k - 1], k)
+                logits = logits[:, :, 1:, 1:] if e.model.arch["kind"] == "vit" else logits       # no class token
+                values = torch.stack(attention_statistics(logits, distances[m][k - 1]))          # (2, B [* units], H)
+                sums[m, k] += values.mean(dim=1) * len(images)
+    rows, deepest = [], max(e.model.depth for e in encoders)
+    values = {key: (total / len(items)).cpu().tolist() for key, total in sums.items()}
+    for m, e in enumerate(encoders):
+        kinds = ["mask unit" if getattr(b.attn, "tokens_per_unit", 0) else "global" for b in e.model.blocks]
+        rows += [(e.label, k, head, kinds[k - 1], *(f"{v:.6g}" for v in pair)) for k in range(1, e.model.depth + 1)
+                 for head, pair in enumerate(zip(*values[m, k]), start=1)]
+        if "mask unit" in kinds:
+            print(f"{e.label}: blocks 1-{kinds.count('mask unit')} attend within mask units of 32x32 pixels, "
+                  "which bounds their distance and entropy")
+    write_csv(args, ("model", "block", "head", "attention", "distance_px", "entropy_nats"), rows)
+    sheet = Sheet(2, 1, 900, 270, [(e.label, COLORS[m % len(COLORS)]) for m, e in enumerate(encoders)],
+                  f"{len(items)} images; one box per block over its heads: median, quartiles, whiskers to the last head "
+                  "within 1.5 quartile ranges, circles beyond")
+    for number, name in enumerate(("attention distance (pixels)", "attention entropy (nats)")):
+        every = [v for pair in values.values() for v in pair[number]]
+        axes = sheet.axes(number, name, "block", "", (0.5, deepest + 0.5), limits([0, *every]), range(1, deepest + 1))
+        for m, e in enumerate(encoders):
+            print(f"{name}, mean over heads, {e.label}: "
+                  + " ".join(f"{statistics.mean(values[m, k][number]):.4g}" for k in range(1, e.model.depth + 1)))
+            for k in range(1, e.model.depth + 1):
+                width = 0.8 / len(encoders)
+                axes.box(k + (m - (len(encoders) - 1) / 2) * width, values[m, k][number], 0.8 * width, COLORS[m % len(COLORS)])
+    sheet.save(args)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Few-shot probes of every layer
+# ----------------------------------------------------------------------------------------------------------------------
+def knn_scores(train, onehot, test, neighbours=5, temperature=0.07):
+    """k nearest neighbours by cosine similarity, each voting with weight exp(similarity / temperature).
+    train (t, D), onehot (t, C), test (s, D) -> (s, C)."""
+    similarity = F.normalize(test, dim=1) @ F.normalize(train, dim=1).T
+    near, ids = similarity.topk(min(neighbours, len(train)), dim=1)
+    return torch.einsum("sk,skc->sc", (near / temperature).exp(), onehot[ids])
+
+
+def ridge_scores(train, onehot, test, strength=0.1):
+    """Ridge regression onto one-hot labels, in its dual form: the features outnumber the images.
+
+    W = argmin |X W - Y|^2 + lambda |W|^2 gives X* W = X* X' (X X' + lambda I)^-1 Y; lambda = strength * mean |x|^2, so
+    that it does not depend on the scale of the features. train (t, D), onehot (t, C), test (s, D) -> (s, C).
+    """
+    gram = train @ train.T
+    penalty = (strength * gram.diagonal().mean()).clamp(min=1e-12)
+    return test @ train.T @ torch.linalg.solve(gram + penalty * torch.eye(len(gram), dtype=gram.dtype), onehot)
+
+
+def draw_shots(labels, shots, seed):
+    """One random choice of `shots` training images per class -> their indices, those of all others. labels (n,) int."""
+    rng, train = np.random.default_rng(seed), []
+    for kind in range(int(labels.max()) + 1):
+        train += rng.permutation(np.flatnonzero(labels == kind))[:shots].tolist()
+    return train, sorted(set(range(len(labels))) - set(train))
+
+
+def probe_accuracy(features, labels, shots, draws, seed, neighbours=5, strength=0.1):
+    """Accuracy of both classifiers on the images that were not drawn -> (2, draws) float64: k-NN, ridge.
+
+    features (n, D), labels (n,) int. Features are centred by the mean of the training images. Accuracy is the mean over
+    classes, so that features that say nothing score 1 / classes whatever the sizes of the classes.
+    """
+    features, labels = features.double(), np.asarray(labels)
+    onehot, result = F.one_hot(torch.from_numpy(labels)).double(), []
+    for draw in range(draws):
+        train, test = draw_shots(labels, shots, [seed, shots, draw])
+        mean = features[train].mean(dim=0)
+        parts = features[train] - mean, onehot[train], features[test] - mean
+        truth = onehot[test]
+        for scores in (knn_scores(*parts, neighbours), ridge_scores(*parts, strength)):
+            hits = F.one_hot(scores.argmax(dim=1), truth.shape[1]) * truth
+            result.append((hits.sum(dim=0) / truth.sum(dim=0)).mean())
+    return torch.stack(result).view(draws, 2).T
+
+
+@torch.inference_mode()
+def probe(args):
+    encoders = load_models(args)
+    items, names = list_items(args)
+    classes = sorted(set(names))
+    labels = np.array([classes.index(name) for name in names])
+    fewest = np.bincount(labels).min()
+    if len(classes) < 2 or "" in classes:
+        raise InputError(f"--data {args.data} has no classes: probe needs one folder of images per class")
+    if fewest <= max(args.shots):
+        raise InputError(f"class {classes[np.bincount(labels).argmin()]} has {fewest} of the {len(items)} images, and --shots "
+                         f"{max(args.shots)} leaves none to test on: lower --shots, or raise --images or the data")
+    pooled = [defaultdict(list) for _ in encoders]                                               # layer -> [(B, D)]
+    for images in image_batches(items, args, args.batch_size):
+        for e, layers in zip(encoders, pooled):
+            for layer, tokens in enumerate(representations(e.model, prepare(images, e))):
+                layers[layer].append(tokens.mean(dim=1).cpu())
+    accuracy = {}                                                                                # (model, layer, shots) -> (2, draws)
+    for m, layers in enumerate(pooled):
+        for layer in tqdm(layers, desc=f"probe {encoders[m].label}", leave=False):
+            features = torch.cat(layers[layer])
+            for shots in args.shots:
+                accuracy[m, layer, shots] = 100 * probe_accuracy(features, labels, shots, args.draws, args.seed, args.neighbours, args.ridge)
+
+    summary = {key: [(v.mean().item(), v.std(correction=min(1, len(v) - 1)).item() / len(v) ** 0.5) for v in values]
+               for key, values in accuracy.items()}
+    kinds, chance = (f"{args.neighbours}-NN", "ridge"), 100 / len(classes)
+    write_csv(args, ("model", "layer", "classifier", "shots", "top1", "standard_error"),
+              [(encoders[m].label, layer, kind, shots, f"{mean:.3f}", f"{error:.3f}")
+               for (m, layer, shots), pairs in summary.items() for kind, (mean, error) in zip(kinds, pairs)])
+    legend = [(e.label, COLORS[m % len(COLORS)]) for m, e in enumerate(encoders)]
+    sheet = Sheet(2 * len(args.shots), len(args.shots), 340, 270, [*legend, ("chance", GREY)], f"accuracy in % on {len(items)} images of "
+                  f"{len(classes)} classes, mean and standard error over {args.draws} draws; mean patch token, layer 0: patch embedding")
+    deepest = max(e.model.depth for e in encoders)
+    for number, (c, shots) in enumerate((c, shots) for c in range(2) for shots in args.shots):
+        inside = [mean for (_, _, s), pairs in summary.items() for mean, _ in pairs[c:c + 1] if s == shots]
+        axes = sheet.axes(number, f"{kinds[c]}, {shots} image{'s' * (shots > 1)} per class", "layer", "accuracy (%)", (0, deepest),
+                          limits([*inside, chance]), range(0, deepest + 1, 2 if deepest < 20 else 4))
+        axes.line([(0, chance), (deepest, chance)], GREY)
+        for m, e in enumerate(encoders):
+            means, errors = zip(*(summary[m, layer, shots][c] for layer in range(e.model.depth + 1)))
+            axes.line(list(enumerate(means)), legend[m][1], errors)
+            print(f"{kinds[c]}, {shots} per class, {e.label}: " + " ".join(f"{v:.1f}" for v in means))
+    sheet.save(args)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Pre-trained layers kept (Fig. 4)
+# ----------------------------------------------------------------------------------------------------------------------
+def layers(args):
+    """fig4.csv of finetune.py: one row per run with keep_blocks, data_fraction, seed and top1 (percent)."""
+    runs = defaultdict(list)                                                                     # (label, fraction, blocks) -> top1s
+    for label, path in map(named, args.files):
+        for row in read_csv(path, ("keep_blocks", "data_fraction", "top1")):
+            runs[label, float(row["data_fraction"]), int(row["keep_blocks"])].append(float(row["top1"]))
+    summary = {key: (statistics.mean(v), statistics.stdev(v) / len(v) ** 0.5 if len(v) > 1 else 0.0) for key, v in sorted(runs.items())}
+    labels, fractions = ([*dict.fromkeys(key[i] for key in runs)] for i in (0, 1))
+    write_csv(args, ("label", "data_fraction", "keep_blocks", "runs", "top1", "standard_error"),
+              [(label, f"{fraction:g}", blocks, len(runs[label, fraction, blocks]), f"{mean:.3f}", f"{error:.3f}")
+               for (label, fraction, blocks), (mean, error) in summary.items()])
+    legend = [(label, COLORS[i % len(COLORS)]) for i, label in enumerate(labels)]
+    sheet = Sheet(len(fractions), min(3, len(fractions)), 360, 290, legend, "the other blocks start from random weights; mean and standard error over runs")
+    for number, fraction in enumerate(sorted(fractions, reverse=True)):
+        here = {key: value for key, value in summary.items() if key[1] == fraction}
+        deepest = max(blocks for _, _, blocks in here)
+        axes = sheet.axes(number, f"fine-tuned on {fraction:.4%}".replace(".0000", "") + " of the images", "pre-trained blocks kept",
+                          "top-1 (%)", (0, max(1, deepest)), limits([mean for mean, _ in here.values()]), range(0, deepest + 1, 2 if deepest > 6 else 1))
+        for label, color in legend:
+            points = [(blocks, *value) for (owner, _, blocks), value in here.items() if owner == label]
+            axes.line([p[:2] for p in points], color, [p[2] for p in points])
+            print(f"{label}, {fraction:g} of the data: " + ", ".join(f"{b} blocks {mean:.2f}" for b, mean, _ in points))
+    sheet.save(args)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Cost (Fig. 1)
+# ----------------------------------------------------------------------------------------------------------------------
+def timings(run, device, seconds):
+    """Sorted times in milliseconds of run(), at least 5 of them, as many as fit into `seconds` after a warm-up."""
+    def once():
+        begun = time.perf_counter()
+        run()
+        if device.type != "cpu":
+            getattr(torch, device.type).synchronize()
+        return (time.perf_counter() - begun) * 1000
+
+    times = []
+    for budget, least in ((seconds / 3, 2), (seconds, 5)):    # the times of the warm-up are thrown away
+        times, begun = [], time.perf_counter()
+        while len(times) < least or time.perf_counter() - begun < budget:
+            times.append(once())
+    return sorted(times)
+
+
+def multiply_adds(run):
+    """Multiply-adds of run(), the "FLOPs" of the literature (ViT-Tiny: 1.26e9). Attention counts as its two products."""
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        run()
+    return counter.get_total_flops() / 2
+
+
+@torch.inference_mode()
+def cost(args):
+    """Models with a classifier of 1000 classes; or any network exported by torch.export.save (FILE.pt2: a tracker, a
+    segmenter), which is measured on the inputs that it was exported with."""
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    device, dtype = pick_device(args.device), {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[args.dtype]
+    exported, rows = [m for m in args.models if m.endswith(".pt2")], []
+    args.models = [m for m in args.models if m not in exported]
+    encoders = load_models(args, num_classes=1000) if args.models else []
+    networks = [(e.label, e.model.to(dtype), (torch.zeros(1, 3, *args.image_size, dtype=dtype, device=device),), e) for e in encoders]
+    for label, path in map(named, exported):
+        program = torch.export.load(path)
+        networks.append((label, program.module(), program.example_inputs[0], None))
+    print(f"{device}{' ' + torch.cuda.get_device_name() if device.type == 'cuda' else ''}, {torch.get_num_threads()} CPU threads, {args.dtype}, "
+          f"torch {torch.__version__}; medians [10th-90th percentile] over {args.seconds:g} s after a warm-up of {args.seconds / 3:.2g} s")
+    drawn = io.BytesIO()
+    draw_image(0, 0, side=448).save(drawn, "JPEG")
+    for label, model, inputs, encoder in networks:
+        def end_to_end():    # from the bytes of a JPEG file of 448x448 pixels to the logits
+            return model(prepare(load_image(drawn, args.image_size)[None], encoder).to(dtype))
+
+        spread = lambda times: (statistics.median(times), times[len(times) // 10], times[len(times) * 9 // 10])
+        parameters, macs = sum(p.numel() for p in model.parameters()), multiply_adds(lambda: model(*inputs))
+        latency = spread(timings(lambda: model(*inputs), device, args.seconds))
+        line = f"{label}: {parameters / 1e6:.2f}M parameters, {macs / 1e9:.2f} G multiply-adds, latency at batch {len(inputs[0])} " \
+               f"{latency[0]:.2f} ms [{latency[1]:.2f}-{latency[2]:.2f}]"
+        total, rate = ("", "", ""), ("", "", "")
+        if encoder:
+            total = spread(timings(end_to_end, device, args.seconds))
+            batch = inputs[0].expand(args.batch_size, -1, -1, -1).contiguous()
+            rate = [args.batch_size / t * 1000 for t in spread(timings(lambda: model(batch), device, args.seconds))]
+            line += f" = {1000 / latency[0]:.0f} fps; with reading the image {total[0]:.2f} ms [{total[1]:.2f}-{total[2]:.2f}] = " \
+                    f"{1000 / total[0]:.0f} fps; {rate[0]:.0f} images/s [{rate[2]:.0f}-{rate[1]:.0f}] at batch {args.batch_size}"
+        print(line)
+        rows.append((label, parameters, f"{macs:.6g}", *(f"{v:.6g}" if v else "" for v in (*latency, total[0], rate[0])),
+                     args.batch_size, str(device), torch.get_num_threads(), args.dtype))
+    write_csv(args, ("model", "parameters", "multiply_adds", "latency_ms", "latency_p10", "latency_p90", "end_to_end_ms",
+                     "images_per_s", "batch_size", "device", "threads", "dtype"), rows)
+    if args.points:
+        draw_accuracy_latency(args, {label: float(latency) for label, _, _, latency, *_ in rows})
+
+
+def draw_accuracy_latency(args, measured):
+    """Fig. 1: top-1 accuracy against latency at batch 1. measured: label of a model -> milliseconds."""
+    points = []
+    for row in read_csv(args.points, ("label", "model", "top1", "latency_ms", "source")):
+        if not row["latency_ms"] and row["model"] not in measured:
+            print(f"{args.points}: no latency for {row['label']}, as {row['model']} was not measured: left out")
+            continue
+        points.append((float(row["latency_ms"] or measured[row["model"]]), float(row["top1"]), row["label"], row["source"]))
+    if not points:
+        raise InputError(f"--points {args.points} has no row with a latency: fill in latency_ms, or measure the models it names")
+    sources = [*dict.fromkeys(p[3] for p in points)]
+    sheet = Sheet(1, 1, 720, 440, [(s, COLORS[i % len(COLORS)]) for i, s in enumerate(sources)])
+    axes = sheet.axes(0, "accuracy and latency", "latency at batch size 1 (ms)", "top-1 (%)", limits([p[0] for p in points], 0.5), limits([p[1] for p in points]))
+    for x, y, label, source in points:
+        axes.scatter(x, y, COLORS[sources.index(source) % len(COLORS)], label)
+    sheet.save(args)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Training curves
+# ----------------------------------------------------------------------------------------------------------------------
+def curves(args):
+    bookkeeping = {"step", "epoch", "lr", "grad_norm", "img_s", "data_share", "memory_gb", "eta_h", "val_images"}
+    logs = []                                                                                    # (label, {key: [(step, value)]})
+    for label, path in map(named, args.files):
+        if not Path(path).is_file():
+            raise InputError(f"{path} does not exist: give log.jsonl files")
+        points = defaultdict(list)
+        for number, text in enumerate(Path(path).read_text().splitlines(), start=1):
+            try:
+                line = json.loads(text)
+            except json.JSONDecodeError:
+                raise InputError(f"{path}, line {number}, is not JSON: is it the log.jsonl of a run?") from None
+            for key, value in line.items():
+                if "step" in line and isinstance(value, (int, float)):
+                    points[key].append((line["step"], value))
+        logs.append((label, points))
+    found = [*dict.fromkeys(key for _, points in logs for key in points)]
+    keys = args.keys or [key for key in found if key not in bookkeeping]
+    missing = [key for key in keys if key not in found]
+    if missing or not keys:
+        raise InputError(f"no line has {', '.join(missing) or 'a loss'}; these files hold: {', '.join(found) or 'no steps at all'}")
+    write_csv(args, ("label", "key", "step", "value"), [(label, key, *point) for label, points in logs for key in keys for point in points[key]])
+    legend = [(label, COLORS[i % len(COLORS)]) for i, (label, _) in enumerate(logs)]
+    sheet = Sheet(len(keys), min(3, len(keys)), 360, 270, legend)
+    for number, key in enumerate(keys):
+        xs, ys = zip(*(point for _, points in logs for point in points[key]))
+        axes = sheet.axes(number, key, "step", "", (0, max(1, *xs)), limits(ys))
+        for (_, points), (_, color) in zip(logs, legend):
+            axes.line(points[key], color)
+    for label, points in logs:
+        print(f"{label}: " + ", ".join(f"{key} {points[key][-1][1]:.4g}" for key in keys if points[key]))
+    sheet.save(args)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Plotting with Pillow
+# ----------------------------------------------------------------------------------------------------------------------
+SCALE = 2    # everything is drawn at twice its size and then reduced, which smooths lines and letters
+COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")    # Okabe-Ito: safe for the colour-blind
+GREY = "#888888"
+MAGMA = np.array([(0, 0, 4), (28, 16, 68), (79, 18, 123), (129, 37, 129), (181, 54, 122), (229, 80, 100), (251, 135, 97),
+                  (254, 194, 135), (252, 253, 191)])                                      # at 0, 1/8, ..., 1
+
+
+def magma(value):
+    return tuple(int(round(np.interp(value, np.linspace(0, 1, len(MAGMA)), channel))) for channel in MAGMA.T)
+
+
+def limits(values, margin=0.06):
+    """Range of the values and a margin on either side, never empty."""
+    low, high = min(values), max(values)
+    pad = margin * (high - low) or 0.1 * abs(high) or 1.0
+    return low - pad * (low != 0), high + pad
+
+
+def round_ticks(low, high, count=5):
+    """Multiples of 1, 2, 2.5 or 5 times a power of ten inside [low, high], about `count` of them."""
+    raw = (high - low) / count
+    power = 10.0 ** math.floor(math.log10(raw))
+    step = next(m * power for m in (1, 2, 2.5, 5, 10) if m * power >= raw * 0.999)
+    return [k * step for k in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
+
+
+class Sheet:
+    """Panels of equal size, filled row by row; legend [(label, color)] above, note below."""
+
+    def __init__(self, panels, columns, width, height, legend=(), note=""):
+        self.columns, self.width, self.height, self.font = columns, width, height, ImageFont.load_default(13 * SCALE)
+        places, x, y = [], 16, 8
+        for label, _ in legend:
+            advance = 40 + self.font.getlength(label) / SCALE
+            x, y = (x, y) if x == 16 or x + advance < columns * width else (16, y + 20)
+            places.append((x, y))
+            x += advance
+        lines = textwrap.wrap(note, columns * width // 7)
+        self.top = y + 24 if legend else 4
+        below = self.top + math.ceil(panels / columns) * height
+        self.image = Image.new("RGB", (columns * width * SCALE, (below + 18 * len(lines) + 6) * SCALE), "white")
+        self.draw = ImageDraw.Draw(self.image)
+        for (x, y), (label, color) in zip(places, legend):
+            self.draw.rectangle([x * SCALE, (y + 3) * SCALE, (x + 14) * SCALE, (y + 13) * SCALE], color)
+            self.text(x + 20, y, label)
+        for i, line in enumerate(lines):
+            self.text(16, below + 18 * i, line)
+
+    def text(self, x, y, text, anchor="la"):
+        self.draw.text((x * SCALE, y * SCALE), text, "black", self.font, anchor=anchor)
+
+    def axes(self, number, *args, **options):
+        row, column = divmod(number, self.columns)
+        return Axes(self, column * self.width, self.top + row * self.height, *args, **options)
+
+    def save(self, args):
+        path = Path(args.out) / f"{args.run.__name__}.png"
+        self.image.reduce(SCALE).save(path)
+        print(f"picture: {path}")
+
+
+class Axes:
+    """One panel. `place` maps data to pixels of the saved picture; the methods below draw in data coordinates."""
+
+    def __init__(self, sheet, x, y, title, xlabel, ylabel, xlim, ylim, xticks=None, yticks=None, grid=True):
+        self.sheet, self.draw, self.xlim, self.ylim = sheet, sheet.draw, xlim, ylim
+        self.left, self.top, self.right, self.bottom = x + 68, y + 28, x + sheet.width - (16 if grid else 58), y + sheet.height - 46
+        middle = (self.left + self.right) / 2
+        sheet.text(middle, y + 6, title, "ma")
+        sheet.text(middle, self.bottom + 24, xlabel, "ma")
+        label = Image.new("L", [math.ceil(v) for v in (sheet.font.getlength(ylabel) + 1, 18 * SCALE)], 0)
+        ImageDraw.Draw(label).text((0, 0), ylabel, 255, sheet.font)
+        label = label.rotate(90, expand=True)
+        sheet.image.paste("black", (int((x + 8) * SCALE), int((self.top + self.bottom) / 2 * SCALE - label.height / 2)), label)
+        for ticks, lim, horizontal in ((xticks, xlim, True), (yticks, ylim, False)):
+            for value in round_ticks(*lim) if ticks is None else ticks:
+                px, py = self.place(value, ylim[0]) if horizontal else self.place(xlim[0], value)
+                if grid:
+                    self.segment((value, ylim[0]) if horizontal else (xlim[0], value), (value, ylim[1]) if horizontal else (xlim[1], value), "#e0e0e0")
+                sheet.text(*((px, py + 5, f"{value:.6g}", "ma") if horizontal else (px - 6, py, f"{value:.6g}", "rm")))
+        self.draw.rectangle([v * SCALE for v in (self.left, self.top, self.right, self.bottom)], outline="black", width=SCALE)
+
+    def place(self, x, y):
+        (x0, x1), (y0, y1) = self.xlim, self.ylim
+        return self.left + (x - x0) / (x1 - x0) * (self.right - self.left), self.bottom - (y - y0) / (y1 - y0) * (self.bottom - self.top)
+
+    def segment(self, start, end, color, width=1):
+        self.draw.line([v * SCALE for point in (start, end) for v in self.place(*point)], color, width * SCALE)
+
+    def dot(self, x, y, color, radius=3, fill=None):
+        x, y = self.place(x, y)
+        self.draw.ellipse([v * SCALE for v in (x - radius, y - radius, x + radius, y + radius)], fill, color, SCALE)
+
+    def line(self, points, color, errors=()):
+        """Polyline, with dots if the points are few, and bars of +- errors."""
+        self.draw.line([v * SCALE for point in points for v in self.place(*point)], color, 2 * SCALE, joint="curve")
+        for (x, y), error in zip(points, errors):
+            self.segment((x, y - error), (x, y + error), color)
+        for x, y in points if 2 < len(points) < 40 else ():
+            self.dot(x, y, color, fill=color)
+
+    def scatter(self, x, y, color, label):
+        self.dot(x, y, color, radius=5, fill=color)
+        px, py = self.place(x, y)
+        left = px + 10 + self.sheet.font.getlength(label) / SCALE > self.right                  # no room on the right
+        self.sheet.text(px - 10 if left else px + 10, py, label, "rm" if left else "lm")
+
+    def box(self, x, values, width, color):
+        """Box and whiskers: quartiles, median, the last values within 1.5 quartile ranges, circles beyond."""
+        low, median, high = np.quantile(values, (0.25, 0.5, 0.75))
+        inside = [v for v in values if low - 1.5 * (high - low) <= v <= high + 1.5 * (high - low)]
+        for start, end in ((min(inside), low), (high, max(inside))):
+            self.segment((x, start), (x, end), color)
+        (x0, y1), (x1, y0) = self.place(x - width / 2, low), self.place(x + width / 2, high)
+        tint = tuple((255 + v) // 2 for v in ImageColor.getrgb(color))
+        self.draw.rectangle([v * SCALE for v in (x0, y0, x1, y1)], tint, color, SCALE)
+        self.segment((x - width / 2, median), (x + width / 2, median), color, 2)
+        for v in set(values) - set(inside):
+            self.dot(x, v, color, radius=2)
+
+    def heatmap(self, rows):
+        """Cells of values 0 .. 1 centred on whole coordinates, row 0 at the bottom, and a colour bar on the right."""
+        for y, row in enumerate(rows):
+            for x, value in enumerate(row):
+                (x0, y1), (x1, y0) = self.place(x - 0.5, y - 0.5), self.place(x + 0.5, y + 0.5)
+                self.draw.rectangle([round(v * SCALE) for v in (x0, y0, x1, y1)], magma(value))
+        for y in range(self.top * SCALE, self.bottom * SCALE):
+            shade = magma((self.bottom - y / SCALE) / (self.bottom - self.top))
+            self.draw.line([(self.right + 10) * SCALE, y, (self.right + 22) * SCALE, y], shade)
+        for value in (0, 0.5, 1):
+            self.sheet.text(self.right + 26, self.bottom - value * (self.bottom - self.top), f"{value:g}", "lm")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Tables, demo, main
+# ----------------------------------------------------------------------------------------------------------------------
+def write_csv(args, header, rows):
+    path = Path(args.out) / f"{args.run.__name__}.csv"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w", newline="") as file:
+        csv.writer(file).writerows([header, *rows])
+    print(f"values: {path}")
+
+
+def read_csv(path, columns):
+    """Rows of a CSV file as dictionaries; every column of `columns` has to be there."""
+    if not Path(path).is_file():
+        raise InputError(f"{path} does not exist: give a .csv file")
+    with open(path, newline="") as file:
+        rows = list(csv.DictReader(file))
+    missing = [c for c in columns if not rows or c not in rows[0]]
+    if missing:
+        raise InputError(f"{path} lacks the column(s) {', '.join(missing)}, or has no row")
+    return rows
+
+
+def demo(folder=Path("out/demo")):
+    """Every command above on drawn images, as a user would type them."""
+    files = []
+    for label, path in (("MAE", folder / "teacher/encoder.pt"), ("D2-MAE", folder / "encoder.pt")):
+        if not path.exists():
+            print(f"{path} is not there (pretrain_d2mae.py --demo makes it): an untrained encoder stands in for it")
+            label, path = f"not {label}", folder / f"analyze/untrained_{len(files)}.pt"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            torch.manual_seed(len(files) + 1)
+            model = MODELS["vit_tiny"](img_size=64, patch_size=8)
+            torch.save(dict(model=model.state_dict(), arch=model.arch), path)
+        files.append(f"{label}={path}")
+    runs = [["cka", files[0], "random", *files, "--data", "shapes", "--images", "512"],
+            ["attention", "random", *files, "--data", "shapes", "--images", "128"],
+            ["probe", "random", *files, "--data", "shapes", "--images", "800", "--draws", "10"],
+            ["cost", "vit_tiny", "vit_tiny+rpe", "hiera_tiny", "--seconds", "1", "--batch-size", "16"]]
+    points = Path(__file__).parent / "tests/assets/fig1.csv"
+    runs[-1] += ["--points", str(points)] if points.exists() else []
+    for name, pattern in (("layers", "fig4.csv"), ("curves", "log.jsonl")):
+        found = [str(p) for p in sorted(folder.rglob(pattern))]
+        if found:
+            runs.append([name, *found])
+        else:
+            print(f"no {pattern} below {folder}: `{name}` is left out")
+    for run in runs:
+        run += ["--out", str(folder / "analyze")]
+        print("\n$ python analyze.py", *run)
+        args = parse_args(run)
+        args.run(args)
+
+
+if __name__ == "__main__":
+    try:
+        arguments = parse_args()
+        demo() if arguments.demo else arguments.run(arguments)
+    except InputError as error:    # loader processes put their traceback before the sentence
+        sys.exit(f"error: {str(error).strip().splitlines()[-1].removeprefix('models.InputError: ')}")
