@@ -9,7 +9,7 @@
     python analyze.py --demo                                                                          # all, no files needed
 
 A model is [LABEL=]SOURCE; SOURCE is a checkpoint of README, "Checkpoints", the name of an untrained model (vit_tiny,
-vit_tiny+rpe, hiera_tiny, ...) or `random`, an untrained copy of the first file's model. Every command writes a picture
+vit_tiny+rpe, hiera_tiny, ...) or `random`, an untrained copy of the first other model. Every command writes a picture
 and the numbers behind it as .csv to --out. Nothing here trains, and every map and feature is an explicit return value.
 
 Shapes: B images, N patches, D width, H heads, Q queries and K keys of an attention map, n images of a CKA batch.
@@ -29,6 +29,7 @@ import csv
 import io
 import json
 import math
+import os
 import statistics
 import sys
 import textwrap
@@ -76,7 +77,7 @@ def parse_args(argv=None):
         if data:
             add("--data", default="data/imagenet/val", help="folder of images, or 'shapes' for drawn ones")
             add("--images", type=int, default=1024, help="at most so many, drawn at random from all of --data")
-            add("--workers", type=int, default=4, help="processes that read images")
+            add("--workers", type=int, default=min(8, os.cpu_count() or 1), help="processes that read images")
         return add
 
     add = command(cka, "similarity of every layer of the first model with every layer of each other one (Fig. 3)", data=True)
@@ -88,7 +89,7 @@ def parse_args(argv=None):
     add("--shots", type=lambda s: [int(v) for v in s.split(",")], default="2,5,10", help="training images per class")
     add("--draws", type=int, default=20, help="random choices of the training images; the same for every model and layer")
     add("--neighbours", type=int, default=5, help="k of the k-nearest-neighbour classifier, at most the training images")
-    add("--ridge", type=float, default=0.1, help="penalty of the ridge classifier, in mean squared feature norms")
+    add("--ridge", type=float, default=0.01, help="penalty of the ridge classifier, in mean squared feature norms")
     command(layers, "accuracy against the number of pre-trained blocks kept (Fig. 4), from the fig4.csv files of "
             "finetune.py --sweep-keep-blocks", inputs="files")
     add = command(cost, "parameters, multiply-adds, latency and throughput; accuracy against latency (Fig. 1)")
@@ -133,7 +134,10 @@ def pick_device(name):
 
 
 def architecture(source):
-    """What a checkpoint says about its encoder -> name in MODELS, options of its constructor, (H, W) or None."""
+    """A checkpoint, or the name of an untrained model -> name in MODELS, options of its constructor, (H, W) or None."""
+    name, _, rpe = source.partition("+")
+    if name in MODELS and rpe in ("", "rpe"):
+        return name, dict(rel_pos_bias=True) if rpe else {}, None
     (name, patch), (state, info) = infer_model(source), load_state(source)
     if name.startswith("hiera"):    # a classifier pools three times, an encoder is analysed as it was pre-trained
         options = dict(q_pool=3 if any(k.startswith("head.") for k in state) else 2)
@@ -144,30 +148,19 @@ def architecture(source):
 
 
 def load_models(args, **options):
-    """The models named on the command line, all for the same image size -> [Encoder], args.image_size filled in."""
-    described, first = [], None
-    for label, source in map(named, args.models):
-        name, _, rpe = source.partition("+")
-        if name in MODELS and rpe in ("", "rpe"):
-            described.append((label, None, name, dict(rel_pos_bias=True) if rpe else {}, None))
-        elif source != "random":
-            described.append((label, source, *architecture(source)))
-            first = first or described[-1]
-        else:
-            described.append((label, None, None, None, None))    # the model of the first file, which may come later
-    if first is None and any(name is None for _, _, name, _, _ in described):
-        raise InputError(f"`random` copies the model of a checkpoint, and none is given: name one of {', '.join(MODELS)}")
-    sizes = [size for *_, size in described if size]
-    size = args.image_size or (max(sizes) if sizes else [224])
-    args.image_size = tuple(size) * 2 if len(size) == 1 else tuple(size)
-
-    encoders = []
-    for label, source, name, own, _ in described:
+    """The models named on the command line, all for the same image size -> [Encoder]; args.image_size is filled in."""
+    inputs = [named(argument) for argument in args.models]
+    sources = [source for _, source in inputs if source != "random"]
+    if not sources:
+        raise InputError(f"`random` copies the first other model, and there is none: name a checkpoint or one of {', '.join(MODELS)}")
+    known = {source: architecture(source) for source in sources}
+    size = args.image_size or max((size for _, _, size in known.values() if size), default=[224])
+    args.image_size, encoders = tuple(size) * 2 if len(size) == 1 else tuple(size), []
+    for label, source in inputs:
         torch.manual_seed(args.seed)
-        name, own = (name, own) if name else first[2:4]
-        model, info = MODELS[name](img_size=args.image_size, **{**own, **options}), {}
-        if source:
-            info = load_encoder(model, source)
+        name, own, _ = known.get(source, known[sources[0]])
+        model = MODELS[name](img_size=args.image_size, **own, **options)
+        info = load_encoder(model, source) if Path(source).is_file() else {}
         model.eval().requires_grad_(False).to(pick_device(args.device))
         encoders.append(Encoder(label, model, info.get("mean", IMAGENET_MEAN), info.get("std", IMAGENET_STD)))
     return encoders
@@ -189,12 +182,13 @@ def representations(model, images):
 # ----------------------------------------------------------------------------------------------------------------------
 # Images
 # ----------------------------------------------------------------------------------------------------------------------
-def load_image(file, size):
-    """Image file -> (3, H, W) uint8 RGB: the central 224/256 of the picture in the shape of `size`, bicubic, antialiased."""
-    with Image.open(file) as image:
-        if image.mode.startswith("I"):                                         # 16-bit grey, which convert() would clip
-            image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
-        image = ImageOps.fit(image.convert("RGB"), size[::-1], Image.Resampling.BICUBIC, bleed=1 / 16)
+def load_image(item, size):
+    """Image file, or (kind, number) of a drawn image -> (3, H, W) uint8 RGB: the central 224/256 of the picture, in the
+    shape of `size`, bicubic and antialiased."""
+    image = draw_image(*item) if isinstance(item, tuple) else Image.open(item)
+    if image.mode.startswith("I"):                                             # 16-bit grey, which convert() would clip
+        image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
+    image = ImageOps.fit(image.convert("RGB"), size[::-1], Image.Resampling.BICUBIC, bleed=1 / 16)
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
@@ -202,21 +196,19 @@ def draw_image(kind, number, side=96):
     """Drawn image `number` of class `kind` (0-7: disc, square, triangle or ring, with wide or narrow stripes)."""
     rng = np.random.default_rng([11, kind, number])
     y, x = np.mgrid[0:side, 0:side] / side
-    ground, stripe, paint = rng.uniform(0, 1, (3, 3))
-    picture = ground * (1 - 0.5 * rng.uniform() * y)[..., None] + rng.normal(0, 0.02, (side, side, 3))
-    cx, cy, r, turn = *rng.uniform(0.35, 0.65, 2), rng.uniform(0.22, 0.34), rng.uniform(0, 2 * math.pi)
-    u = ((x - cx) * math.cos(turn) + (y - cy) * math.sin(turn)) / r            # coordinates of the shape, which spans -1..1
-    v = ((y - cy) * math.cos(turn) - (x - cx) * math.sin(turn)) / r
-    radius = np.hypot(u, v)
-    inside = (radius < 1, np.maximum(abs(u), abs(v)) < 0.85, (v < 0.6) & (2 * abs(u) - v < 1), (radius < 1) & (radius > 0.55))
-    waves = np.sin((6 if kind < 4 else 14) * u + rng.uniform(0, 6)) > 0
-    picture[inside[kind % 4]] = np.where(waves[..., None], stripe, paint)[inside[kind % 4]]
+    ground, dark, light = (rng.uniform(-0.08, 0.08, 3) + level for level in (rng.uniform(0.3, 0.7), 0.1, 0.9))
+    picture = ground * (1 - 0.3 * rng.uniform() * y)[..., None] + rng.normal(0, 0.02, (side, side, 3))
+    cx, cy, radius, turn = *rng.uniform(0.4, 0.6, 2), rng.uniform(0.3, 0.4), rng.uniform(0, 2 * math.pi)
+    u = ((x - cx) * math.cos(turn) + (y - cy) * math.sin(turn)) / radius       # coordinates of the shape, which spans -1..1
+    v = ((y - cy) * math.cos(turn) - (x - cx) * math.sin(turn)) / radius
+    r = np.hypot(u, v)
+    inside = (r < 1, np.maximum(abs(u), abs(v)) < 0.85, (v < 0.6) & (2 * abs(u) - v < 1), (r < 1) & (r > 0.55))[kind % 4]
+    stripes = np.sin((6 if kind < 4 else 14) * u + rng.uniform(0, 6)) > 0
+    picture[inside] = np.where(stripes[..., None], light, dark)[inside]
     return Image.fromarray((picture.clip(0, 1) * 255).astype(np.uint8))
 
 
 class Images(Dataset):
-    """Items are files, or (kind, number) of drawn images -> (3, H, W) uint8."""
-
     def __init__(self, items, size):
         self.items, self.size = items, size
 
@@ -224,13 +216,10 @@ class Images(Dataset):
         return len(self.items)
 
     def __getitem__(self, index):
-        item = self.items[index]
-        if isinstance(item, tuple):
-            return torch.from_numpy(np.array(draw_image(*item).resize(self.size[::-1], Image.Resampling.BICUBIC))).permute(2, 0, 1)
         try:
-            return load_image(item, self.size)
+            return load_image(self.items[index], self.size)
         except (OSError, ValueError, SyntaxError) as error:
-            raise InputError(f"cannot read image {item} ({type(error).__name__}): remove it from --data") from None
+            raise InputError(f"cannot read image {self.items[index]} ({type(error).__name__}): remove it from --data") from None
 
 
 def list_items(args):
@@ -315,9 +304,9 @@ def cka(args):
     for number, (other, matrix) in enumerate(zip(others, matrices)):
         best = matrix.argmax(dim=0).tolist()
         print(f"  {other.label}: " + ", ".join(f"{j}~{i} ({matrix[i, j]:.2f})" for j, i in enumerate(best)))
-        sheet.axes(number, f"{other.label} and {reference.label}", f"layer of {other.label}", f"layer of {reference.label}",
-                   (-0.5, matrix.shape[1] - 0.5), (-0.5, matrix.shape[0] - 0.5), grid=False).heatmap(matrix.tolist())
-    sheet.save(args)
+        Axes(sheet, number, f"{other.label} and {reference.label}", f"layer of {other.label}", f"layer of {reference.label}",
+                   (-0.5, matrix.shape[1] - 0.5), (-0.5, matrix.shape[0] - 0.5), right=58).heatmap(matrix.tolist())
+    sheet.save(output(args, ".png"))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -380,19 +369,19 @@ def attention(args):
             print(f"{e.label}: blocks 1-{kinds.count('mask unit')} attend within mask units of 32x32 pixels, "
                   "which bounds their distance and entropy")
     write_csv(args, ("model", "block", "head", "attention", "distance_px", "entropy_nats"), rows)
-    sheet = Sheet(2, 1, 900, 270, [(e.label, COLORS[m % len(COLORS)]) for m, e in enumerate(encoders)],
+    sheet = Sheet(2, 1, 900, 270, [*zip((e.label for e in encoders), COLORS)],
                   f"{len(items)} images; one box per block over its heads: median, quartiles, whiskers to the last head "
                   "within 1.5 quartile ranges, circles beyond")
     for number, name in enumerate(("attention distance (pixels)", "attention entropy (nats)")):
-        every = [v for pair in values.values() for v in pair[number]]
-        axes = sheet.axes(number, name, "block", "", (0.5, deepest + 0.5), limits([0, *every]), range(1, deepest + 1))
+        every = [value for pair in values.values() for value in pair[number]]
+        axes = Axes(sheet, number, name, "block", "", (0.5, deepest + 0.5), limits(every), range(1, deepest + 1))
         for m, e in enumerate(encoders):
             print(f"{name}, mean over heads, {e.label}: "
                   + " ".join(f"{statistics.mean(values[m, k][number]):.4g}" for k in range(1, e.model.depth + 1)))
             for k in range(1, e.model.depth + 1):
                 width = 0.8 / len(encoders)
-                axes.box(k + (m - (len(encoders) - 1) / 2) * width, values[m, k][number], 0.8 * width, COLORS[m % len(COLORS)])
-    sheet.save(args)
+                axes.box(k + (m - (len(encoders) - 1) / 2) * width, values[m, k][number], 0.8 * width, COLORS[m])
+    sheet.save(output(args, ".png"))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -406,7 +395,7 @@ def knn_scores(train, onehot, test, neighbours=5, temperature=0.07):
     return torch.einsum("sk,skc->sc", (near / temperature).exp(), onehot[ids])
 
 
-def ridge_scores(train, onehot, test, strength=0.1):
+def ridge_scores(train, onehot, test, strength=0.01):
     """Ridge regression onto one-hot labels, in its dual form: the features outnumber the images.
 
     W = argmin |X W - Y|^2 + lambda |W|^2 gives X* W = X* X' (X X' + lambda I)^-1 Y; lambda = strength * mean |x|^2, so
@@ -425,7 +414,7 @@ def draw_shots(labels, shots, seed):
     return train, sorted(set(range(len(labels))) - set(train))
 
 
-def probe_accuracy(features, labels, shots, draws, seed, neighbours=5, strength=0.1):
+def probe_accuracy(features, labels, shots, draws, seed, neighbours=5, strength=0.01):
     """Accuracy of both classifiers on the images that were not drawn -> (2, draws) float64: k-NN, ridge.
 
     features (n, D), labels (n,) int. Features are centred by the mean of the training images. Accuracy is the mean over
@@ -474,20 +463,20 @@ def probe(args):
     write_csv(args, ("model", "layer", "classifier", "shots", "top1", "standard_error"),
               [(encoders[m].label, layer, kind, shots, f"{mean:.3f}", f"{error:.3f}")
                for (m, layer, shots), pairs in summary.items() for kind, (mean, error) in zip(kinds, pairs)])
-    legend = [(e.label, COLORS[m % len(COLORS)]) for m, e in enumerate(encoders)]
-    sheet = Sheet(2 * len(args.shots), len(args.shots), 340, 270, [*legend, ("chance", GREY)], f"accuracy in % on {len(items)} images of "
+    legend = [*zip((e.label for e in encoders), COLORS)]
+    sheet = Sheet(2 * len(args.shots), len(args.shots), 340, 270, [*legend, ("chance", "#888888")], f"accuracy in % on {len(items)} images of "
                   f"{len(classes)} classes, mean and standard error over {args.draws} draws; mean patch token, layer 0: patch embedding")
     deepest = max(e.model.depth for e in encoders)
     for number, (c, shots) in enumerate((c, shots) for c in range(2) for shots in args.shots):
-        inside = [mean for (_, _, s), pairs in summary.items() for mean, _ in pairs[c:c + 1] if s == shots]
-        axes = sheet.axes(number, f"{kinds[c]}, {shots} image{'s' * (shots > 1)} per class", "layer", "accuracy (%)", (0, deepest),
-                          limits([*inside, chance]), range(0, deepest + 1, 2 if deepest < 20 else 4))
-        axes.line([(0, chance), (deepest, chance)], GREY)
+        ends = [mean + sign * error for key, pairs in summary.items() for mean, error in [pairs[c]] for sign in (-1, 1) if key[2] == shots]
+        axes = Axes(sheet, number, f"{kinds[c]}, {shots} image{'s' * (shots > 1)} per class", "layer", "accuracy (%)", (0, deepest),
+                          limits([*ends, chance]), range(0, deepest + 1, 2 if deepest < 20 else 4))
+        axes.segment((0, chance), (deepest, chance), "#888888", 2)
         for m, e in enumerate(encoders):
             means, errors = zip(*(summary[m, layer, shots][c] for layer in range(e.model.depth + 1)))
             axes.line(list(enumerate(means)), legend[m][1], errors)
             print(f"{kinds[c]}, {shots} per class, {e.label}: " + " ".join(f"{v:.1f}" for v in means))
-    sheet.save(args)
+    sheet.save(output(args, ".png"))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -504,42 +493,39 @@ def layers(args):
     write_csv(args, ("label", "data_fraction", "keep_blocks", "runs", "top1", "standard_error"),
               [(label, f"{fraction:g}", blocks, len(runs[label, fraction, blocks]), f"{mean:.3f}", f"{error:.3f}")
                for (label, fraction, blocks), (mean, error) in summary.items()])
-    legend = [(label, COLORS[i % len(COLORS)]) for i, label in enumerate(labels)]
+    legend = [*zip(labels, COLORS)]
     sheet = Sheet(len(fractions), min(3, len(fractions)), 360, 290, legend, "the other blocks start from random weights; mean and standard error over runs")
     for number, fraction in enumerate(sorted(fractions, reverse=True)):
         here = {key: value for key, value in summary.items() if key[1] == fraction}
         deepest = max(blocks for _, _, blocks in here)
-        axes = sheet.axes(number, f"fine-tuned on {fraction:.4%}".replace(".0000", "") + " of the images", "pre-trained blocks kept",
-                          "top-1 (%)", (0, max(1, deepest)), limits([mean for mean, _ in here.values()]), range(0, deepest + 1, 2 if deepest > 6 else 1))
+        axes = Axes(sheet, number, f"fine-tuned on {fraction:.4%}".replace(".0000", "") + " of the images", "pre-trained blocks kept",
+                          "top-1 (%)", (0, max(1, deepest)), limits([mean + sign * error for mean, error in here.values() for sign in (-1, 1)]), range(0, deepest + 1, 2 if deepest > 6 else 1))
         for label, color in legend:
             points = [(blocks, *value) for (owner, _, blocks), value in here.items() if owner == label]
             axes.line([p[:2] for p in points], color, [p[2] for p in points])
             print(f"{label}, {fraction:g} of the data: " + ", ".join(f"{b} blocks {mean:.2f}" for b, mean, _ in points))
-    sheet.save(args)
+    sheet.save(output(args, ".png"))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Cost (Fig. 1)
 # ----------------------------------------------------------------------------------------------------------------------
 def timings(run, device, seconds):
-    """Sorted times in milliseconds of run(), at least 5 of them, as many as fit into `seconds` after a warm-up."""
-    def once():
-        begun = time.perf_counter()
-        run()
-        if device.type != "cpu":
-            getattr(torch, device.type).synchronize()
-        return (time.perf_counter() - begun) * 1000
-
-    times = []
+    """Milliseconds that run() takes -> median, 10th and 90th percentile of what fits into `seconds` (5 times at least), after
+    a warm-up of a third of that."""
     for budget, least in ((seconds / 3, 2), (seconds, 5)):    # the times of the warm-up are thrown away
-        times, begun = [], time.perf_counter()
-        while len(times) < least or time.perf_counter() - begun < budget:
-            times.append(once())
-    return sorted(times)
+        times, start = [], time.perf_counter()
+        while len(times) < least or time.perf_counter() - start < budget:
+            begun = time.perf_counter()
+            run()
+            if device.type != "cpu":
+                getattr(torch, device.type).synchronize()
+            times.append((time.perf_counter() - begun) * 1000)
+    return np.quantile(times, (0.5, 0.1, 0.9)).tolist()
 
 
 def multiply_adds(run):
-    """Multiply-adds of run(), the "FLOPs" of the literature (ViT-Tiny: 1.26e9). Attention counts as its two products."""
+    """Multiply-adds of run(), the "FLOPs" of the literature (ViT-Tiny: 1.25e9). Attention counts as its two products."""
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         run()
     return counter.get_total_flops() / 2
@@ -552,58 +538,53 @@ def cost(args):
     if args.threads:
         torch.set_num_threads(args.threads)
     device, dtype = pick_device(args.device), {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[args.dtype]
-    exported, rows = [m for m in args.models if m.endswith(".pt2")], []
-    args.models = [m for m in args.models if m not in exported]
-    encoders = load_models(args, num_classes=1000) if args.models else []
-    networks = [(e.label, e.model.to(dtype), (torch.zeros(1, 3, *args.image_size, dtype=dtype, device=device),), e) for e in encoders]
+    exported = [argument for argument in args.models if argument.endswith(".pt2")]
+    args.models = [argument for argument in args.models if argument not in exported]
+    networks = [(e.label, e.model.to(dtype), (torch.zeros(1, 3, *args.image_size, dtype=dtype, device=device),), e)
+                for e in (load_models(args, num_classes=1000) if args.models else ())]
     for label, path in map(named, exported):
         program = torch.export.load(path)
         networks.append((label, program.module(), program.example_inputs[0], None))
-    print(f"{device}{' ' + torch.cuda.get_device_name() if device.type == 'cuda' else ''}, {torch.get_num_threads()} CPU threads, {args.dtype}, "
-          f"torch {torch.__version__}; medians [10th-90th percentile] over {args.seconds:g} s after a warm-up of {args.seconds / 3:.2g} s")
-    drawn = io.BytesIO()
-    draw_image(0, 0, side=448).save(drawn, "JPEG")
+    print(f"{torch.cuda.get_device_name() if device.type == 'cuda' else device}, {torch.get_num_threads()} CPU threads, {args.dtype}, torch "
+          f"{torch.__version__}; medians [10th-90th percentile] over {args.seconds:g} s after {args.seconds / 3:.2g} s of warm-up")
+    jpeg, rows = io.BytesIO(), []
+    draw_image(0, 0, side=448).save(jpeg, "JPEG")
     for label, model, inputs, encoder in networks:
-        def end_to_end():    # from the bytes of a JPEG file of 448x448 pixels to the logits
-            return model(prepare(load_image(drawn, args.image_size)[None], encoder).to(dtype))
-
-        spread = lambda times: (statistics.median(times), times[len(times) // 10], times[len(times) * 9 // 10])
         parameters, macs = sum(p.numel() for p in model.parameters()), multiply_adds(lambda: model(*inputs))
-        latency = spread(timings(lambda: model(*inputs), device, args.seconds))
-        line = f"{label}: {parameters / 1e6:.2f}M parameters, {macs / 1e9:.2f} G multiply-adds, latency at batch {len(inputs[0])} " \
-               f"{latency[0]:.2f} ms [{latency[1]:.2f}-{latency[2]:.2f}]"
-        total, rate = ("", "", ""), ("", "", "")
+        latency, low, high = timings(lambda: model(*inputs), device, args.seconds)
+        print(f"{label}: {parameters / 1e6:.2f}M parameters, {macs / 1e9:.2f}G multiply-adds\n  model alone, batch {len(inputs[0])}: "
+              f"{latency:.2f} ms [{low:.2f}-{high:.2f}], {1000 * len(inputs[0]) / latency:.0f} images/s")
+        row = [label, parameters, int(macs), f"{latency:.4g}", f"{low:.4g}", f"{high:.4g}", "", ""]
         if encoder:
-            total = spread(timings(end_to_end, device, args.seconds))
             batch = inputs[0].expand(args.batch_size, -1, -1, -1).contiguous()
-            rate = [args.batch_size / t * 1000 for t in spread(timings(lambda: model(batch), device, args.seconds))]
-            line += f" = {1000 / latency[0]:.0f} fps; with reading the image {total[0]:.2f} ms [{total[1]:.2f}-{total[2]:.2f}] = " \
-                    f"{1000 / total[0]:.0f} fps; {rate[0]:.0f} images/s [{rate[2]:.0f}-{rate[1]:.0f}] at batch {args.batch_size}"
-        print(line)
-        rows.append((label, parameters, f"{macs:.6g}", *(f"{v:.6g}" if v else "" for v in (*latency, total[0], rate[0])),
-                     args.batch_size, str(device), torch.get_num_threads(), args.dtype))
+            for what, n, run in (("end to end, from a JPEG file of 448x448 pixels", 1, lambda: model(
+                    prepare(load_image(jpeg, args.image_size)[None], encoder).to(dtype))), (f"model alone, batch {len(batch)}", len(batch), lambda: model(batch))):
+                ms, low, high = timings(run, device, args.seconds)
+                print(f"  {what}: {ms:.2f} ms [{low:.2f}-{high:.2f}], {1000 * n / ms:.0f} images/s")
+                row[6 if n == 1 else 7] = f"{ms if n == 1 else 1000 * n / ms:.4g}"
+        rows.append((*row, args.batch_size, device, torch.get_num_threads(), args.dtype))
     write_csv(args, ("model", "parameters", "multiply_adds", "latency_ms", "latency_p10", "latency_p90", "end_to_end_ms",
                      "images_per_s", "batch_size", "device", "threads", "dtype"), rows)
     if args.points:
-        draw_accuracy_latency(args, {label: float(latency) for label, _, _, latency, *_ in rows})
+        draw_accuracy_latency(args, {row[0]: float(row[3]) for row in rows})
 
 
 def draw_accuracy_latency(args, measured):
     """Fig. 1: top-1 accuracy against latency at batch 1. measured: label of a model -> milliseconds."""
     points = []
     for row in read_csv(args.points, ("label", "model", "top1", "latency_ms", "source")):
-        if not row["latency_ms"] and row["model"] not in measured:
-            print(f"{args.points}: no latency for {row['label']}, as {row['model']} was not measured: left out")
-            continue
-        points.append((float(row["latency_ms"] or measured[row["model"]]), float(row["top1"]), row["label"], row["source"]))
+        if row["latency_ms"] or row["model"] in measured:
+            points.append((float(row["latency_ms"] or measured[row["model"]]), float(row["top1"]), row["label"], row["source"]))
+        else:
+            print(f"{args.points}: {row['label']} is left out, as {row['model']} was not measured")
     if not points:
         raise InputError(f"--points {args.points} has no row with a latency: fill in latency_ms, or measure the models it names")
-    sources = [*dict.fromkeys(p[3] for p in points)]
-    sheet = Sheet(1, 1, 720, 440, [(s, COLORS[i % len(COLORS)]) for i, s in enumerate(sources)])
-    axes = sheet.axes(0, "accuracy and latency", "latency at batch size 1 (ms)", "top-1 (%)", limits([p[0] for p in points], 0.5), limits([p[1] for p in points]))
-    for x, y, label, source in points:
-        axes.scatter(x, y, COLORS[sources.index(source) % len(COLORS)], label)
-    sheet.save(args)
+    legend = dict(zip(dict.fromkeys(source for *_, source in points), COLORS))
+    sheet = Sheet(1, 1, 720, 440, legend.items())
+    axes = Axes(sheet, 0, "accuracy and latency", "latency at batch size 1 (ms)", "top-1 (%)", limits([p[0] for p in points], 0.6),
+                limits([p[1] for p in points]))
+    axes.scatter([(x, y, label, legend[source]) for x, y, label, source in points])
+    sheet.save(output(args, ".png"))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -631,163 +612,163 @@ def curves(args):
     if missing or not keys:
         raise InputError(f"no line has {', '.join(missing) or 'a loss'}; these files hold: {', '.join(found) or 'no steps at all'}")
     write_csv(args, ("label", "key", "step", "value"), [(label, key, *point) for label, points in logs for key in keys for point in points[key]])
-    legend = [(label, COLORS[i % len(COLORS)]) for i, (label, _) in enumerate(logs)]
+    legend = [*zip((label for label, _ in logs), COLORS)]
     sheet = Sheet(len(keys), min(3, len(keys)), 360, 270, legend)
     for number, key in enumerate(keys):
         xs, ys = zip(*(point for _, points in logs for point in points[key]))
-        axes = sheet.axes(number, key, "step", "", (0, max(1, *xs)), limits(ys))
+        axes = Axes(sheet, number, key, "step", "", (0, max(1, *xs)), limits(ys))
         for (_, points), (_, color) in zip(logs, legend):
             axes.line(points[key], color)
     for label, points in logs:
         print(f"{label}: " + ", ".join(f"{key} {points[key][-1][1]:.4g}" for key in keys if points[key]))
-    sheet.save(args)
+    sheet.save(output(args, ".png"))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Plotting with Pillow
 # ----------------------------------------------------------------------------------------------------------------------
 SCALE = 2    # everything is drawn at twice its size and then reduced, which smooths lines and letters
-COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")    # Okabe-Ito: safe for the colour-blind
-GREY = "#888888"
-MAGMA = np.array([(0, 0, 4), (28, 16, 68), (79, 18, 123), (129, 37, 129), (181, 54, 122), (229, 80, 100), (251, 135, 97),
-                  (254, 194, 135), (252, 253, 191)])                                      # at 0, 1/8, ..., 1
+COLORS = 9 * ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")    # Okabe-Ito: safe for the colour-blind
+MAGMA = np.array([(0, 0, 4), (79, 18, 123), (181, 54, 122), (251, 135, 97), (252, 253, 191)])    # at 0, 1/4, ..., 1
 
 
 def magma(value):
-    return tuple(int(round(np.interp(value, np.linspace(0, 1, len(MAGMA)), channel))) for channel in MAGMA.T)
+    return tuple(int(np.interp(value, (0, 0.25, 0.5, 0.75, 1), channel) + 0.5) for channel in MAGMA.T)
 
 
 def limits(values, margin=0.06):
     """Range of the values and a margin on either side, never empty."""
-    low, high = min(values), max(values)
-    pad = margin * (high - low) or 0.1 * abs(high) or 1.0
-    return low - pad * (low != 0), high + pad
+    pad = margin * (max(values) - min(values)) or 0.1 * abs(max(values)) or 1.0
+    return min(values) - pad, max(values) + pad
 
 
 def round_ticks(low, high, count=5):
     """Multiples of 1, 2, 2.5 or 5 times a power of ten inside [low, high], about `count` of them."""
-    raw = (high - low) / count
-    power = 10.0 ** math.floor(math.log10(raw))
-    step = next(m * power for m in (1, 2, 2.5, 5, 10) if m * power >= raw * 0.999)
+    power = 10.0 ** math.floor(math.log10((high - low) / count))
+    step = next(m * power for m in (1, 2, 2.5, 5, 10) if m * power * count > 0.999 * (high - low))
     return [k * step for k in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
 
 
+def scaled(*points):
+    return [v * SCALE for point in points for v in point]
+
+
 class Sheet:
-    """Panels of equal size, filled row by row; legend [(label, color)] above, note below."""
+    """`panels` panels of equal size, filled row by row; legend [(label, color)] above, note below."""
 
     def __init__(self, panels, columns, width, height, legend=(), note=""):
         self.columns, self.width, self.height, self.font = columns, width, height, ImageFont.load_default(13 * SCALE)
-        places, x, y = [], 16, 8
-        for label, _ in legend:
+        self.image = Image.new("RGB", (columns * width * SCALE, (math.ceil(panels / columns) * height + 140) * SCALE), "white")
+        self.draw, x, y = ImageDraw.Draw(self.image), 16, 8
+        for label, color in legend:
             advance = 40 + self.font.getlength(label) / SCALE
-            x, y = (x, y) if x == 16 or x + advance < columns * width else (16, y + 20)
-            places.append((x, y))
-            x += advance
-        lines = textwrap.wrap(note, columns * width // 7)
-        self.top = y + 24 if legend else 4
-        below = self.top + math.ceil(panels / columns) * height
-        self.image = Image.new("RGB", (columns * width * SCALE, (below + 18 * len(lines) + 6) * SCALE), "white")
-        self.draw = ImageDraw.Draw(self.image)
-        for (x, y), (label, color) in zip(places, legend):
-            self.draw.rectangle([x * SCALE, (y + 3) * SCALE, (x + 14) * SCALE, (y + 13) * SCALE], color)
+            x, y = (16, y + 20) if x + advance > columns * width and x > 16 else (x, y)
+            self.draw.rectangle(scaled((x, y + 3), (x + 14, y + 13)), color)
             self.text(x + 20, y, label)
-        for i, line in enumerate(lines):
-            self.text(16, below + 18 * i, line)
+            x += advance
+        self.top = y + 24 if legend else 4
+        self.bottom = self.top + math.ceil(panels / columns) * height
+        for line in textwrap.wrap(note, columns * width // 7):
+            self.text(16, self.bottom, line)
+            self.bottom += 18
 
     def text(self, x, y, text, anchor="la"):
         self.draw.text((x * SCALE, y * SCALE), text, "black", self.font, anchor=anchor)
 
-    def axes(self, number, *args, **options):
-        row, column = divmod(number, self.columns)
-        return Axes(self, column * self.width, self.top + row * self.height, *args, **options)
-
-    def save(self, args):
-        path = Path(args.out) / f"{args.run.__name__}.png"
-        self.image.reduce(SCALE).save(path)
-        print(f"picture: {path}")
+    def save(self, path):
+        self.image.crop((0, 0, self.image.width, (self.bottom + 6) * SCALE)).reduce(SCALE).save(path)
 
 
 class Axes:
-    """One panel. `place` maps data to pixels of the saved picture; the methods below draw in data coordinates."""
+    """Panel `number` of a sheet. `place` maps data to pixels of the saved picture; the others draw in data coordinates."""
 
-    def __init__(self, sheet, x, y, title, xlabel, ylabel, xlim, ylim, xticks=None, yticks=None, grid=True):
+    def __init__(self, sheet, number, title, xlabel, ylabel, xlim, ylim, xticks=None, right=16):
+        row, column = divmod(number, sheet.columns)
         self.sheet, self.draw, self.xlim, self.ylim = sheet, sheet.draw, xlim, ylim
-        self.left, self.top, self.right, self.bottom = x + 68, y + 28, x + sheet.width - (16 if grid else 58), y + sheet.height - 46
-        middle = (self.left + self.right) / 2
-        sheet.text(middle, y + 6, title, "ma")
-        sheet.text(middle, self.bottom + 24, xlabel, "ma")
-        label = Image.new("L", [math.ceil(v) for v in (sheet.font.getlength(ylabel) + 1, 18 * SCALE)], 0)
+        self.left, self.right = column * sheet.width + 68, (column + 1) * sheet.width - right
+        self.top, self.bottom = sheet.top + row * sheet.height + 28, sheet.top + (row + 1) * sheet.height - 46
+        sheet.text((self.left + self.right) / 2, self.top - 22, title, "ma")
+        sheet.text((self.left + self.right) / 2, self.bottom + 24, xlabel, "ma")
+        label = Image.new("L", (math.ceil(sheet.font.getlength(ylabel)) + 1, 18 * SCALE))        # drawn, then turned
         ImageDraw.Draw(label).text((0, 0), ylabel, 255, sheet.font)
-        label = label.rotate(90, expand=True)
-        sheet.image.paste("black", (int((x + 8) * SCALE), int((self.top + self.bottom) / 2 * SCALE - label.height / 2)), label)
-        for ticks, lim, horizontal in ((xticks, xlim, True), (yticks, ylim, False)):
-            for value in round_ticks(*lim) if ticks is None else ticks:
-                px, py = self.place(value, ylim[0]) if horizontal else self.place(xlim[0], value)
-                if grid:
-                    self.segment((value, ylim[0]) if horizontal else (xlim[0], value), (value, ylim[1]) if horizontal else (xlim[1], value), "#e0e0e0")
-                sheet.text(*((px, py + 5, f"{value:.6g}", "ma") if horizontal else (px - 6, py, f"{value:.6g}", "rm")))
-        self.draw.rectangle([v * SCALE for v in (self.left, self.top, self.right, self.bottom)], outline="black", width=SCALE)
+        sheet.image.paste("black", (int(self.left - 60) * SCALE, (self.top + self.bottom) * SCALE // 2 - label.width // 2),
+                          label.rotate(90, expand=True))
+        for value in round_ticks(*xlim) if xticks is None else xticks:
+            self.segment((value, ylim[0]), (value, ylim[1]), "#e0e0e0")
+            sheet.text(self.place(value, 0)[0], self.bottom + 5, f"{value:.6g}", "ma")
+        for value in round_ticks(*ylim):
+            self.segment((xlim[0], value), (xlim[1], value), "#e0e0e0")
+            sheet.text(self.left - 6, self.place(0, value)[1], f"{value:.6g}", "rm")
+        self.draw.rectangle(scaled((self.left, self.top), (self.right, self.bottom)), None, "black", SCALE)
 
     def place(self, x, y):
-        (x0, x1), (y0, y1) = self.xlim, self.ylim
-        return self.left + (x - x0) / (x1 - x0) * (self.right - self.left), self.bottom - (y - y0) / (y1 - y0) * (self.bottom - self.top)
+        x, y = ((v - low) / (high - low) for v, (low, high) in ((x, self.xlim), (y, self.ylim)))
+        return self.left + x * (self.right - self.left), self.bottom - y * (self.bottom - self.top)
 
     def segment(self, start, end, color, width=1):
-        self.draw.line([v * SCALE for point in (start, end) for v in self.place(*point)], color, width * SCALE)
+        self.draw.line(scaled(self.place(*start), self.place(*end)), color, width * SCALE)
 
     def dot(self, x, y, color, radius=3, fill=None):
         x, y = self.place(x, y)
-        self.draw.ellipse([v * SCALE for v in (x - radius, y - radius, x + radius, y + radius)], fill, color, SCALE)
+        self.draw.ellipse(scaled((x - radius, y - radius), (x + radius, y + radius)), fill, color, SCALE)
 
     def line(self, points, color, errors=()):
         """Polyline, with dots if the points are few, and bars of +- errors."""
-        self.draw.line([v * SCALE for point in points for v in self.place(*point)], color, 2 * SCALE, joint="curve")
+        self.draw.line(scaled(*(self.place(*p) for p in points)), color, 2 * SCALE, joint="curve")
         for (x, y), error in zip(points, errors):
             self.segment((x, y - error), (x, y + error), color)
-        for x, y in points if 2 < len(points) < 40 else ():
+        for x, y in points if len(points) < 40 else ():
             self.dot(x, y, color, fill=color)
 
-    def scatter(self, x, y, color, label):
-        self.dot(x, y, color, radius=5, fill=color)
-        px, py = self.place(x, y)
-        left = px + 10 + self.sheet.font.getlength(label) / SCALE > self.right                  # no room on the right
-        self.sheet.text(px - 10 if left else px + 10, py, label, "rm" if left else "lm")
+    def scatter(self, points):
+        """Dots [(x, y, label, color)], each label on the first side where no frame, dot or label is in its way."""
+        taken = [(x - 7, x + 7, y) for x, y in (self.place(*p[:2]) for p in points)]
+        for x, y, label, color in points:
+            self.dot(x, y, color, 5, color)
+            (x, y), w = self.place(x, y), self.sheet.font.getlength(label) / SCALE
+            sides = [(x + 10, y), (x - 10 - w, y), (x - w / 2, y - 14), (x - w / 2, y + 14)]
+            x, y = next(((a, b) for a, b in sides if self.left < a and a + w < self.right and all(
+                a > right or a + w < left or abs(b - row) > 11 for left, right, row in taken)), sides[0])
+            taken.append((x, x + w, y))
+            self.sheet.text(x, y, label, "lm")
 
     def box(self, x, values, width, color):
         """Box and whiskers: quartiles, median, the last values within 1.5 quartile ranges, circles beyond."""
         low, median, high = np.quantile(values, (0.25, 0.5, 0.75))
-        inside = [v for v in values if low - 1.5 * (high - low) <= v <= high + 1.5 * (high - low)]
-        for start, end in ((min(inside), low), (high, max(inside))):
-            self.segment((x, start), (x, end), color)
+        inside = [v for v in values if 2.5 * low - 1.5 * high <= v <= 2.5 * high - 1.5 * low]
+        self.segment((x, min(inside)), (x, max(inside)), color)
         (x0, y1), (x1, y0) = self.place(x - width / 2, low), self.place(x + width / 2, high)
-        tint = tuple((255 + v) // 2 for v in ImageColor.getrgb(color))
-        self.draw.rectangle([v * SCALE for v in (x0, y0, x1, y1)], tint, color, SCALE)
+        self.draw.rectangle(scaled((x0, y0), (x1, y1)), tuple((255 + v) // 2 for v in ImageColor.getrgb(color)), color, SCALE)
         self.segment((x - width / 2, median), (x + width / 2, median), color, 2)
         for v in set(values) - set(inside):
-            self.dot(x, v, color, radius=2)
+            self.dot(x, v, color, 2)
 
     def heatmap(self, rows):
-        """Cells of values 0 .. 1 centred on whole coordinates, row 0 at the bottom, and a colour bar on the right."""
-        for y, row in enumerate(rows):
-            for x, value in enumerate(row):
-                (x0, y1), (x1, y0) = self.place(x - 0.5, y - 0.5), self.place(x + 0.5, y + 0.5)
-                self.draw.rectangle([round(v * SCALE) for v in (x0, y0, x1, y1)], magma(value))
-        for y in range(self.top * SCALE, self.bottom * SCALE):
-            shade = magma((self.bottom - y / SCALE) / (self.bottom - self.top))
-            self.draw.line([(self.right + 10) * SCALE, y, (self.right + 22) * SCALE, y], shade)
+        """Cells of values 0 .. 1 centred on whole coordinates, row 0 at the bottom; a colour bar outside, on the right."""
+        for x, y, value in ((x, y, value) for y, row in enumerate(rows) for x, value in enumerate(row)):
+            (x0, y1), (x1, y0) = self.place(x - 0.5, y - 0.5), self.place(x + 0.5, y + 0.5)
+            self.draw.rectangle([round(v) for v in scaled((x0, y0), (x1, y1))], magma(value))
+        height = self.bottom - self.top
+        for y in range(height + 1):
+            self.draw.line(scaled((self.right + 10, self.bottom - y), (self.right + 22, self.bottom - y)), magma(y / height), SCALE)
         for value in (0, 0.5, 1):
-            self.sheet.text(self.right + 26, self.bottom - value * (self.bottom - self.top), f"{value:g}", "lm")
+            self.sheet.text(self.right + 26, self.bottom - value * height, f"{value:g}", "lm")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Tables, demo, main
 # ----------------------------------------------------------------------------------------------------------------------
-def write_csv(args, header, rows):
-    path = Path(args.out) / f"{args.run.__name__}.csv"
+def output(args, suffix):
+    """--out/COMMAND.suffix, said aloud."""
+    path = Path(args.out) / f"{args.run.__name__}{suffix}"
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "w", newline="") as file:
+    print(f"writing {path}")
+    return path
+
+
+def write_csv(args, header, rows):
+    with open(output(args, ".csv"), "w", newline="") as file:
         csv.writer(file).writerows([header, *rows])
-    print(f"values: {path}")
 
 
 def read_csv(path, columns):
