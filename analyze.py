@@ -294,18 +294,18 @@ def cka(args):
         raise InputError(f"--batch-size {batch}: the unbiased HSIC needs 4 images or more in a batch")
     matrices = minibatch_cka([representations(e.model, prepare(images, e)) for e in encoders]
                              for images in image_batches(items, args, batch, drop_last=True))
-    reference, others = encoders[0], encoders[1:]
-    rows = [(reference.label, i, other.label, j, f"{value:.6f}") for other, matrix in zip(others, matrices)
-            for i, line in enumerate(matrix.tolist()) for j, value in enumerate(line)]
-    write_csv(args, ("reference", "layer_of_reference", "model", "layer_of_model", "cka"), rows)
-    print(f"CKA over {len(items) // batch} batches of {batch} images; each layer's best match in {reference.label}:")
-    sheet = Sheet(len(others), min(3, len(others)), 360, 330, note="layer 0: patch embedding; unbiased minibatch CKA, "
-                  f"{len(items) // batch} batches of {batch} images")
+    reference, others, said = encoders[0], encoders[1:], f"{len(items) // batch} batches of {batch} images"
+    write_csv(args, ("reference", "layer_of_reference", "model", "layer_of_model", "cka"),
+              [(reference.label, i, other.label, j, f"{value:.6f}") for other, matrix in zip(others, matrices)
+               for i, row in enumerate(matrix.tolist()) for j, value in enumerate(row)])
+    print(f"for each layer of a model, the layer of {reference.label} most similar to it, and their CKA over {said}:")
+    sheet = Sheet(len(others), min(3, len(others)), 360, 330, note=f"layer 0: patch embedding; unbiased minibatch CKA, {said}")
     for number, (other, matrix) in enumerate(zip(others, matrices)):
         best = matrix.argmax(dim=0).tolist()
-        print(f"  {other.label}: " + ", ".join(f"{j}~{i} ({matrix[i, j]:.2f})" for j, i in enumerate(best)))
-        Axes(sheet, number, f"{other.label} and {reference.label}", f"layer of {other.label}", f"layer of {reference.label}",
-                   (-0.5, matrix.shape[1] - 0.5), (-0.5, matrix.shape[0] - 0.5), right=58).heatmap(matrix.tolist())
+        print(f"  {other.label}: " + ", ".join(f"{j}~{i} {matrix[i, j]:.2f}" for j, i in enumerate(best)))
+        (h, w), names = matrix.shape, (other.label, reference.label)
+        axes = Axes(sheet, number, " and ".join(names), *(f"layer of {name}" for name in names), (-0.5, w - 0.5), (-0.5, h - 0.5), right=58)
+        axes.heatmap(matrix.tolist())
     sheet.save(output(args, ".png"))
 
 
@@ -349,38 +349,37 @@ def token_distances(model):
 def attention(args):
     encoders = load_models(args)
     items, _ = list_items(args)
-    sums = defaultdict(float)                                                                    # (model, block) -> (2, H)
-    distances = [[d.to(next(e.model.parameters()).device) for d in token_distances(e.model)] for e in encoders]
+    sums, distances = defaultdict(float), [token_distances(e.model) for e in encoders]           # (model, block) -> (2, H)
     for images in image_batches(items, args, args.batch_size):
         for m, e in enumerate(encoders):
             features = e.model.forward_features(prepare(images, e), range(e.model.depth))
             for k in range(1, e.model.depth + 1):
                 logits = e.model.attention_map(features[k - 1], k)
                 logits = logits[:, :, 1:, 1:] if e.model.arch["kind"] == "vit" else logits       # no class token
-                values = torch.stack(attention_statistics(logits, distances[m][k - 1]))          # (2, B [* units], H)
-                sums[m, k] += values.mean(dim=1) * len(images)
+                values = attention_statistics(logits, distances[m][k - 1].to(logits.device))
+                sums[m, k] += torch.stack(values).mean(dim=1) * len(images)                      # over images [and units]
+    means = {key: (total / len(items)).tolist() for key, total in sums.items()}
+
     rows, deepest = [], max(e.model.depth for e in encoders)
-    values = {key: (total / len(items)).cpu().tolist() for key, total in sums.items()}
-    for m, e in enumerate(encoders):
-        kinds = ["mask unit" if getattr(b.attn, "tokens_per_unit", 0) else "global" for b in e.model.blocks]
-        rows += [(e.label, k, head, kinds[k - 1], *(f"{v:.6g}" for v in pair)) for k in range(1, e.model.depth + 1)
-                 for head, pair in enumerate(zip(*values[m, k]), start=1)]
-        if "mask unit" in kinds:
-            print(f"{e.label}: blocks 1-{kinds.count('mask unit')} attend within mask units of 32x32 pixels, "
-                  "which bounds their distance and entropy")
+    for (m, k), pair in means.items():
+        units = getattr(encoders[m].model.blocks[k - 1].attn, "tokens_per_unit", 0)
+        rows += [(encoders[m].label, k, head, "mask unit" if units else "global", f"{distance:.6g}", f"{entropy:.6g}")
+                 for head, (distance, entropy) in enumerate(zip(*pair), start=1)]
+    for label in dict.fromkeys(row[0] for row in rows if row[3] == "mask unit"):
+        blocks = sorted({row[1] for row in rows if row[0] == label and row[3] == "mask unit"})
+        print(f"{label}: blocks {', '.join(map(str, blocks))} attend within mask units of 32x32 pixels, which bounds both values")
     write_csv(args, ("model", "block", "head", "attention", "distance_px", "entropy_nats"), rows)
-    sheet = Sheet(2, 1, 900, 270, [*zip((e.label for e in encoders), COLORS)],
-                  f"{len(items)} images; one box per block over its heads: median, quartiles, whiskers to the last head "
-                  "within 1.5 quartile ranges, circles beyond")
+    sheet = Sheet(2, 1, 900, 270, list(zip((e.label for e in encoders), COLORS)),
+                  f"{len(items)} images; one box per block, over its heads: median, quartiles, whiskers to the last head within 1.5 "
+                  "quartile ranges, circles beyond")
     for number, name in enumerate(("attention distance (pixels)", "attention entropy (nats)")):
-        every = [value for pair in values.values() for value in pair[number]]
+        every, width = [value for pair in means.values() for value in pair[number]], 0.8 / len(encoders)
         axes = Axes(sheet, number, name, "block", "", (0.5, deepest + 0.5), limits(every), range(1, deepest + 1))
         for m, e in enumerate(encoders):
-            print(f"{name}, mean over heads, {e.label}: "
-                  + " ".join(f"{statistics.mean(values[m, k][number]):.4g}" for k in range(1, e.model.depth + 1)))
-            for k in range(1, e.model.depth + 1):
-                width = 0.8 / len(encoders)
-                axes.box(k + (m - (len(encoders) - 1) / 2) * width, values[m, k][number], 0.8 * width, COLORS[m])
+            heads = [means[m, k][number] for k in range(1, e.model.depth + 1)]
+            print(f"{name}, mean over heads, {e.label}: " + " ".join(f"{statistics.mean(values):.4g}" for values in heads))
+            for k, values in enumerate(heads, start=1):
+                axes.box(k + (m - (len(encoders) - 1) / 2) * width, values, 0.8 * width, COLORS[m])
     sheet.save(output(args, ".png"))
 
 
@@ -450,32 +449,30 @@ def probe(args):
         for e, layers in zip(encoders, pooled):
             for layer, tokens in enumerate(representations(e.model, prepare(images, e))):
                 layers[layer].append(tokens.mean(dim=1).cpu())
-    accuracy = {}                                                                                # (model, layer, shots) -> (2, draws)
+    summary = {}                                                    # (model, layer, classifier, shots) -> mean, error in %
+    kinds, chance, deepest = (f"{args.neighbours}-NN", "ridge"), 100 / len(classes), max(e.model.depth for e in encoders)
     for m, layers in enumerate(pooled):
         for layer in tqdm(layers, desc=f"probe {encoders[m].label}", leave=False):
             features = torch.cat(layers[layer])
             for shots in args.shots:
-                accuracy[m, layer, shots] = 100 * probe_accuracy(features, labels, shots, args.draws, args.seed, args.neighbours, args.ridge)
-
-    summary = {key: [(v.mean().item(), v.std(correction=min(1, len(v) - 1)).item() / len(v) ** 0.5) for v in values]
-               for key, values in accuracy.items()}
-    kinds, chance = (f"{args.neighbours}-NN", "ridge"), 100 / len(classes)
+                accuracy = probe_accuracy(features, labels, shots, args.draws, args.seed, args.neighbours, args.ridge)
+                for kind, values in zip(kinds, 100 * accuracy):
+                    summary[m, layer, kind, shots] = mean_and_error(values.tolist())
     write_csv(args, ("model", "layer", "classifier", "shots", "top1", "standard_error"),
-              [(encoders[m].label, layer, kind, shots, f"{mean:.3f}", f"{error:.3f}")
-               for (m, layer, shots), pairs in summary.items() for kind, (mean, error) in zip(kinds, pairs)])
-    legend = [*zip((e.label for e in encoders), COLORS)]
-    sheet = Sheet(2 * len(args.shots), len(args.shots), 340, 270, [*legend, ("chance", "#888888")], f"accuracy in % on {len(items)} images of "
-                  f"{len(classes)} classes, mean and standard error over {args.draws} draws; mean patch token, layer 0: patch embedding")
-    deepest = max(e.model.depth for e in encoders)
-    for number, (c, shots) in enumerate((c, shots) for c in range(2) for shots in args.shots):
-        ends = [mean + sign * error for key, pairs in summary.items() for mean, error in [pairs[c]] for sign in (-1, 1) if key[2] == shots]
-        axes = Axes(sheet, number, f"{kinds[c]}, {shots} image{'s' * (shots > 1)} per class", "layer", "accuracy (%)", (0, deepest),
-                          limits([*ends, chance]), range(0, deepest + 1, 2 if deepest < 20 else 4))
-        axes.segment((0, chance), (deepest, chance), "#888888", 2)
+              [(encoders[m].label, *key, f"{mean:.3f}", f"{error:.3f}") for (m, *key), (mean, error) in summary.items()])
+    legend = [*zip((e.label for e in encoders), COLORS), ("chance", "#888888")]
+    sheet = Sheet(2 * len(args.shots), len(args.shots), 340, 270, legend,
+                  f"accuracy in % on {len(items)} images of {len(classes)} classes, mean and standard error over {args.draws} draws; "
+                  "mean patch token, layer 0: patch embedding")
+    for number, (kind, shots) in enumerate((kind, shots) for kind in kinds for shots in args.shots):
+        here = [value for key, value in summary.items() if key[2:] == (kind, shots)]
+        axes = Axes(sheet, number, f"{kind}, {shots} image{'s' * (shots > 1)} per class", "layer", "accuracy (%)", (0, deepest),
+                    limits([chance, *error_ends(here)]), range(0, deepest + 1, 2 if deepest < 20 else 4))
+        axes.line([(0, chance), (deepest, chance)], "#888888")
         for m, e in enumerate(encoders):
-            means, errors = zip(*(summary[m, layer, shots][c] for layer in range(e.model.depth + 1)))
-            axes.line(list(enumerate(means)), legend[m][1], errors)
-            print(f"{kinds[c]}, {shots} per class, {e.label}: " + " ".join(f"{v:.1f}" for v in means))
+            means, errors = zip(*(summary[m, layer, kind, shots] for layer in pooled[m]))
+            axes.line(list(enumerate(means)), COLORS[m], errors=errors)
+            print(f"{kind}, {shots} per class, {e.label}: " + " ".join(f"{v:.1f}" for v in means))
     sheet.save(output(args, ".png"))
 
 
@@ -484,26 +481,25 @@ def probe(args):
 # ----------------------------------------------------------------------------------------------------------------------
 def layers(args):
     """fig4.csv of finetune.py: one row per run with keep_blocks, data_fraction, seed and top1 (percent)."""
-    runs = defaultdict(list)                                                                     # (label, fraction, blocks) -> top1s
+    runs = defaultdict(list)                                                                     # (label, fraction, blocks)
     for label, path in map(named, args.files):
         for row in read_csv(path, ("keep_blocks", "data_fraction", "top1")):
             runs[label, float(row["data_fraction"]), int(row["keep_blocks"])].append(float(row["top1"]))
-    summary = {key: (statistics.mean(v), statistics.stdev(v) / len(v) ** 0.5 if len(v) > 1 else 0.0) for key, v in sorted(runs.items())}
-    labels, fractions = ([*dict.fromkeys(key[i] for key in runs)] for i in (0, 1))
+    summary = {key: mean_and_error(values) for key, values in sorted(runs.items())}
     write_csv(args, ("label", "data_fraction", "keep_blocks", "runs", "top1", "standard_error"),
-              [(label, f"{fraction:g}", blocks, len(runs[label, fraction, blocks]), f"{mean:.3f}", f"{error:.3f}")
-               for (label, fraction, blocks), (mean, error) in summary.items()])
-    legend = [*zip(labels, COLORS)]
-    sheet = Sheet(len(fractions), min(3, len(fractions)), 360, 290, legend, "the other blocks start from random weights; mean and standard error over runs")
-    for number, fraction in enumerate(sorted(fractions, reverse=True)):
+              [(*key, len(runs[key]), f"{mean:.3f}", f"{error:.3f}") for key, (mean, error) in summary.items()])
+    legend, fractions = list(zip(dict.fromkeys(key[0] for key in runs), COLORS)), sorted({key[1] for key in runs}, reverse=True)
+    sheet = Sheet(len(fractions), min(3, len(fractions)), 360, 290, legend,
+                  "the other blocks start from random weights; mean and standard error over runs")
+    for number, fraction in enumerate(fractions):
         here = {key: value for key, value in summary.items() if key[1] == fraction}
-        deepest = max(blocks for _, _, blocks in here)
-        axes = Axes(sheet, number, f"fine-tuned on {fraction:.4%}".replace(".0000", "") + " of the images", "pre-trained blocks kept",
-                          "top-1 (%)", (0, max(1, deepest)), limits([mean + sign * error for mean, error in here.values() for sign in (-1, 1)]), range(0, deepest + 1, 2 if deepest > 6 else 1))
+        deepest = max(1, *(key[2] for key in here))
+        axes = Axes(sheet, number, f"fine-tuned on {100 * fraction:g}% of the images", "pre-trained blocks kept", "top-1 (%)",
+                    (0, deepest), limits(error_ends(here.values())), range(0, deepest + 1, 2 if deepest > 6 else 1))
         for label, color in legend:
-            points = [(blocks, *value) for (owner, _, blocks), value in here.items() if owner == label]
-            axes.line([p[:2] for p in points], color, [p[2] for p in points])
-            print(f"{label}, {fraction:g} of the data: " + ", ".join(f"{b} blocks {mean:.2f}" for b, mean, _ in points))
+            points = [(key[2], *value) for key, value in here.items() if key[0] == label]
+            axes.line([p[:2] for p in points], color, errors=[p[2] for p in points])
+            print(f"{label}, {100 * fraction:g}% of the images: " + ", ".join(f"{k} blocks {mean:.2f}" for k, mean, _ in points))
     sheet.save(output(args, ".png"))
 
 
@@ -545,28 +541,30 @@ def cost(args):
     for label, path in map(named, exported):
         program = torch.export.load(path)
         networks.append((label, program.module(), program.example_inputs[0], None))
-    print(f"{torch.cuda.get_device_name() if device.type == 'cuda' else device}, {torch.get_num_threads()} CPU threads, {args.dtype}, torch "
-          f"{torch.__version__}; medians [10th-90th percentile] over {args.seconds:g} s after {args.seconds / 3:.2g} s of warm-up")
-    jpeg, rows = io.BytesIO(), []
+    threads, device_name = torch.get_num_threads(), torch.cuda.get_device_name() if device.type == "cuda" else str(device)
+    print(f"{device_name}, {threads} CPU threads, {args.dtype}, torch {torch.__version__}; median [10th-90th percentile] over "
+          f"{args.seconds:g} s after {args.seconds / 3:.2g} s of warm-up")
+    jpeg, rows, latency = io.BytesIO(), [], {}
     draw_image(0, 0, side=448).save(jpeg, "JPEG")
     for label, model, inputs, encoder in networks:
         parameters, macs = sum(p.numel() for p in model.parameters()), multiply_adds(lambda: model(*inputs))
-        latency, low, high = timings(lambda: model(*inputs), device, args.seconds)
-        print(f"{label}: {parameters / 1e6:.2f}M parameters, {macs / 1e9:.2f}G multiply-adds\n  model alone, batch {len(inputs[0])}: "
-              f"{latency:.2f} ms [{low:.2f}-{high:.2f}], {1000 * len(inputs[0]) / latency:.0f} images/s")
-        row = [label, parameters, int(macs), f"{latency:.4g}", f"{low:.4g}", f"{high:.4g}", "", ""]
+        print(f"{label}: {parameters / 1e6:.2f}M parameters, {macs / 1e9:.2f}G multiply-adds")
+        runs = [("model alone", len(inputs[0]), lambda: model(*inputs))]
         if encoder:
             batch = inputs[0].expand(args.batch_size, -1, -1, -1).contiguous()
-            for what, n, run in (("end to end, from a JPEG file of 448x448 pixels", 1, lambda: model(
-                    prepare(load_image(jpeg, args.image_size)[None], encoder).to(dtype))), (f"model alone, batch {len(batch)}", len(batch), lambda: model(batch))):
-                ms, low, high = timings(run, device, args.seconds)
-                print(f"  {what}: {ms:.2f} ms [{low:.2f}-{high:.2f}], {1000 * n / ms:.0f} images/s")
-                row[6 if n == 1 else 7] = f"{ms if n == 1 else 1000 * n / ms:.4g}"
-        rows.append((*row, args.batch_size, device, torch.get_num_threads(), args.dtype))
-    write_csv(args, ("model", "parameters", "multiply_adds", "latency_ms", "latency_p10", "latency_p90", "end_to_end_ms",
-                     "images_per_s", "batch_size", "device", "threads", "dtype"), rows)
+            runs += [("end to end, from a JPEG of 448x448 pixels", 1,
+                      lambda: model(prepare(load_image(jpeg, args.image_size)[None], encoder).to(dtype))),
+                     ("model alone", args.batch_size, lambda: model(batch))]
+        for what, n, run in runs:
+            ms, low, high = timings(run, device, args.seconds)
+            latency.setdefault(label, ms)
+            print(f"  {what}, batch {n}: {ms:.2f} ms [{low:.2f}-{high:.2f}], {1000 * n / ms:.0f} fps")
+            rows.append((label, parameters, int(macs), what, n, f"{ms:.4g}", f"{low:.4g}", f"{high:.4g}", f"{1000 * n / ms:.4g}",
+                         device_name, threads, args.dtype))
+    write_csv(args, ("model", "parameters", "multiply_adds", "measured", "batch_size", "ms", "p10", "p90", "fps", "device", "threads",
+                     "dtype"), rows)
     if args.points:
-        draw_accuracy_latency(args, {row[0]: float(row[3]) for row in rows})
+        draw_accuracy_latency(args, latency)
 
 
 def draw_accuracy_latency(args, measured):
@@ -579,10 +577,9 @@ def draw_accuracy_latency(args, measured):
             print(f"{args.points}: {row['label']} is left out, as {row['model']} was not measured")
     if not points:
         raise InputError(f"--points {args.points} has no row with a latency: fill in latency_ms, or measure the models it names")
-    legend = dict(zip(dict.fromkeys(source for *_, source in points), COLORS))
+    legend, (xs, ys, *_) = dict(zip(dict.fromkeys(source for *_, source in points), COLORS)), zip(*points)
     sheet = Sheet(1, 1, 720, 440, legend.items())
-    axes = Axes(sheet, 0, "accuracy and latency", "latency at batch size 1 (ms)", "top-1 (%)", limits([p[0] for p in points], 0.6),
-                limits([p[1] for p in points]))
+    axes = Axes(sheet, 0, "accuracy and latency", "latency at batch size 1 (ms)", "top-1 (%)", limits(xs, 0.6), limits(ys))
     axes.scatter([(x, y, label, legend[source]) for x, y, label, source in points])
     sheet.save(output(args, ".png"))
 
@@ -591,6 +588,7 @@ def draw_accuracy_latency(args, measured):
 # Training curves
 # ----------------------------------------------------------------------------------------------------------------------
 def curves(args):
+    """log.jsonl of any script: one JSON object per line; those with a "step" are drawn, whatever quantities they hold."""
     bookkeeping = {"step", "epoch", "lr", "grad_norm", "img_s", "data_share", "memory_gb", "eta_h", "val_images"}
     logs = []                                                                                    # (label, {key: [(step, value)]})
     for label, path in map(named, args.files):
@@ -602,8 +600,8 @@ def curves(args):
                 line = json.loads(text)
             except json.JSONDecodeError:
                 raise InputError(f"{path}, line {number}, is not JSON: is it the log.jsonl of a run?") from None
-            for key, value in line.items():
-                if "step" in line and isinstance(value, (int, float)):
+            for key, value in line.items() if "step" in line else ():
+                if isinstance(value, (int, float)) and math.isfinite(value):
                     points[key].append((line["step"], value))
         logs.append((label, points))
     found = [*dict.fromkeys(key for _, points in logs for key in points)]
@@ -611,8 +609,9 @@ def curves(args):
     missing = [key for key in keys if key not in found]
     if missing or not keys:
         raise InputError(f"no line has {', '.join(missing) or 'a loss'}; these files hold: {', '.join(found) or 'no steps at all'}")
-    write_csv(args, ("label", "key", "step", "value"), [(label, key, *point) for label, points in logs for key in keys for point in points[key]])
-    legend = [*zip((label for label, _ in logs), COLORS)]
+    write_csv(args, ("label", "key", "step", "value"),
+              [(label, key, *point) for label, points in logs for key in keys for point in points[key]])
+    legend = list(zip((label for label, _ in logs), COLORS))
     sheet = Sheet(len(keys), min(3, len(keys)), 360, 270, legend)
     for number, key in enumerate(keys):
         xs, ys = zip(*(point for _, points in logs for point in points[key]))
@@ -629,17 +628,12 @@ def curves(args):
 # ----------------------------------------------------------------------------------------------------------------------
 SCALE = 2    # everything is drawn at twice its size and then reduced, which smooths lines and letters
 COLORS = 9 * ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")    # Okabe-Ito: safe for the colour-blind
-MAGMA = np.array([(0, 0, 4), (79, 18, 123), (181, 54, 122), (251, 135, 97), (252, 253, 191)])    # at 0, 1/4, ..., 1
 
 
 def magma(value):
-    return tuple(int(np.interp(value, (0, 0.25, 0.5, 0.75, 1), channel) + 0.5) for channel in MAGMA.T)
-
-
-def limits(values, margin=0.06):
-    """Range of the values and a margin on either side, never empty."""
-    pad = margin * (max(values) - min(values)) or 0.1 * abs(max(values)) or 1.0
-    return min(values) - pad, max(values) + pad
+    """Color of a value in 0 .. 1, from black over purple and orange to pale yellow -> (r, g, b)."""
+    channels = (0, 79, 181, 251, 252), (0, 18, 54, 135, 253), (4, 123, 122, 97, 191)
+    return tuple(round(float(np.interp(value, (0, 0.25, 0.5, 0.75, 1), channel))) for channel in channels)
 
 
 def round_ticks(low, high, count=5):
@@ -658,8 +652,10 @@ class Sheet:
 
     def __init__(self, panels, columns, width, height, legend=(), note=""):
         self.columns, self.width, self.height, self.font = columns, width, height, ImageFont.load_default(13 * SCALE)
-        self.image = Image.new("RGB", (columns * width * SCALE, (math.ceil(panels / columns) * height + 140) * SCALE), "white")
-        self.draw, x, y = ImageDraw.Draw(self.image), 16, 8
+        rows, x, y = math.ceil(panels / columns), 16, 8
+        room = rows * height + 60 + 20 * len(legend) + len(note)    # enough; save() cuts the rest off
+        self.image = Image.new("RGB", scaled((columns * width, room)), "white")
+        self.draw = ImageDraw.Draw(self.image)
         for label, color in legend:
             advance = 40 + self.font.getlength(label) / SCALE
             x, y = (16, y + 20) if x + advance > columns * width and x > 16 else (x, y)
@@ -667,7 +663,7 @@ class Sheet:
             self.text(x + 20, y, label)
             x += advance
         self.top = y + 24 if legend else 4
-        self.bottom = self.top + math.ceil(panels / columns) * height
+        self.bottom = self.top + rows * height
         for line in textwrap.wrap(note, columns * width // 7):
             self.text(16, self.bottom, line)
             self.bottom += 18
@@ -694,10 +690,10 @@ class Axes:
         sheet.image.paste("black", (int(self.left - 60) * SCALE, (self.top + self.bottom) * SCALE // 2 - label.width // 2),
                           label.rotate(90, expand=True))
         for value in round_ticks(*xlim) if xticks is None else xticks:
-            self.segment((value, ylim[0]), (value, ylim[1]), "#e0e0e0")
+            self.line([(value, ylim[0]), (value, ylim[1])], "#e0e0e0", 1)
             sheet.text(self.place(value, 0)[0], self.bottom + 5, f"{value:.6g}", "ma")
         for value in round_ticks(*ylim):
-            self.segment((xlim[0], value), (xlim[1], value), "#e0e0e0")
+            self.line([(xlim[0], value), (xlim[1], value)], "#e0e0e0", 1)
             sheet.text(self.left - 6, self.place(0, value)[1], f"{value:.6g}", "rm")
         self.draw.rectangle(scaled((self.left, self.top), (self.right, self.bottom)), None, "black", SCALE)
 
@@ -705,20 +701,17 @@ class Axes:
         x, y = ((v - low) / (high - low) for v, (low, high) in ((x, self.xlim), (y, self.ylim)))
         return self.left + x * (self.right - self.left), self.bottom - y * (self.bottom - self.top)
 
-    def segment(self, start, end, color, width=1):
-        self.draw.line(scaled(self.place(*start), self.place(*end)), color, width * SCALE)
-
-    def dot(self, x, y, color, radius=3, fill=None):
+    def dot(self, x, y, color, radius, fill=None):
         x, y = self.place(x, y)
         self.draw.ellipse(scaled((x - radius, y - radius), (x + radius, y + radius)), fill, color, SCALE)
 
-    def line(self, points, color, errors=()):
-        """Polyline, with dots if the points are few, and bars of +- errors."""
-        self.draw.line(scaled(*(self.place(*p) for p in points)), color, 2 * SCALE, joint="curve")
+    def line(self, points, color, width=2, errors=()):
+        """Segment or polyline, bars of +- errors; dots on a polyline of few points."""
+        self.draw.line(scaled(*(self.place(*p) for p in points)), color, width * SCALE, joint="curve")
         for (x, y), error in zip(points, errors):
-            self.segment((x, y - error), (x, y + error), color)
-        for x, y in points if len(points) < 40 else ():
-            self.dot(x, y, color, fill=color)
+            self.line([(x, y - error), (x, y + error)], color, 1)
+        for x, y in points if len(points) != 2 and len(points) < 40 else ():
+            self.dot(x, y, color, 3, color)
 
     def scatter(self, points):
         """Dots [(x, y, label, color)], each label on the first side where no frame, dot or label is in its way."""
@@ -736,10 +729,10 @@ class Axes:
         """Box and whiskers: quartiles, median, the last values within 1.5 quartile ranges, circles beyond."""
         low, median, high = np.quantile(values, (0.25, 0.5, 0.75))
         inside = [v for v in values if 2.5 * low - 1.5 * high <= v <= 2.5 * high - 1.5 * low]
-        self.segment((x, min(inside)), (x, max(inside)), color)
+        self.line([(x, min(inside)), (x, max(inside))], color, 1)
         (x0, y1), (x1, y0) = self.place(x - width / 2, low), self.place(x + width / 2, high)
         self.draw.rectangle(scaled((x0, y0), (x1, y1)), tuple((255 + v) // 2 for v in ImageColor.getrgb(color)), color, SCALE)
-        self.segment((x - width / 2, median), (x + width / 2, median), color, 2)
+        self.line([(x - width / 2, median), (x + width / 2, median)], color)
         for v in set(values) - set(inside):
             self.dot(x, v, color, 2)
 
@@ -756,8 +749,24 @@ class Axes:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Tables, demo, main
+# Numbers, tables, demo, main
 # ----------------------------------------------------------------------------------------------------------------------
+def mean_and_error(values):
+    """-> mean, its standard error (0 for a single value)."""
+    return statistics.mean(values), statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0.0
+
+
+def limits(values, margin=0.06):
+    """Range of the values and a margin on either side, never empty."""
+    pad = margin * (max(values) - min(values)) or 0.1 * abs(max(values)) or 1.0
+    return min(values) - pad, max(values) + pad
+
+
+def error_ends(pairs):
+    """(mean, error) pairs -> mean - error and mean + error of each, for `limits`."""
+    return [mean + sign * error for mean, error in pairs for sign in (-1, 1)]
+
+
 def output(args, suffix):
     """--out/COMMAND.suffix, said aloud."""
     path = Path(args.out) / f"{args.run.__name__}{suffix}"
@@ -785,30 +794,28 @@ def read_csv(path, columns):
 
 def demo(folder=Path("out/demo")):
     """Every command above on drawn images, as a user would type them."""
-    files = []
-    for label, path in (("MAE", folder / "teacher/encoder.pt"), ("D2-MAE", folder / "encoder.pt")):
+    trained = {"MAE": folder / "teacher/encoder.pt", "D2-MAE": folder / "encoder.pt"}
+    for number, (label, path) in enumerate(list(trained.items()), start=1):
         if not path.exists():
             print(f"{path} is not there (pretrain_d2mae.py --demo makes it): an untrained encoder stands in for it")
-            label, path = f"not {label}", folder / f"analyze/untrained_{len(files)}.pt"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            torch.manual_seed(len(files) + 1)
+            torch.manual_seed(number)
             model = MODELS["vit_tiny"](img_size=64, patch_size=8)
-            torch.save(dict(model=model.state_dict(), arch=model.arch), path)
-        files.append(f"{label}={path}")
-    runs = [["cka", files[0], "random", *files, "--data", "shapes", "--images", "512"],
-            ["attention", "random", *files, "--data", "shapes", "--images", "128"],
-            ["probe", "random", *files, "--data", "shapes", "--images", "800", "--draws", "10"],
-            ["cost", "vit_tiny", "vit_tiny+rpe", "hiera_tiny", "--seconds", "1", "--batch-size", "16"]]
+            (folder / "analyze").mkdir(parents=True, exist_ok=True)
+            trained[f"untrained {number}"] = folder / f"analyze/untrained_{number}.pt"
+            torch.save(dict(model=model.state_dict(), arch=model.arch), trained[f"untrained {number}"])
+            del trained[label]
+    models = [f"{label}={path}" for label, path in trained.items()]
     points = Path(__file__).parent / "tests/assets/fig1.csv"
-    runs[-1] += ["--points", str(points)] if points.exists() else []
-    for name, pattern in (("layers", "fig4.csv"), ("curves", "log.jsonl")):
-        found = [str(p) for p in sorted(folder.rglob(pattern))]
-        if found:
-            runs.append([name, *found])
-        else:
-            print(f"no {pattern} below {folder}: `{name}` is left out")
+    sweeps, logs = sorted(folder.rglob("fig4.csv")), [path.with_name("log.jsonl") for path in trained.values()]
+    runs = [["cka", models[0], "random", *models, "--data", "shapes", "--images", 384],
+            ["attention", "random", *models, "--data", "shapes", "--images", 128],
+            ["probe", "random", *models, "--data", "shapes", "--images", 800, "--draws", 10],
+            ["cost", "vit_tiny", "vit_tiny+rpe", "hiera_tiny", "--seconds", 1, "--batch-size", 16,
+             *(["--points", os.path.relpath(points)] if points.exists() else [])]]
+    runs += [["layers", *sweeps]] if sweeps else []
+    runs += [["curves", *(f"{label}={log}" for label, log in zip(trained, logs))]] if all(log.exists() for log in logs) else []
     for run in runs:
-        run += ["--out", str(folder / "analyze")]
+        run = [str(word) for word in (*run, "--out", folder / "analyze")]
         print("\n$ python analyze.py", *run)
         args = parse_args(run)
         args.run(args)

@@ -182,7 +182,7 @@ def test_cka_command(files, tmp_path, capsys):
     commanded("cka", files / "a.pt", f"A={files}/a.pt", f"B={files}/b.pt", f"hiera={files}/hiera.pt", "random", "--data", files / "images", "--image-size", 64,
               "--batch-size", 8, "--workers", 0, "--device", "cpu", "--out", tmp_path)
     rows = table(tmp_path / "cka.csv")
-    assert len(rows) == 4 * 13 * 13 and "over 2 batches of 8 images" in capsys.readouterr().out
+    assert len(rows) == 4 * 13 * 13 and "over 2 batches of 8 images:" in capsys.readouterr().out
     same = [float(r["cka"]) for r in rows if r["model"] == "A" and r["layer_of_reference"] == r["layer_of_model"]]
     assert len(same) == 13 and all(v == pytest.approx(1, abs=1e-6) for v in same)
     assert not any(r["cka"] == "nan" for r in rows)
@@ -210,14 +210,17 @@ def test_cost_command(files, tmp_path, capsys):
     (tmp_path / "points.csv").write_text("label,model,top1,latency_ms,source\none,A,75.8,,paper\ntwo,A,78.7,,paper\nthree,x,70,3.5,other\nfour,x,70,,other\n")
     commanded("cost", f"A={files}/a.pt", "vit_tiny", tmp_path / "head.pt2", "--image-size", 224, "--seconds", 0.01, "--batch-size", 2, "--device", "cpu", "--points",
               tmp_path / "points.csv", "--out", tmp_path)
-    a, tiny, head = table(tmp_path / "cost.csv")
+    rows = table(tmp_path / "cost.csv")
+    assert [r["measured"] for r in rows] == [*["model alone", "end to end, from a JPEG of 448x448 pixels", "model alone"] * 2, "model alone"]
+    assert [int(r["batch_size"]) for r in rows] == [1, 1, 2, 1, 1, 2, 2] and all(float(r["p10"]) <= float(r["ms"]) <= float(r["p90"]) for r in rows)
+    tiny, head = rows[3], rows[6]
     assert int(tiny["parameters"]) == 5_717_416
     blocks = 12 * (12 * 197 * 192 ** 2 + 2 * 197 ** 2 * 192)
     assert int(tiny["multiply_adds"]) == blocks + 196 * 768 * 192 + 192 * 1000
     assert int(head["multiply_adds"]) == 2 * 32 * 32 * 8 * 27 and int(head["parameters"]) == 8 * 27
     said = capsys.readouterr().out
-    assert "cpu, " in said and "CPU threads, fp32" in said and said.count("end to end") == said.count("model alone, batch 2: ") - 1 == 2
-    assert float(tiny["end_to_end_ms"]) > 0 and float(tiny["images_per_s"]) > 0 and "four is left out" in said
+    assert "cpu, " in said and "CPU threads, fp32" in said and "s of warm-up" in said and "four is left out" in said
+    assert said.count("end to end, from a JPEG of 448x448 pixels, batch 1: ") == 2 and said.count("model alone, batch 2: ") == 3
     assert Image.open(tmp_path / "cost.png").size[0] == 720
 
 
@@ -231,7 +234,7 @@ def test_layers_command(tmp_path, capsys):
     assert len(rows) == 12
     last = next(r for r in rows if (r["label"], r["data_fraction"], r["keep_blocks"]) == ("D2-MAE", "0.1", "12"))
     assert last["runs"] == "2" and float(last["top1"]) == 74.5 and float(last["standard_error"]) == 0.5
-    assert "MAE, 0.1 of the data: 0 blocks 50.50, 6 blocks 56.50, 12 blocks 62.50" in capsys.readouterr().out
+    assert "MAE, 10% of the images: 0 blocks 50.50, 6 blocks 56.50, 12 blocks 62.50" in capsys.readouterr().out
 
 
 def test_curves_command(tmp_path):
@@ -249,7 +252,7 @@ def test_curves_command(tmp_path):
 def test_pictures_show_the_data_where_they_are(tmp_path):
     sheet = analyze.Sheet(4, 2, 300, 250, [("first", "#0072b2"), ("second", "#d55e00")], "a note " * 30)
     line = analyze.Axes(sheet, 0, "line", "x", "y", (0, 10), (0, 1))
-    line.line([(0, 0), (10, 1)], "#0072b2", [0, 0.1])
+    line.line([(0, 0), (10, 1)], "#0072b2", errors=[0, 0.1])
     box = analyze.Axes(sheet, 1, "box", "x", "y", (0, 2), (0, 30), range(3))
     box.box(1, [1, 8, 9, 10, 11, 12, 28], 0.5, "#d55e00")
     heat = analyze.Axes(sheet, 2, "heat", "x", "y", (-0.5, 2.5), (-0.5, 1.5), right=58)
