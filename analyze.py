@@ -84,7 +84,7 @@ def parse_args(argv=None):
     add("--batch-size", type=int, default=128, help="images per minibatch of the unbiased HSIC")
     add = command(attention, "distance and entropy of every attention head (Fig. 5)", data=True)
     add("--batch-size", type=int, default=32, help="images per forward pass; the result does not depend on it")
-    add = command(probe, "few-shot accuracy of the frozen features of every layer; --data has one folder per class", data=True)
+    add = command(probe, "few-shot accuracy of every layer's frozen features; --data has one folder per class", data=True)
     add("--batch-size", type=int, default=64, help="images per forward pass; the result does not depend on it")
     add("--shots", type=lambda s: [int(v) for v in s.split(",")], default="2,5,10", help="training images per class")
     add("--draws", type=int, default=20, help="random choices of the training images; the same for every model and layer")
@@ -152,7 +152,8 @@ def load_models(args, **options):
     inputs = [named(argument) for argument in args.models]
     sources = [source for _, source in inputs if source != "random"]
     if not sources:
-        raise InputError(f"`random` copies the first other model, and there is none: name a checkpoint or one of {', '.join(MODELS)}")
+        raise InputError("`random` copies the first other model, and there is none: name a checkpoint or one of "
+                         f"{', '.join(MODELS)}")
     known = {source: architecture(source) for source in sources}
     size = args.image_size or max((size for _, _, size in known.values() if size), default=[224])
     args.image_size, encoders = tuple(size) * 2 if len(size) == 1 else tuple(size), []
@@ -209,6 +210,8 @@ def draw_image(kind, number, side=96):
 
 
 class Images(Dataset):
+    """Items as `load_image` takes them -> (3, H, W) uint8."""
+
     def __init__(self, items, size):
         self.items, self.size = items, size
 
@@ -219,7 +222,8 @@ class Images(Dataset):
         try:
             return load_image(self.items[index], self.size)
         except (OSError, ValueError, SyntaxError) as error:
-            raise InputError(f"cannot read image {self.items[index]} ({type(error).__name__}): remove it from --data") from None
+            raise InputError(f"cannot read image {self.items[index]} ({type(error).__name__}): remove it from "
+                             "--data") from None
 
 
 def list_items(args):
@@ -232,10 +236,12 @@ def list_items(args):
         if not folder.is_dir():
             raise InputError(f"{folder} is not a folder: give --data a folder of images (ImageNet: data/imagenet/val)")
         files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in IMAGE_TYPES)
-        items, classes = [str(p) for p in files], [p.relative_to(folder).parts[0] if p.parent != folder else "" for p in files]
+        items = [str(p) for p in files]
+        classes = [p.relative_to(folder).parts[0] if p.parent != folder else "" for p in files]
     order = np.random.default_rng(args.seed).permutation(len(items))[:args.images]
     if len(order) < 4:
-        raise InputError(f"--data {args.data} gives {len(order)} image(s) ({', '.join(sorted(IMAGE_TYPES))}): four are the least")
+        raise InputError(f"--data {args.data} gives {len(order)} image(s) ({', '.join(sorted(IMAGE_TYPES))}): four are the "
+                         "least")
     return [items[i] for i in order], [classes[i] for i in order]
 
 
@@ -260,8 +266,8 @@ def centred_gram(features):
     It does not see an offset common to all samples, so the mean is removed first, which saves digits. On the host:
     float64 does not exist on every device.
     """
-    x, n = features.flatten(1).cpu().double(), len(features)
-    x = x - x.mean(dim=0)
+    x, n = features.flatten(1).cpu().to(torch.float64, copy=True), len(features)
+    x -= x.mean(dim=0)
     gram = (x @ x.T).fill_diagonal_(0)
     rows = gram.sum(dim=1) / (n - 2)
     return (gram - rows[:, None] - rows + rows.sum() / (n - 1)).fill_diagonal_(0).flatten()
@@ -287,7 +293,8 @@ def minibatch_cka(batches):
 def cka(args):
     encoders = load_models(args)
     if len(encoders) < 2:
-        raise InputError("cka compares two models or more: name the reference first, then the others (the same one twice is fine)")
+        raise InputError("cka compares two models or more: name the reference first, then the others (the same one twice is "
+                         "fine)")
     items, _ = list_items(args)
     batch = min(args.batch_size, len(items))
     if batch < 4:
@@ -299,12 +306,14 @@ def cka(args):
               [(reference.label, i, other.label, j, f"{value:.6f}") for other, matrix in zip(others, matrices)
                for i, row in enumerate(matrix.tolist()) for j, value in enumerate(row)])
     print(f"for each layer of a model, the layer of {reference.label} most similar to it, and their CKA over {said}:")
-    sheet = Sheet(len(others), min(3, len(others)), 360, 330, note=f"layer 0: patch embedding; unbiased minibatch CKA, {said}")
+    sheet = Sheet(len(others), min(3, len(others)), 360, 330,
+                  note=f"layer 0: patch embedding; unbiased minibatch CKA, {said}")
     for number, (other, matrix) in enumerate(zip(others, matrices)):
         best = matrix.argmax(dim=0).tolist()
         print(f"  {other.label}: " + ", ".join(f"{j}~{i} {matrix[i, j]:.2f}" for j, i in enumerate(best)))
-        (h, w), names = matrix.shape, (other.label, reference.label)
-        axes = Axes(sheet, number, " and ".join(names), *(f"layer of {name}" for name in names), (-0.5, w - 0.5), (-0.5, h - 0.5), right=58)
+        h, w = matrix.shape
+        axes = Axes(sheet, number, f"{other.label} and {reference.label}", f"layer of {other.label}",
+                    f"layer of {reference.label}", (-0.5, w - 0.5), (-0.5, h - 0.5), right=58)
         axes.heatmap(matrix.tolist())
     sheet.save(output(args, ".png"))
 
@@ -367,11 +376,12 @@ def attention(args):
                  for head, (distance, entropy) in enumerate(zip(*pair), start=1)]
     for label in dict.fromkeys(row[0] for row in rows if row[3] == "mask unit"):
         blocks = sorted({row[1] for row in rows if row[0] == label and row[3] == "mask unit"})
-        print(f"{label}: blocks {', '.join(map(str, blocks))} attend within mask units of 32x32 pixels, which bounds both values")
+        print(f"{label}: blocks {', '.join(map(str, blocks))} attend within mask units of 32x32 pixels, which bounds both "
+              "values")
     write_csv(args, ("model", "block", "head", "attention", "distance_px", "entropy_nats"), rows)
     sheet = Sheet(2, 1, 900, 270, list(zip((e.label for e in encoders), COLORS)),
-                  f"{len(items)} images; one box per block, over its heads: median, quartiles, whiskers to the last head within 1.5 "
-                  "quartile ranges, circles beyond")
+                  f"{len(items)} images; one box per block, over its heads: median, quartiles, whiskers to the last head "
+                  "within 1.5 quartile ranges, circles beyond")
     for number, name in enumerate(("attention distance (pixels)", "attention entropy (nats)")):
         every, width = [value for pair in means.values() for value in pair[number]], 0.8 / len(encoders)
         axes = Axes(sheet, number, name, "block", "", (0.5, deepest + 0.5), limits(every), range(1, deepest + 1))
@@ -442,8 +452,8 @@ def probe(args):
     if len(classes) < 2 or "" in classes:
         raise InputError(f"--data {args.data} has no classes: probe needs one folder of images per class")
     if fewest <= max(args.shots):
-        raise InputError(f"class {classes[np.bincount(labels).argmin()]} has {fewest} of the {len(items)} images, and --shots "
-                         f"{max(args.shots)} leaves none to test on: lower --shots, or raise --images or the data")
+        raise InputError(f"class {classes[np.bincount(labels).argmin()]} has {fewest} of the {len(items)} images, so --shots "
+                         f"{max(args.shots)} leaves none to test on: lower --shots, or raise --images")
     pooled = [defaultdict(list) for _ in encoders]                                               # layer -> [(B, D)]
     for images in image_batches(items, args, args.batch_size):
         for e, layers in zip(encoders, pooled):
@@ -462,12 +472,12 @@ def probe(args):
               [(encoders[m].label, *key, f"{mean:.3f}", f"{error:.3f}") for (m, *key), (mean, error) in summary.items()])
     legend = [*zip((e.label for e in encoders), COLORS), ("chance", "#888888")]
     sheet = Sheet(2 * len(args.shots), len(args.shots), 340, 270, legend,
-                  f"accuracy in % on {len(items)} images of {len(classes)} classes, mean and standard error over {args.draws} draws; "
-                  "mean patch token, layer 0: patch embedding")
+                  f"accuracy in % on {len(items)} images of {len(classes)} classes, mean and standard error over "
+                  f"{args.draws} draws; mean patch token, layer 0: patch embedding")
     for number, (kind, shots) in enumerate((kind, shots) for kind in kinds for shots in args.shots):
         here = [value for key, value in summary.items() if key[2:] == (kind, shots)]
-        axes = Axes(sheet, number, f"{kind}, {shots} image{'s' * (shots > 1)} per class", "layer", "accuracy (%)", (0, deepest),
-                    limits([chance, *error_ends(here)]), range(0, deepest + 1, 2 if deepest < 20 else 4))
+        axes = Axes(sheet, number, f"{kind}, {shots} image{'s' * (shots > 1)} per class", "layer", "accuracy (%)",
+                    (0, deepest), limits([chance, *error_ends(here)]), range(0, deepest + 1, 2 if deepest < 20 else 4))
         axes.line([(0, chance), (deepest, chance)], "#888888")
         for m, e in enumerate(encoders):
             means, errors = zip(*(summary[m, layer, kind, shots] for layer in pooled[m]))
@@ -488,7 +498,8 @@ def layers(args):
     summary = {key: mean_and_error(values) for key, values in sorted(runs.items())}
     write_csv(args, ("label", "data_fraction", "keep_blocks", "runs", "top1", "standard_error"),
               [(*key, len(runs[key]), f"{mean:.3f}", f"{error:.3f}") for key, (mean, error) in summary.items()])
-    legend, fractions = list(zip(dict.fromkeys(key[0] for key in runs), COLORS)), sorted({key[1] for key in runs}, reverse=True)
+    legend = list(zip(dict.fromkeys(key[0] for key in runs), COLORS))
+    fractions = sorted({key[1] for key in runs}, reverse=True)
     sheet = Sheet(len(fractions), min(3, len(fractions)), 360, 290, legend,
                   "the other blocks start from random weights; mean and standard error over runs")
     for number, fraction in enumerate(fractions):
@@ -499,7 +510,8 @@ def layers(args):
         for label, color in legend:
             points = [(key[2], *value) for key, value in here.items() if key[0] == label]
             axes.line([p[:2] for p in points], color, errors=[p[2] for p in points])
-            print(f"{label}, {100 * fraction:g}% of the images: " + ", ".join(f"{k} blocks {mean:.2f}" for k, mean, _ in points))
+            print(f"{label}, {100 * fraction:g}% of the images: "
+                  + ", ".join(f"{blocks} blocks {mean:.2f}" for blocks, mean, _ in points))
     sheet.save(output(args, ".png"))
 
 
@@ -533,7 +545,8 @@ def cost(args):
     segmenter), which is measured on the inputs that it was exported with."""
     if args.threads:
         torch.set_num_threads(args.threads)
-    device, dtype = pick_device(args.device), {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[args.dtype]
+    device = pick_device(args.device)
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[args.dtype]
     exported = [argument for argument in args.models if argument.endswith(".pt2")]
     args.models = [argument for argument in args.models if argument not in exported]
     networks = [(e.label, e.model.to(dtype), (torch.zeros(1, 3, *args.image_size, dtype=dtype, device=device),), e)
@@ -542,8 +555,8 @@ def cost(args):
         program = torch.export.load(path)
         networks.append((label, program.module(), program.example_inputs[0], None))
     threads, device_name = torch.get_num_threads(), torch.cuda.get_device_name() if device.type == "cuda" else str(device)
-    print(f"{device_name}, {threads} CPU threads, {args.dtype}, torch {torch.__version__}; median [10th-90th percentile] over "
-          f"{args.seconds:g} s after {args.seconds / 3:.2g} s of warm-up")
+    print(f"{device_name}, {threads} CPU threads, {args.dtype}, torch {torch.__version__}; median [10th-90th percentile] "
+          f"over {args.seconds:g} s after {args.seconds / 3:.2g} s of warm-up")
     jpeg, rows, latency = io.BytesIO(), [], {}
     draw_image(0, 0, side=448).save(jpeg, "JPEG")
     for label, model, inputs, encoder in networks:
@@ -559,10 +572,10 @@ def cost(args):
             ms, low, high = timings(run, device, args.seconds)
             latency.setdefault(label, ms)
             print(f"  {what}, batch {n}: {ms:.2f} ms [{low:.2f}-{high:.2f}], {1000 * n / ms:.0f} fps")
-            rows.append((label, parameters, int(macs), what, n, f"{ms:.4g}", f"{low:.4g}", f"{high:.4g}", f"{1000 * n / ms:.4g}",
+            rows.append((label, parameters, int(macs), what, n, *(f"{v:.4g}" for v in (ms, low, high, 1000 * n / ms)),
                          device_name, threads, args.dtype))
-    write_csv(args, ("model", "parameters", "multiply_adds", "measured", "batch_size", "ms", "p10", "p90", "fps", "device", "threads",
-                     "dtype"), rows)
+    write_csv(args, ("model", "parameters", "multiply_adds", "measured", "batch_size", "ms", "p10", "p90", "fps", "device",
+                     "threads", "dtype"), rows)
     if args.points:
         draw_accuracy_latency(args, latency)
 
@@ -571,12 +584,13 @@ def draw_accuracy_latency(args, measured):
     """Fig. 1: top-1 accuracy against latency at batch 1. measured: label of a model -> milliseconds."""
     points = []
     for row in read_csv(args.points, ("label", "model", "top1", "latency_ms", "source")):
-        if row["latency_ms"] or row["model"] in measured:
-            points.append((float(row["latency_ms"] or measured[row["model"]]), float(row["top1"]), row["label"], row["source"]))
+        latency = row["latency_ms"] or measured.get(row["model"])
+        if latency:
+            points.append((float(latency), float(row["top1"]), row["label"], row["source"]))
         else:
             print(f"{args.points}: {row['label']} is left out, as {row['model']} was not measured")
     if not points:
-        raise InputError(f"--points {args.points} has no row with a latency: fill in latency_ms, or measure the models it names")
+        raise InputError(f"--points {args.points} has no row with a latency: fill in latency_ms, or measure its models")
     legend, (xs, ys, *_) = dict(zip(dict.fromkeys(source for *_, source in points), COLORS)), zip(*points)
     sheet = Sheet(1, 1, 720, 440, legend.items())
     axes = Axes(sheet, 0, "accuracy and latency", "latency at batch size 1 (ms)", "top-1 (%)", limits(xs, 0.6), limits(ys))
@@ -590,7 +604,7 @@ def draw_accuracy_latency(args, measured):
 def curves(args):
     """log.jsonl of any script: one JSON object per line; those with a "step" are drawn, whatever quantities they hold."""
     bookkeeping = {"step", "epoch", "lr", "grad_norm", "img_s", "data_share", "memory_gb", "eta_h", "val_images"}
-    logs = []                                                                                    # (label, {key: [(step, value)]})
+    logs = []                                                       # (label, {key: [(step, value)]})
     for label, path in map(named, args.files):
         if not Path(path).is_file():
             raise InputError(f"{path} does not exist: give log.jsonl files")
@@ -608,7 +622,8 @@ def curves(args):
     keys = args.keys or [key for key in found if key not in bookkeeping]
     missing = [key for key in keys if key not in found]
     if missing or not keys:
-        raise InputError(f"no line has {', '.join(missing) or 'a loss'}; these files hold: {', '.join(found) or 'no steps at all'}")
+        raise InputError(f"no line has {', '.join(missing) or 'a loss'}; these files hold: "
+                         f"{', '.join(found) or 'no steps at all'}")
     write_csv(args, ("label", "key", "step", "value"),
               [(label, key, *point) for label, points in logs for key in keys for point in points[key]])
     legend = list(zip((label for label, _ in logs), COLORS))
@@ -627,7 +642,7 @@ def curves(args):
 # Plotting with Pillow
 # ----------------------------------------------------------------------------------------------------------------------
 SCALE = 2    # everything is drawn at twice its size and then reduced, which smooths lines and letters
-COLORS = 9 * ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")    # Okabe-Ito: safe for the colour-blind
+COLORS = 9 * ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")    # Okabe-Ito: colour-blind safe
 
 
 def magma(value):
@@ -648,13 +663,12 @@ def scaled(*points):
 
 
 class Sheet:
-    """`panels` panels of equal size, filled row by row; legend [(label, color)] above, note below."""
+    """`panels` panels of equal size, filled row by row; legend [(label, color)] above, note below; save() crops spare room."""
 
     def __init__(self, panels, columns, width, height, legend=(), note=""):
         self.columns, self.width, self.height, self.font = columns, width, height, ImageFont.load_default(13 * SCALE)
         rows, x, y = math.ceil(panels / columns), 16, 8
-        room = rows * height + 60 + 20 * len(legend) + len(note)    # enough; save() cuts the rest off
-        self.image = Image.new("RGB", scaled((columns * width, room)), "white")
+        self.image = Image.new("RGB", scaled((columns * width, rows * height + 60 + 20 * len(legend) + len(note))), "white")
         self.draw = ImageDraw.Draw(self.image)
         for label, color in legend:
             advance = 40 + self.font.getlength(label) / SCALE
@@ -728,7 +742,7 @@ class Axes:
     def box(self, x, values, width, color):
         """Box and whiskers: quartiles, median, the last values within 1.5 quartile ranges, circles beyond."""
         low, median, high = np.quantile(values, (0.25, 0.5, 0.75))
-        inside = [v for v in values if 2.5 * low - 1.5 * high <= v <= 2.5 * high - 1.5 * low]
+        inside = [v for v in values if low - 1.5 * (high - low) <= v <= high + 1.5 * (high - low)]
         self.line([(x, min(inside)), (x, max(inside))], color, 1)
         (x0, y1), (x1, y0) = self.place(x - width / 2, low), self.place(x + width / 2, high)
         self.draw.rectangle(scaled((x0, y0), (x1, y1)), tuple((255 + v) // 2 for v in ImageColor.getrgb(color)), color, SCALE)
@@ -743,7 +757,8 @@ class Axes:
             self.draw.rectangle([round(v) for v in scaled((x0, y0), (x1, y1))], magma(value))
         height = self.bottom - self.top
         for y in range(height + 1):
-            self.draw.line(scaled((self.right + 10, self.bottom - y), (self.right + 22, self.bottom - y)), magma(y / height), SCALE)
+            ends = scaled((self.right + 10, self.bottom - y), (self.right + 22, self.bottom - y))
+            self.draw.line(ends, magma(y / height), SCALE)
         for value in (0, 0.5, 1):
             self.sheet.text(self.right + 26, self.bottom - value * height, f"{value:g}", "lm")
 
@@ -813,7 +828,8 @@ def demo(folder=Path("out/demo")):
             ["cost", "vit_tiny", "vit_tiny+rpe", "hiera_tiny", "--seconds", 1, "--batch-size", 16,
              *(["--points", os.path.relpath(points)] if points.exists() else [])]]
     runs += [["layers", *sweeps]] if sweeps else []
-    runs += [["curves", *(f"{label}={log}" for label, log in zip(trained, logs))]] if all(log.exists() for log in logs) else []
+    if all(log.exists() for log in logs):
+        runs.append(["curves", *(f"{label}={log}" for label, log in zip(trained, logs))])
     for run in runs:
         run = [str(word) for word in (*run, "--out", folder / "analyze")]
         print("\n$ python analyze.py", *run)

@@ -255,6 +255,7 @@ def test_pictures_show_the_data_where_they_are(tmp_path):
     line.line([(0, 0), (10, 1)], "#0072b2", errors=[0, 0.1])
     box = analyze.Axes(sheet, 1, "box", "x", "y", (0, 2), (0, 30), range(3))
     box.box(1, [1, 8, 9, 10, 11, 12, 28], 0.5, "#d55e00")
+    box.box(1.7, [0.1 + 0.2] * 5, 0.2, "#0072b2")         # all heads alike
     heat = analyze.Axes(sheet, 2, "heat", "x", "y", (-0.5, 2.5), (-0.5, 1.5), right=58)
     heat.heatmap([[0, 0.5, 1], [1, 0.25, 0]])
     dots = analyze.Axes(sheet, 3, "dots", "x", "y", (0, 10), (0, 10))
