@@ -67,7 +67,8 @@ def parse_args(argv=None):
                                   formatter_class=argparse.ArgumentDefaultsHelpFormatter)
         sub.set_defaults(run=run)
         add = sub.add_argument
-        add(inputs, nargs="+", metavar=f"[LABEL=]{inputs[:-1].upper()}", help="see the head of this file")
+        add(inputs, nargs="+", metavar=f"LABEL={inputs[:-1].upper()}", help="'LABEL=' may be absent; sources are listed at "
+            "the head of this file")
         add("--out", default="out/analyze", help="folder for pictures and tables")
         if inputs == "models":
             add("--image-size", type=int, nargs="+", help="side, or height and width, in pixels; if absent, the largest "
@@ -380,8 +381,8 @@ def attention(args):
               "values")
     write_csv(args, ("model", "block", "head", "attention", "distance_px", "entropy_nats"), rows)
     sheet = Sheet(2, 1, 900, 270, list(zip((e.label for e in encoders), COLORS)),
-                  f"{len(items)} images; one box per block, over its heads: median, quartiles, whiskers to the last head "
-                  "within 1.5 quartile ranges, circles beyond")
+                  f"{len(items)} images; a box per block over its heads: quartiles and median, whiskers within 1.5 box heights, "
+                  "circles beyond")
     for number, name in enumerate(("attention distance (pixels)", "attention entropy (nats)")):
         every, width = [value for pair in means.values() for value in pair[number]], 0.8 / len(encoders)
         axes = Axes(sheet, number, name, "block", "", (0.5, deepest + 0.5), limits(every), range(1, deepest + 1))

@@ -317,6 +317,13 @@ def test_bad_input(files, tmp_path):
             commanded(*argv)
 
 
+@pytest.mark.parametrize("command", ("cka", "attention", "probe", "layers", "cost", "curves"))
+def test_help(command, capsys):
+    with pytest.raises(SystemExit, match="0"):
+        analyze.parse_args([command, "--help"])
+    assert "usage: " in capsys.readouterr().out
+
+
 def test_command_line_says_one_sentence(files, tmp_path):
     done = run("analyze.py", "attention", files / "a.pt", "--data", tmp_path, "--out", tmp_path, check=False)
     assert done.returncode == 1 and done.stderr.strip().splitlines()[-1].startswith("error: --data ") and "Traceback" not in done.stderr
