@@ -1,6 +1,6 @@
 """Layer similarity, attention statistics, probes, cost and curves for any checkpoints (paper Figs. 1, 3, 4 and 5).
 
-    python analyze.py cka DeiT=deit_tiny.pth MAE=mae.pt D2-MAE=out/pretrain/encoder.pt --data data/imagenet/val   # Fig. 3
+    python analyze.py cka DeiT=deit_tiny:deit_tiny_patch16_224.pth MAE=mae.pt D2-MAE=out/pretrain/encoder.pt      # Fig. 3
     python analyze.py attention MAE=mae.pt D2-MAE=out/pretrain/encoder.pt --data data/imagenet/val                # Fig. 5
     python analyze.py probe random MAE=mae.pt D2-MAE=out/pretrain/encoder.pt --data FOLDER_OF_CLASS_FOLDERS
     python analyze.py layers MAE=out/sweep_mae/fig4.csv D2-MAE=out/sweep_d2/fig4.csv                              # Fig. 4
@@ -8,9 +8,10 @@
     python analyze.py curves MAE=out/mae/log.jsonl D2-MAE=out/pretrain/log.jsonl
     python analyze.py --demo                                                                          # all, no files needed
 
-A model is [LABEL=]SOURCE; SOURCE is a checkpoint of README, "Checkpoints", the name of an untrained model (vit_tiny,
-vit_tiny+rpe, hiera_tiny, ...) or `random`, an untrained copy of the first other model. Every command writes a picture
-and the numbers behind it as .csv to --out. Nothing here trains, and every map and feature is an explicit return value.
+A model is [LABEL=]SOURCE. SOURCE is a checkpoint of README, "Checkpoints"; MODEL:FILE, where the head count is not the
+one of vit_tiny, vit_base, ... (it cannot be seen in weights); the name of an untrained model (vit_tiny, vit_tiny+rpe,
+hiera_tiny, ...); or `random`, an untrained copy of the first other model. Every command writes a picture and the numbers
+behind it as .csv to --out. Nothing here trains, and every map and feature is an explicit return value.
 
 Shapes: B images, N patches, D width, H heads, Q queries and K keys of an attention map, n images of a CKA batch.
         Layers are counted from 1, as in the paper; layer 0 is the patch embedding.
@@ -112,8 +113,8 @@ def named(argument):
     """[LABEL=]PATH -> label, path. Without a label: the last folder and the name of the file, or the name as it is."""
     if "=" in argument and not Path(argument).exists():
         return tuple(argument.split("=", 1))
-    path = Path(argument)
-    return (f"{path.parent.name}/{path.stem}" if path.suffix else argument), argument
+    path = Path(argument.rpartition(":")[2])
+    return ("/".join(filter(None, (path.parent.name, path.stem))) if path.suffix else argument), argument
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -135,17 +136,21 @@ def pick_device(name):
 
 
 def architecture(source):
-    """A checkpoint, or the name of an untrained model -> name in MODELS, options of its constructor, (H, W) or None."""
-    name, _, rpe = source.partition("+")
-    if name in MODELS and rpe in ("", "rpe"):
-        return name, dict(rel_pos_bias=True) if rpe else {}, None
-    (name, patch), (state, info) = infer_model(source), load_state(source)
+    """Checkpoint, MODEL:FILE or untrained model -> name in MODELS, constructor options, (H, W) or None, file or None."""
+    name, _, file = source.partition(":")
+    if name in MODELS and not file:
+        return name, {}, None, None
+    if name.endswith("+rpe") and name.startswith(("vit", "deit")) and name[:-4] in MODELS:
+        return name[:-4], dict(rel_pos_bias=True), None, None
+    name, file = (name, file) if name in MODELS else (None, source)
+    (inferred, patch), (state, info) = infer_model(file), load_state(file)
+    name = name or inferred
     if name.startswith("hiera"):    # a classifier pools three times, an encoder is analysed as it was pre-trained
         options = dict(q_pool=3 if any(k.startswith("head.") for k in state) else 2)
     else:
         options = dict(patch_size=patch, rel_pos_bias=any(k.endswith("relative_position_bias_table") for k in state),
                        layer_scale=1.0 if any(k.endswith("ls1.gamma") for k in state) else None)
-    return name, options, info.get("arch", {}).get("img_size")
+    return name, options, info.get("arch", {}).get("img_size"), file
 
 
 def load_models(args, **options):
@@ -156,13 +161,13 @@ def load_models(args, **options):
         raise InputError("`random` copies the first other model, and there is none: name a checkpoint or one of "
                          f"{', '.join(MODELS)}")
     known = {source: architecture(source) for source in sources}
-    size = args.image_size or max((size for _, _, size in known.values() if size), default=[224])
+    size = args.image_size or max((size for _, _, size, _ in known.values() if size), default=[224])
     args.image_size, encoders = tuple(size) * 2 if len(size) == 1 else tuple(size), []
     for label, source in inputs:
         torch.manual_seed(args.seed)
-        name, own, _ = known.get(source, known[sources[0]])
+        name, own, _, file = known.get(source, (*known[sources[0]][:3], None))
         model = MODELS[name](img_size=args.image_size, **own, **options)
-        info = load_encoder(model, source) if Path(source).is_file() else {}
+        info = load_encoder(model, file) if file else {}
         model.eval().requires_grad_(False).to(pick_device(args.device))
         encoders.append(Encoder(label, model, info.get("mean", IMAGENET_MEAN), info.get("std", IMAGENET_STD)))
     return encoders
@@ -381,8 +386,8 @@ def attention(args):
               "values")
     write_csv(args, ("model", "block", "head", "attention", "distance_px", "entropy_nats"), rows)
     sheet = Sheet(2, 1, 900, 270, list(zip((e.label for e in encoders), COLORS)),
-                  f"{len(items)} images; a box per block over its heads: quartiles and median, whiskers within 1.5 box heights, "
-                  "circles beyond")
+                  f"{len(items)} images; a box per block over its heads: quartiles and median, whiskers within 1.5 box "
+                  "heights, circles beyond")
     for number, name in enumerate(("attention distance (pixels)", "attention entropy (nats)")):
         every, width = [value for pair in means.values() for value in pair[number]], 0.8 / len(encoders)
         axes = Axes(sheet, number, name, "block", "", (0.5, deepest + 0.5), limits(every), range(1, deepest + 1))
@@ -664,7 +669,7 @@ def scaled(*points):
 
 
 class Sheet:
-    """`panels` panels of equal size, filled row by row; legend [(label, color)] above, note below; save() crops spare room."""
+    """`panels` panels of equal size, filled row by row; legend [(label, color)] above, note below; save() crops."""
 
     def __init__(self, panels, columns, width, height, legend=(), note=""):
         self.columns, self.width, self.height, self.font = columns, width, height, ImageFont.load_default(13 * SCALE)
