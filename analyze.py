@@ -295,7 +295,7 @@ def minibatch_cka(batches):
     return [cross[m] / (own[0][:, None] * own[m]).sqrt().clamp(min=1e-300) for m in range(1, len(own))]
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def cka(args):
     encoders = load_models(args)
     if len(encoders) < 2:
@@ -360,7 +360,7 @@ def token_distances(model):
     return distances
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def attention(args):
     encoders = load_models(args)
     items, _ = list_items(args)
@@ -448,7 +448,7 @@ def probe_accuracy(features, labels, shots, draws, seed, neighbours=5, strength=
     return torch.stack(result).view(draws, 2).T
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def probe(args):
     encoders = load_models(args)
     items, names = list_items(args)
@@ -545,7 +545,7 @@ def multiply_adds(run):
     return counter.get_total_flops() / 2
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def cost(args):
     """Models with a classifier of 1000 classes; or any network exported by torch.export.save (FILE.pt2: a tracker, a
     segmenter), which is measured on the inputs that it was exported with."""
@@ -822,8 +822,8 @@ def demo(folder=Path("out/demo")):
             torch.manual_seed(number)
             model = MODELS["vit_tiny"](img_size=64, patch_size=8)
             (folder / "analyze").mkdir(parents=True, exist_ok=True)
-            trained[f"untrained {number}"] = folder / f"analyze/untrained_{number}.pt"
-            torch.save(dict(model=model.state_dict(), arch=model.arch), trained[f"untrained {number}"])
+            trained[f"untrained-{number}"] = folder / f"analyze/untrained-{number}.pt"
+            torch.save(dict(model=model.state_dict(), arch=model.arch), trained[f"untrained-{number}"])
             del trained[label]
     models = [f"{label}={path}" for label, path in trained.items()]
     points = Path(__file__).parent / "tests/assets/fig1.csv"
