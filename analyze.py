@@ -1,17 +1,17 @@
 """Layer similarity, attention statistics, probes, cost and curves for any checkpoints (paper Figs. 1, 3, 4 and 5).
 
-    python analyze.py cka DeiT=deit_tiny:deit_tiny_patch16_224.pth MAE=mae.pt D2-MAE=out/pretrain/encoder.pt      # Fig. 3
-    python analyze.py attention MAE=mae.pt D2-MAE=out/pretrain/encoder.pt --data data/imagenet/val                # Fig. 5
+    python analyze.py cka DeiT=deit_tiny:deit.pth MAE=mae.pt D2-MAE=out/pretrain/encoder.pt                 # Fig. 3
+    python analyze.py attention MAE=mae.pt D2-MAE=out/pretrain/encoder.pt --data data/imagenet/val          # Fig. 5
     python analyze.py probe random MAE=mae.pt D2-MAE=out/pretrain/encoder.pt --data FOLDER_OF_CLASS_FOLDERS
-    python analyze.py layers MAE=out/sweep_mae/fig4.csv D2-MAE=out/sweep_d2/fig4.csv                              # Fig. 4
-    python analyze.py cost vit_tiny vit_tiny+rpe hiera_tiny --points tests/assets/fig1.csv                        # Fig. 1
+    python analyze.py layers MAE=out/sweep_mae/fig4.csv D2-MAE=out/sweep_d2/fig4.csv                        # Fig. 4
+    python analyze.py cost vit_tiny vit_tiny+rpe hiera_tiny --points tests/assets/fig1.csv                  # Fig. 1
     python analyze.py curves MAE=out/mae/log.jsonl D2-MAE=out/pretrain/log.jsonl
-    python analyze.py --demo                                                                          # all, no files needed
+    python analyze.py --demo                                                                                # all of it
 
 A model is [LABEL=]SOURCE. SOURCE is a checkpoint of README, "Checkpoints"; MODEL:FILE, where the head count is not the
 one of vit_tiny, vit_base, ... (it cannot be seen in weights); the name of an untrained model (vit_tiny, vit_tiny+rpe,
-hiera_tiny, ...); or `random`, an untrained copy of the first other model. Every command writes a picture and the numbers
-behind it as .csv to --out. Nothing here trains, and every map and feature is an explicit return value.
+hiera_tiny, ...); or `random`, an untrained copy of the first other model. Every command writes a picture and the
+numbers behind it as .csv to --out. Nothing here trains, and every map and feature is an explicit return value.
 
 Shapes: B images, N patches, D width, H heads, Q queries and K keys of an attention map, n images of a CKA batch.
         Layers are counted from 1, as in the paper; layer 0 is the patch embedding.
@@ -23,7 +23,7 @@ NOTES, departures from the authors' code:
 - The representation of a layer is the next block's first LayerNorm of its output, the final norm for the last (Fig. 2).
   In D2-MAE files that final norm was trained on block 8. Hiera has none before its decoder: a LayerNorm without scale
   and bias stands for it.
-- Hiera: maps of mask-unit blocks are over the tokens of one unit, and pooled queries lie at the centre of their four tokens.
+- Hiera: maps of mask-unit blocks are over the tokens of one unit; pooled queries lie at the centre of their 4 tokens.
 """
 import argparse
 import csv
@@ -42,14 +42,16 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageColor, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL.ImageColor import getrgb
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import DataLoader, Dataset
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from models import IMAGENET_MEAN, IMAGENET_STD, MODELS, InputError, infer_model, load_encoder, load_state, normalize, unroll
+from models import (IMAGENET_MEAN, IMAGENET_STD, MODELS, InputError, infer_model, load_encoder, load_state, normalize,
+                    unroll)
 
 IMAGE_TYPES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
 
@@ -68,12 +70,12 @@ def parse_args(argv=None):
                                   formatter_class=argparse.ArgumentDefaultsHelpFormatter)
         sub.set_defaults(run=run)
         add = sub.add_argument
-        add(inputs, nargs="+", metavar=f"LABEL={inputs[:-1].upper()}", help="'LABEL=' may be absent; sources are listed at "
-            "the head of this file")
+        add(inputs, nargs="+", metavar=f"LABEL={inputs[:-1].upper()}", help="'LABEL=' may be absent; the head of "
+            "this file lists what can be given")
         add("--out", default="out/analyze", help="folder for pictures and tables")
         if inputs == "models":
-            add("--image-size", type=int, nargs="+", help="side, or height and width, in pixels; if absent, the largest "
-                "that the files store, else 224; position tables are resized to it")
+            add("--image-size", type=int, nargs="+", help="side, or height and width, in pixels; if absent, the "
+                "largest that the files store, else 224; position tables are resized to it")
             add("--device", choices=("auto", "cuda", "mps", "cpu"), default="auto")
             add("--seed", type=int, default=0, help="of the choice of images and of untrained weights")
         if data:
@@ -82,21 +84,21 @@ def parse_args(argv=None):
             add("--workers", type=int, default=min(8, os.cpu_count() or 1), help="processes that read images")
         return add
 
-    add = command(cka, "similarity of every layer of the first model with every layer of each other one (Fig. 3)", data=True)
+    add = command(cka, "similarity of the layers of the first model with those of each other one (Fig. 3)", data=True)
     add("--batch-size", type=int, default=128, help="images per minibatch of the unbiased HSIC")
     add = command(attention, "distance and entropy of every attention head (Fig. 5)", data=True)
     add("--batch-size", type=int, default=32, help="images per forward pass; the result does not depend on it")
-    add = command(probe, "few-shot accuracy of every layer's frozen features; --data has one folder per class", data=True)
+    add = command(probe, "few-shot accuracy of each layer's features; --data has one folder per class", data=True)
     add("--batch-size", type=int, default=64, help="images per forward pass; the result does not depend on it")
     add("--shots", type=lambda s: [int(v) for v in s.split(",")], default="2,5,10", help="training images per class")
-    add("--draws", type=int, default=20, help="random choices of the training images; the same for every model and layer")
-    add("--neighbours", type=int, default=5, help="k of the k-nearest-neighbour classifier, at most the training images")
+    add("--draws", type=int, default=20, help="random choices of the training images, shared by all models and layers")
+    add("--neighbours", type=int, default=5, help="k of the k-nearest-neighbour classifier")
     add("--ridge", type=float, default=0.01, help="penalty of the ridge classifier, in mean squared feature norms")
     command(layers, "accuracy against the number of pre-trained blocks kept (Fig. 4), from the fig4.csv files of "
             "finetune.py --sweep-keep-blocks", inputs="files")
     add = command(cost, "parameters, multiply-adds, latency and throughput; accuracy against latency (Fig. 1)")
     add("--batch-size", type=int, default=64, help="images per forward pass when measuring throughput")
-    add("--seconds", type=float, default=5.0, help="time spent on each measurement, after as much as a third for warm-up")
+    add("--seconds", type=float, default=5.0, help="time per measurement, after a third of it for warm-up")
     add("--threads", type=int, help="CPU threads; if absent, as PyTorch chooses")
     add("--dtype", choices=("fp32", "bf16", "fp16"), default="fp32", help="of weights and activations")
     add("--points", help="CSV with columns label, model, top1, latency_ms, source for the picture; an empty latency_ms "
@@ -136,7 +138,7 @@ def pick_device(name):
 
 
 def architecture(source):
-    """Checkpoint, MODEL:FILE or untrained model -> name in MODELS, constructor options, (H, W) or None, file or None."""
+    """Checkpoint, MODEL:FILE or untrained model -> name in MODELS, options, (H, W) or None, file or None."""
     name, _, file = source.partition(":")
     if name in MODELS and not file:
         return name, {}, None, None
@@ -182,8 +184,9 @@ def representations(model, images):
     features = model.forward_features(images, range(model.depth + 1))
     if model.arch["kind"] == "vit":
         return [(model.representation(x, k) if k else x)[:, 1:] for k, x in features.items()]
-    norms = [nn.Identity(), *(block.norm1 for block in model.blocks[1:]), lambda x: F.layer_norm(x, x.shape[-1:], eps=1e-6)]
-    return [norm(x) for norm, x in zip(norms, features.values())]
+    norms = [nn.Identity(), *(block.norm1 for block in model.blocks[1:])]
+    last = features[model.depth]
+    return [norm(features[k]) for k, norm in enumerate(norms)] + [F.layer_norm(last, last.shape[-1:], eps=1e-6)]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -206,10 +209,11 @@ def draw_image(kind, number, side=96):
     ground, dark, light = (rng.uniform(-0.08, 0.08, 3) + level for level in (rng.uniform(0.3, 0.7), 0.1, 0.9))
     picture = ground * (1 - 0.3 * rng.uniform() * y)[..., None] + rng.normal(0, 0.02, (side, side, 3))
     cx, cy, radius, turn = *rng.uniform(0.4, 0.6, 2), rng.uniform(0.3, 0.4), rng.uniform(0, 2 * math.pi)
-    u = ((x - cx) * math.cos(turn) + (y - cy) * math.sin(turn)) / radius       # coordinates of the shape, which spans -1..1
+    u = ((x - cx) * math.cos(turn) + (y - cy) * math.sin(turn)) / radius    # coordinates of the shape, about -1 .. 1
     v = ((y - cy) * math.cos(turn) - (x - cx) * math.sin(turn)) / radius
     r = np.hypot(u, v)
-    inside = (r < 1, np.maximum(abs(u), abs(v)) < 0.85, (v < 0.6) & (2 * abs(u) - v < 1), (r < 1) & (r > 0.55))[kind % 4]
+    shapes = r < 1, np.maximum(abs(u), abs(v)) < 0.85, (v < 0.6) & (2 * abs(u) - v < 1), (r < 1) & (r > 0.55)
+    inside = shapes[kind % 4]
     stripes = np.sin((6 if kind < 4 else 14) * u + rng.uniform(0, 6)) > 0
     picture[inside] = np.where(stripes[..., None], light, dark)[inside]
     return Image.fromarray((picture.clip(0, 1) * 255).astype(np.uint8))
@@ -246,8 +250,8 @@ def list_items(args):
         classes = [p.relative_to(folder).parts[0] if p.parent != folder else "" for p in files]
     order = np.random.default_rng(args.seed).permutation(len(items))[:args.images]
     if len(order) < 4:
-        raise InputError(f"--data {args.data} gives {len(order)} image(s) ({', '.join(sorted(IMAGE_TYPES))}): four are the "
-                         "least")
+        raise InputError(f"--data {args.data} gives {len(order)} image(s) ({', '.join(sorted(IMAGE_TYPES))}): four are "
+                         "the least")
     return [items[i] for i in order], [classes[i] for i in order]
 
 
@@ -267,9 +271,12 @@ def prepare(images, encoder):
 def centred_gram(features):
     """Gram matrix of (n, ...) features, centred so that HSIC_1(K, L) = sum(K~ * L~) / (n (n - 3)) -> (n * n,) float64.
 
-    That is the unbiased HSIC of arXiv 2010.15327, Eq. 3, [tr KL + 1'K1 1'L1 / ((n-1)(n-2)) - 2 / (n-2) 1'KL1] / (n (n-3))
-    with zeroed diagonals, where K~ = K - r 1' - 1 r' + s, r_i = sum_j K_ij / (n-2), s = sum_i r_i / (n-1), diagonal zero.
-    It does not see an offset common to all samples, so the mean is removed first, which saves digits. On the host:
+    That is the unbiased HSIC of arXiv 2010.15327, Eq. 3, for K and L with zeroed diagonals,
+
+        HSIC_1 = [tr KL + 1'K1 1'L1 / ((n-1)(n-2)) - 2 / (n-2) 1'KL1] / (n (n-3)),
+
+    where K~ = K - r 1' - 1 r' + s, r_i = sum_j K_ij / (n-2), s = sum_i r_i / (n-1), and the diagonal is zeroed again.
+    An offset common to all samples has no effect, so the mean is removed first, which saves digits. On the host:
     float64 does not exist on every device.
     """
     x, n = features.flatten(1).cpu().to(torch.float64, copy=True), len(features)
@@ -280,10 +287,10 @@ def centred_gram(features):
 
 
 def minibatch_cka(batches):
-    """CKA of each layer of model 0 with each layer of the others: HSICs summed over batches *before* the ratio is taken.
+    """CKA of each layer of model 0 with each layer of the others: HSICs summed over batches *before* the ratio.
 
-    batches yields lists over models of lists over layers of features (n, ...), n >= 4 -> a (layers of model 0, layers of
-    model m) float64 matrix for every m >= 1. A layer whose features never vary has similarity 0.
+    batches yields lists over models of lists over layers of features (n, ...), n >= 4 -> for every other model m a
+    (layers of model 0, layers of model m) float64 matrix. A layer whose features never vary has similarity 0.
     """
     cross, own = defaultdict(float), defaultdict(float)
     for models in batches:
@@ -291,7 +298,7 @@ def minibatch_cka(batches):
         grams = [torch.stack([centred_gram(x) for x in layers]) for layers in models]            # (layers, n * n) each
         for m, gram in enumerate(grams):
             cross[m] += grams[0] @ gram.T / (n * (n - 3))
-            own[m] += gram.square().sum(dim=1) / (n * (n - 3))                                   # HSIC of a layer with itself
+            own[m] += gram.square().sum(dim=1) / (n * (n - 3))                    # HSIC of a layer with itself
     return [cross[m] / (own[0][:, None] * own[m]).sqrt().clamp(min=1e-300) for m in range(1, len(own))]
 
 
@@ -299,8 +306,8 @@ def minibatch_cka(batches):
 def cka(args):
     encoders = load_models(args)
     if len(encoders) < 2:
-        raise InputError("cka compares two models or more: name the reference first, then the others (the same one twice is "
-                         "fine)")
+        raise InputError("cka compares two models or more: name the reference first, then the others "
+                         "(the same one twice is fine)")
     items, _ = list_items(args)
     batch = min(args.batch_size, len(items))
     if batch < 4:
@@ -343,8 +350,8 @@ def attention_statistics(logits, distance):
 def token_distances(model):
     """Distances in pixels between the tokens whose maps `attention_map` gives -> one (Q, K) matrix per block.
 
-    ViT: raster patches. Hiera: unrolled tokens of the image, or of one mask unit in blocks that attend within units (all
-    units look alike); a pooled query lies at the centre of its four tokens.
+    ViT: raster patches. Hiera: unrolled tokens of the image, or of one mask unit in blocks that attend within units
+    (all units look alike); a pooled query lies at the centre of its four tokens.
     """
     hiera = model.arch["kind"] == "hiera"
     y, x = (torch.arange(n) * float(model.patch_stride if hiera else model.patch_size) for n in model.grid)
@@ -364,7 +371,8 @@ def token_distances(model):
 def attention(args):
     encoders = load_models(args)
     items, _ = list_items(args)
-    sums, distances = defaultdict(float), [token_distances(e.model) for e in encoders]           # (model, block) -> (2, H)
+    distances = [token_distances(e.model) for e in encoders]
+    sums = defaultdict(float)                                                             # (model, block) -> (2, H)
     for images in image_batches(items, args, args.batch_size):
         for m, e in enumerate(encoders):
             features = e.model.forward_features(prepare(images, e), range(e.model.depth))
@@ -372,7 +380,7 @@ def attention(args):
                 logits = e.model.attention_map(features[k - 1], k)
                 logits = logits[:, :, 1:, 1:] if e.model.arch["kind"] == "vit" else logits       # no class token
                 values = attention_statistics(logits, distances[m][k - 1].to(logits.device))
-                sums[m, k] += torch.stack(values).mean(dim=1) * len(images)                      # over images [and units]
+                sums[m, k] += torch.stack(values).mean(dim=1) * len(images)               # over images [and units]
     means = {key: (total / len(items)).tolist() for key, total in sums.items()}
 
     rows, deepest = [], max(e.model.depth for e in encoders)
@@ -382,8 +390,8 @@ def attention(args):
                  for head, (distance, entropy) in enumerate(zip(*pair), start=1)]
     for label in dict.fromkeys(row[0] for row in rows if row[3] == "mask unit"):
         blocks = sorted({row[1] for row in rows if row[0] == label and row[3] == "mask unit"})
-        print(f"{label}: blocks {', '.join(map(str, blocks))} attend within mask units of 32x32 pixels, which bounds both "
-              "values")
+        print(f"{label}: blocks {', '.join(map(str, blocks))} attend within mask units of 32x32 pixels, which bounds "
+              "both values")
     write_csv(args, ("model", "block", "head", "attention", "distance_px", "entropy_nats"), rows)
     sheet = Sheet(2, 1, 900, 270, list(zip((e.label for e in encoders), COLORS)),
                   f"{len(items)} images; a box per block over its heads: quartiles and median, whiskers within 1.5 box "
@@ -393,7 +401,7 @@ def attention(args):
         axes = Axes(sheet, number, name, "block", "", (0.5, deepest + 0.5), limits(every), range(1, deepest + 1))
         for m, e in enumerate(encoders):
             heads = [means[m, k][number] for k in range(1, e.model.depth + 1)]
-            print(f"{name}, mean over heads, {e.label}: " + " ".join(f"{statistics.mean(values):.4g}" for values in heads))
+            print(f"{name}, mean over heads, {e.label}: " + " ".join(f"{statistics.mean(v):.4g}" for v in heads))
             for k, values in enumerate(heads, start=1):
                 axes.box(k + (m - (len(encoders) - 1) / 2) * width, values, 0.8 * width, COLORS[m])
     sheet.save(output(args, ".png"))
@@ -458,15 +466,15 @@ def probe(args):
     if len(classes) < 2 or "" in classes:
         raise InputError(f"--data {args.data} has no classes: probe needs one folder of images per class")
     if fewest <= max(args.shots):
-        raise InputError(f"class {classes[np.bincount(labels).argmin()]} has {fewest} of the {len(items)} images, so --shots "
-                         f"{max(args.shots)} leaves none to test on: lower --shots, or raise --images")
+        raise InputError(f"class {classes[np.bincount(labels).argmin()]} has {fewest} of the {len(items)} images, so "
+                         f"--shots {max(args.shots)} leaves none to test on: lower --shots, or raise --images")
     pooled = [defaultdict(list) for _ in encoders]                                               # layer -> [(B, D)]
     for images in image_batches(items, args, args.batch_size):
         for e, layers in zip(encoders, pooled):
             for layer, tokens in enumerate(representations(e.model, prepare(images, e))):
                 layers[layer].append(tokens.mean(dim=1).cpu())
-    summary = {}                                                    # (model, layer, classifier, shots) -> mean, error in %
-    kinds, chance, deepest = (f"{args.neighbours}-NN", "ridge"), 100 / len(classes), max(e.model.depth for e in encoders)
+    kinds, chance = (f"{args.neighbours}-NN", "ridge"), 100 / len(classes)
+    summary, deepest = {}, max(e.model.depth for e in encoders)    # (model, layer, classifier, shots) -> mean, error
     for m, layers in enumerate(pooled):
         for layer in tqdm(layers, desc=f"probe {encoders[m].label}", leave=False):
             features = torch.cat(layers[layer])
@@ -475,7 +483,8 @@ def probe(args):
                 for kind, values in zip(kinds, 100 * accuracy):
                     summary[m, layer, kind, shots] = mean_and_error(values.tolist())
     write_csv(args, ("model", "layer", "classifier", "shots", "top1", "standard_error"),
-              [(encoders[m].label, *key, f"{mean:.3f}", f"{error:.3f}") for (m, *key), (mean, error) in summary.items()])
+              [(encoders[m].label, *key, f"{mean:.3f}", f"{error:.3f}")
+               for (m, *key), (mean, error) in summary.items()])
     legend = [*zip((e.label for e in encoders), COLORS), ("chance", "#888888")]
     sheet = Sheet(2 * len(args.shots), len(args.shots), 340, 270, legend,
                   f"accuracy in % on {len(items)} images of {len(classes)} classes, mean and standard error over "
@@ -497,7 +506,7 @@ def probe(args):
 # ----------------------------------------------------------------------------------------------------------------------
 def layers(args):
     """fig4.csv of finetune.py: one row per run with keep_blocks, data_fraction, seed and top1 (percent)."""
-    runs = defaultdict(list)                                                                     # (label, fraction, blocks)
+    runs = defaultdict(list)                                                              # (label, fraction, blocks)
     for label, path in map(named, args.files):
         for row in read_csv(path, ("keep_blocks", "data_fraction", "top1")):
             runs[label, float(row["data_fraction"]), int(row["keep_blocks"])].append(float(row["top1"]))
@@ -511,8 +520,9 @@ def layers(args):
     for number, fraction in enumerate(fractions):
         here = {key: value for key, value in summary.items() if key[1] == fraction}
         deepest = max(1, *(key[2] for key in here))
-        axes = Axes(sheet, number, f"fine-tuned on {100 * fraction:g}% of the images", "pre-trained blocks kept", "top-1 (%)",
-                    (0, deepest), limits(error_ends(here.values())), range(0, deepest + 1, 2 if deepest > 6 else 1))
+        axes = Axes(sheet, number, f"fine-tuned on {100 * fraction:g}% of the images", "pre-trained blocks kept",
+                    "top-1 (%)", (0, deepest), limits(error_ends(here.values())),
+                    range(0, deepest + 1, 2 if deepest > 6 else 1))
         for label, color in legend:
             points = [(key[2], *value) for key, value in here.items() if key[0] == label]
             axes.line([p[:2] for p in points], color, errors=[p[2] for p in points])
@@ -525,8 +535,8 @@ def layers(args):
 # Cost (Fig. 1)
 # ----------------------------------------------------------------------------------------------------------------------
 def timings(run, device, seconds):
-    """Milliseconds that run() takes -> median, 10th and 90th percentile of what fits into `seconds` (5 times at least), after
-    a warm-up of a third of that."""
+    """Milliseconds that run() takes -> median, 10th and 90th percentile of what fits into `seconds` (5 times at least),
+    after a warm-up of a third of that."""
     for budget, least in ((seconds / 3, 2), (seconds, 5)):    # the times of the warm-up are thrown away
         times, start = [], time.perf_counter()
         while len(times) < least or time.perf_counter() - start < budget:
@@ -539,7 +549,7 @@ def timings(run, device, seconds):
 
 
 def multiply_adds(run):
-    """Multiply-adds of run(), the "FLOPs" of the literature (ViT-Tiny: 1.25e9). Attention counts as its two products."""
+    """Multiply-adds of run(), the "FLOPs" of papers (ViT-Tiny: 1.25e9). Attention counts as its two products."""
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         run()
     return counter.get_total_flops() / 2
@@ -560,8 +570,9 @@ def cost(args):
     for label, path in map(named, exported):
         program = torch.export.load(path)
         networks.append((label, program.module(), program.example_inputs[0], None))
-    threads, device_name = torch.get_num_threads(), torch.cuda.get_device_name() if device.type == "cuda" else str(device)
-    print(f"{device_name}, {threads} CPU threads, {args.dtype}, torch {torch.__version__}; median [10th-90th percentile] "
+    where = torch.cuda.get_device_name() if device.type == "cuda" else str(device)
+    threads = torch.get_num_threads()
+    print(f"{where}, {threads} CPU threads, {args.dtype}, torch {torch.__version__}; median [10th-90th percentile] "
           f"over {args.seconds:g} s after {args.seconds / 3:.2g} s of warm-up")
     jpeg, rows, latency = io.BytesIO(), [], {}
     draw_image(0, 0, side=448).save(jpeg, "JPEG")
@@ -579,9 +590,9 @@ def cost(args):
             latency.setdefault(label, ms)
             print(f"  {what}, batch {n}: {ms:.2f} ms [{low:.2f}-{high:.2f}], {1000 * n / ms:.0f} fps")
             rows.append((label, parameters, int(macs), what, n, *(f"{v:.4g}" for v in (ms, low, high, 1000 * n / ms)),
-                         device_name, threads, args.dtype))
-    write_csv(args, ("model", "parameters", "multiply_adds", "measured", "batch_size", "ms", "p10", "p90", "fps", "device",
-                     "threads", "dtype"), rows)
+                         where, threads, args.dtype))
+    write_csv(args, ("model", "parameters", "multiply_adds", "measured", "batch_size", "ms", "p10", "p90", "fps",
+                     "device", "threads", "dtype"), rows)
     if args.points:
         draw_accuracy_latency(args, latency)
 
@@ -599,7 +610,7 @@ def draw_accuracy_latency(args, measured):
         raise InputError(f"--points {args.points} has no row with a latency: fill in latency_ms, or measure its models")
     legend, (xs, ys, *_) = dict(zip(dict.fromkeys(source for *_, source in points), COLORS)), zip(*points)
     sheet = Sheet(1, 1, 720, 440, legend.items())
-    axes = Axes(sheet, 0, "accuracy and latency", "latency at batch size 1 (ms)", "top-1 (%)", limits(xs, 0.6), limits(ys))
+    axes = Axes(sheet, 0, "accuracy and latency", "latency at batch 1 (ms)", "top-1 (%)", limits(xs, 0.6), limits(ys))
     axes.scatter([(x, y, label, legend[source]) for x, y, label, source in points])
     sheet.save(output(args, ".png"))
 
@@ -608,7 +619,7 @@ def draw_accuracy_latency(args, measured):
 # Training curves
 # ----------------------------------------------------------------------------------------------------------------------
 def curves(args):
-    """log.jsonl of any script: one JSON object per line; those with a "step" are drawn, whatever quantities they hold."""
+    """log.jsonl of any script: one JSON object per line; those with a "step" are drawn, whatever they hold."""
     bookkeeping = {"step", "epoch", "lr", "grad_norm", "img_s", "data_share", "memory_gb", "eta_h", "val_images"}
     logs = []                                                       # (label, {key: [(step, value)]})
     for label, path in map(named, args.files):
@@ -648,7 +659,7 @@ def curves(args):
 # Plotting with Pillow
 # ----------------------------------------------------------------------------------------------------------------------
 SCALE = 2    # everything is drawn at twice its size and then reduced, which smooths lines and letters
-COLORS = 9 * ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")    # Okabe-Ito: colour-blind safe
+COLORS = 9 * ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")    # colour-blind safe
 
 
 def magma(value):
@@ -673,8 +684,8 @@ class Sheet:
 
     def __init__(self, panels, columns, width, height, legend=(), note=""):
         self.columns, self.width, self.height, self.font = columns, width, height, ImageFont.load_default(13 * SCALE)
-        rows, x, y = math.ceil(panels / columns), 16, 8
-        self.image = Image.new("RGB", scaled((columns * width, rows * height + 60 + 20 * len(legend) + len(note))), "white")
+        rows, room, x, y = math.ceil(panels / columns), 60 + 20 * len(legend) + len(note), 16, 8
+        self.image = Image.new("RGB", scaled((columns * width, rows * height + room)), "white")
         self.draw = ImageDraw.Draw(self.image)
         for label, color in legend:
             advance = 40 + self.font.getlength(label) / SCALE
@@ -696,7 +707,7 @@ class Sheet:
 
 
 class Axes:
-    """Panel `number` of a sheet. `place` maps data to pixels of the saved picture; the others draw in data coordinates."""
+    """Panel `number` of a sheet. `place` maps data to pixels of the picture; the others draw in data coordinates."""
 
     def __init__(self, sheet, number, title, xlabel, ylabel, xlim, ylim, xticks=None, right=16):
         row, column = divmod(number, sheet.columns)
@@ -707,7 +718,7 @@ class Axes:
         sheet.text((self.left + self.right) / 2, self.bottom + 24, xlabel, "ma")
         label = Image.new("L", (math.ceil(sheet.font.getlength(ylabel)) + 1, 18 * SCALE))        # drawn, then turned
         ImageDraw.Draw(label).text((0, 0), ylabel, 255, sheet.font)
-        sheet.image.paste("black", (int(self.left - 60) * SCALE, (self.top + self.bottom) * SCALE // 2 - label.width // 2),
+        sheet.image.paste("black", ((self.left - 60) * SCALE, (self.top + self.bottom) * SCALE // 2 - label.width // 2),
                           label.rotate(90, expand=True))
         for value in round_ticks(*xlim) if xticks is None else xticks:
             self.line([(value, ylim[0]), (value, ylim[1])], "#e0e0e0", 1)
@@ -751,13 +762,13 @@ class Axes:
         inside = [v for v in values if low - 1.5 * (high - low) <= v <= high + 1.5 * (high - low)]
         self.line([(x, min(inside)), (x, max(inside))], color, 1)
         (x0, y1), (x1, y0) = self.place(x - width / 2, low), self.place(x + width / 2, high)
-        self.draw.rectangle(scaled((x0, y0), (x1, y1)), tuple((255 + v) // 2 for v in ImageColor.getrgb(color)), color, SCALE)
+        self.draw.rectangle(scaled((x0, y0), (x1, y1)), tuple((255 + v) // 2 for v in getrgb(color)), color, SCALE)
         self.line([(x - width / 2, median), (x + width / 2, median)], color)
         for v in set(values) - set(inside):
             self.dot(x, v, color, 2)
 
     def heatmap(self, rows):
-        """Cells of values 0 .. 1 centred on whole coordinates, row 0 at the bottom; a colour bar outside, on the right."""
+        """Cells of values 0 .. 1 centred on whole coordinates, row 0 at the bottom; a colour bar on the right."""
         for x, y, value in ((x, y, value) for y, row in enumerate(rows) for x, value in enumerate(row)):
             (x0, y1), (x1, y0) = self.place(x - 0.5, y - 0.5), self.place(x + 0.5, y + 0.5)
             self.draw.rectangle([round(v) for v in scaled((x0, y0), (x1, y1))], magma(value))

@@ -272,7 +272,7 @@ def test_pictures_show_the_data_where_they_are(tmp_path):
 
     def near(axes, x, y, color, tolerance=40):
         pixel = picture.getpixel(tuple(int(v) for v in axes.place(x, y)))
-        return max(abs(a - b) for a, b in zip(pixel, analyze.ImageColor.getrgb(color) if isinstance(color, str) else color)) <= tolerance
+        return max(abs(a - b) for a, b in zip(pixel, analyze.getrgb(color) if isinstance(color, str) else color)) <= tolerance
 
     assert near(line, 5, 0.5, "#0072b2") and not near(line, 5, 0.7, "#0072b2") and near(line, 10, 0.92, "#0072b2", 140)
     assert near(box, 1, 10, "#d55e00") and near(box, 1, 9.4, (234, 174, 127)) and near(box, 1.5, 20, "white")
