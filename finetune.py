@@ -108,9 +108,9 @@ DATASETS = {
                  recipe=dict(epochs=100, warmup_epochs=20, base_lr=0.015)),
 }
 
-# --demo: 50 pictures of each of 4 shapes, at the size of the encoder that `pretrain_d2mae.py --demo` leaves
-DEMO = dict(dataset="toy", out="out/demo/finetune", shots=50, epochs=16, warmup_epochs=2, batch_size=25, base_lr=8e-3,
-            rand_augment=0, mixup=0.0, crop_scale=(0.5, 1.0), eval_every=8, workers=2, log_every=10)
+# --demo: 30 pictures of each of 4 shapes, at the size of the encoder that `pretrain_d2mae.py --demo` leaves
+DEMO = dict(dataset="toy", out="out/demo/finetune", shots=30, epochs=20, warmup_epochs=2, batch_size=24, base_lr=8e-3,
+            rand_augment=0, mixup=0.0, crop_scale=(0.5, 1.0), eval_every=10, workers=2, log_every=10)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -295,9 +295,7 @@ class LabelledImages(Dataset):
         for tries in range(100):
             what, label = self.items[index]
             try:
-                image = self.transform(self.load(what))
-                image = rand_augment(image, self.magnitude) if self.train and self.magnitude else image
-                return image, label, index, int(tries > 0)
+                image = self.load(what)
             except (OSError, RuntimeError, ValueError, SyntaxError) as error:
                 if not self.skip_corrupt:
                     raise InputError(f"cannot read image {what} ({type(error).__name__}): remove it, or go on without "
@@ -305,6 +303,10 @@ class LabelledImages(Dataset):
                 if not self.train:
                     return torch.zeros(3, *self.size, dtype=torch.uint8), -1, index, 1
                 index = (index + 1) % len(self.items)
+            else:
+                image = self.transform(image)
+                image = rand_augment(image, self.magnitude) if self.train and self.magnitude else image
+                return image, label, index, int(tries > 0)
         raise InputError(f"100 unreadable images in a row, up to {what}: is --data a folder of images?")
 
 
@@ -370,7 +372,7 @@ def make_data(args, train=True):
         classes, items, load = torchvision_items(args.dataset, args.data, "train") if train else (names, [], None)
     if names != classes:
         missing, extra = sorted(set(classes) - set(names)), sorted(set(names) - set(classes))
-        raise InputError(f"{args.data}/train has {len(classes)} classes, {args.data}/val {len(names)}; they must be the same: "
+        raise InputError(f"{args.data}/train has {len(classes)} classes, {args.data}/val {len(names)}, not the same: "
                          f"val lacks {', '.join(missing[:5]) or 'none'}, train lacks {', '.join(extra[:5]) or 'none'}")
     if args.dataset == "imagenet" and len(classes) != 1000:
         raise InputError(f"--dataset imagenet has 1000 classes, {args.data} {len(classes)}: for a part of it give "
@@ -400,7 +402,8 @@ RAND_AUGMENT = {    # operation: (level m in 0..10, random sign s) -> argument v
     "Equalize": (lambda m, s: None, lambda x, v: TF.equalize(x)),
     "Invert": (lambda m, s: None, lambda x, v: TF.invert(x)),
     "Rotate": (lambda m, s: s * 3 * m, lambda x, v: TF.rotate(x, v, BICUBIC, fill=FILL)),    # degrees
-    "Posterize": (lambda m, s: 4 - int(0.4 * m), lambda x, v: TF.posterize(x, v)),           # bits that stay
+    "Posterize": (lambda m, s: 4 - int(0.4 * m),                                             # bits that stay, 0: black
+                  lambda x, v: x.point([i & (256 - 2 ** (8 - v)) for i in range(256)] * 3)),
     "Solarize": (lambda m, s: 256 - int(25.6 * m), lambda x, v: TF.solarize(x, v)),          # inverted from there on
     "SolarizeAdd": (lambda m, s: int(11 * m),
                     lambda x, v: x.point([min(255, i + v) if i < 128 else i for i in range(256)] * 3)),

@@ -131,6 +131,10 @@ def test_rand_augment_pixels_are_pillow_s():
             expected = np.array(affine(1, 0, 0, -0.2, 1, 0), dtype=int)
         assert abs(got - expected).max() <= 1, name
         assert (got != np.array(image)).any(), name
+    for argument, operation in finetune.RAND_AUGMENT.values():               # both ends of the scale; 0 bits are black
+        for level, sign in ((0, 1), (10, 1), (10, -1)):
+            assert operation(image, argument(level, sign)).size == image.size
+    assert np.array(finetune.RAND_AUGMENT["Posterize"][1](image, 0)).max() == 0
 
 
 def test_rand_augment_draws(monkeypatch):
@@ -205,7 +209,7 @@ def test_wrong_folders_end_in_a_sentence(folder, tmp_path):
     (less / "val" / "class 4").rmdir()
     (empty / "train" / "zebra").mkdir()
     for root, words in ((flat, "holds 7 images and no class folders"), (extra, "val lacks class 3, train lacks other"),
-                        (less, "has 5 classes, .*val 4"), (empty, "without an image: zebra"), (tmp_path / "none", "is not a folder")):
+                        (less, "has 5 classes, .*val 4, not the same"), (empty, "without an image: zebra"), (tmp_path / "none", "is not a folder")):
         with pytest.raises(models.InputError, match=words):
             main("--data", root, "--out", tmp_path / "out", *SMALL)
     with pytest.raises(models.InputError, match="label 5, the 5 classes are 0..4"):
