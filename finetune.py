@@ -1025,7 +1025,7 @@ def sweep(args, rank, world, device):
     rows, seeds = [], args.sweep_seeds or [args.seed]
     for share, seed, k in ((share, seed, k) for share in args.data_fraction for seed in seeds for k in blocks):
         one = change(args, keep_blocks=k, data_fraction=[share], seed=seed, sweep_keep_blocks=None, sweep_seeds=None,
-                     data=args.data, out=f"{args.out}/blocks{k}-data{share:g}-seed{seed}")
+                     out=f"{args.out}/blocks{k}-data{share:g}-seed{seed}")
         rows.append((k, share, seed, round(run(one, rank, world, device)["top1"], 3)))
         if rank == 0:    # after every run, so that an interrupted sweep has its part
             with open(Path(args.out, "fig4.csv"), "w", newline="") as file:
