@@ -65,8 +65,8 @@ IGNORE = 255    # label of pixels that are neither trained on nor scored
 # ----------------------------------------------------------------------------------------------------------------------
 # Arguments: the defaults are the paper's recipe
 # ----------------------------------------------------------------------------------------------------------------------
-DEMO = dict(data="shapes", out="out/demo_segment", num_classes=5, image_size=[64], patch_size=8, iters=500, warmup_iters=50,
-            batch_size=16, lr=2e-3, workers=2, eval_every=250, save_every=250, log_every=10)
+DEMO = dict(data="shapes", out="out/demo_segment", num_classes=5, image_size=[64], patch_size=8, iters=400, warmup_iters=40,
+            batch_size=8, lr=1e-3, drop_path=0.0, workers=1, eval_every=200, save_every=200, log_every=10)
 
 
 def parse_args(argv=None, **defaults):
@@ -208,13 +208,13 @@ def draw_scene(index, size=(96, 144)):
     image = rng.uniform(0.2, 0.8, 3) + (rng.uniform(-0.2, 0.2) * x + rng.uniform(-0.2, 0.2) * y)[..., None]
     image, labels = image + rng.normal(0, 0.02, (h, w, 3)), np.zeros((h, w), np.uint8)
     for _ in range(rng.integers(2, 5)):
-        kind, angle, radius = rng.integers(4), rng.uniform(0, np.pi), rng.uniform(0.3, 0.6)
+        kind, angle, radius = rng.integers(4), rng.uniform(0, np.pi), rng.uniform(0.45, 0.75)
         dx, dy = x - rng.uniform(-0.9, 0.9) * w / h, y - rng.uniform(-0.7, 0.7)
         u, v = (dx * np.cos(angle) + dy * np.sin(angle)) / radius, (dy * np.cos(angle) - dx * np.sin(angle)) / radius
         r = np.hypot(u, v)
         inside = (r < 1, np.maximum(abs(u), abs(v)) < 0.8, (v < 0.6) & (v > 1.9 * abs(u) - 0.9), (r < 1) & (r > 0.55))[kind]
-        stripes = (np.sin(rng.uniform(4, 12) * u + rng.uniform(0, 6)) > 0).astype(int)
-        image[inside], labels[inside] = rng.uniform(0, 1, (2, 3))[stripes[inside]], kind + 1
+        image[inside] = rng.uniform(0, 1, 3) + 0.15 * np.sin(rng.uniform(4, 12) * u[inside, None])
+        labels[inside] = kind + 1
     return torch.from_numpy((image.clip(0, 1) * 255).astype(np.uint8)).permute(2, 0, 1), torch.from_numpy(labels)
 
 
@@ -239,6 +239,12 @@ def class_ratio_crop(labels, size, ratio=0.75, tries=10):
     return top, left
 
 
+def saturate(x, factor):
+    """S of HSV times `factor`, at most 1, of (3, H, W) in [0, 1]: the brightest channel V and the hue stay."""
+    value = x.amax(dim=0)
+    return value - (value - x) * (value / (value - x.amin(dim=0)).clamp(min=1e-6)).clamp(max=factor)
+
+
 def distort(image):
     """Photometric distortion of (3, H, W) uint8: brightness, saturation, hue and, before or after these two, contrast, each
     with probability 0.5."""
@@ -248,9 +254,8 @@ def distort(image):
         x = (x + uniform(-32, 32) / 255).clamp(0, 1)
     if contrast_first:
         x = (x * factor).clamp(0, 1)
-    if torch.rand(()) < 0.5:    # the S of HSV times a factor: brightest channel V and hue stay
-        top, chroma = x.amax(0), x.amax(0) - x.amin(0)
-        x = top - (top - x) * (top / chroma.clamp(min=1e-6)).clamp(max=uniform(0.5, 1.5))
+    if torch.rand(()) < 0.5:
+        x = saturate(x, uniform(0.5, 1.5))
     if torch.rand(()) < 0.5:    # 18 of OpenCV's 180 steps around the circle
         x = v2.functional.adjust_hue(x, uniform(-0.1, 0.1))
     if not contrast_first:
@@ -778,13 +783,13 @@ def palette(num_classes):
     """A fixed colour for every class -> (256, 3) uint8; hues by the golden ratio, ignored pixels grey."""
     colors = np.full((256, 3), 128, np.uint8)
     for k in range(num_classes):
-        colors[k] = [round(255 * c) for c in colorsys.hsv_to_rgb(k * 0.618034 % 1, (0.9, 0.6)[k // 5 % 2], (1.0, 0.7)[k // 10 % 2])]
+        colors[k] = [round(255 * c) for c in colorsys.hsv_to_rgb((0.3 + 0.618034 * k) % 1, (0.9, 0.6)[k // 5 % 2], (1.0, 0.7)[k // 10 % 2])]
     return colors
 
 
 def overlay(image, labels, colors):
     """(H, W, 3) uint8 image under the colours of labels (H, W)."""
-    return (0.45 * image + 0.55 * colors[labels]).astype(np.uint8)
+    return (0.4 * image + 0.6 * colors[labels]).astype(np.uint8)
 
 
 def draw_overlays(path, columns, rows, names, colors, side=230):
