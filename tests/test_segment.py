@@ -308,16 +308,26 @@ def test_killed_run_resumes_bit_for_bit(data, trained, tmp_path):
     assert [v["loss"] for v in lines(trained) if "loss" in v] == [v["loss"] for v in lines(tmp_path) if "loss" in v]
 
 
-def test_two_processes(data, trained, tmp_path):
+def test_two_processes(data, tmp_path):
     """Two processes train on halves of the batch and share three validation images: the same scores as one process."""
-    done = run("segment.py", *options(data, tmp_path / "two", "--max-steps", 3), torchrun=2)
+    done = run("segment.py", *options(data, tmp_path / "two", "--max-steps", 12), torchrun=2)
     assert "2 images x 2 process(es)" in done.stdout and "slide, window 32x32, stride 21" in done.stdout
-    assert [v["step"] for v in lines(tmp_path / "two") if "loss" in v] == [1, 2, 3]
+    assert [v["step"] for v in lines(tmp_path / "two") if "loss" in v] == list(range(1, 13))
+    segment.main(segment.parse_args(options(data, tmp_path / "one", "--eval", "--init", tmp_path / "two" / "best.pt")))
+    assert lines(tmp_path / "one")[-1] == lines(tmp_path / "two")[-1]
+    table = [(tmp_path / name / "classes.csv").read_text() for name in ("one", "two")]
+    assert table[0] == table[1] and sum(float(line.split(",")[2]) > 0 for line in table[0].splitlines()[1:]) > 1    # no constant
+
+
+def test_eval_of_the_best(data, trained, tmp_path, capsys):
+    scores = {}
     for mode in ("slide", "whole"):
-        segment.main(segment.parse_args(options(data, tmp_path / mode, "--eval", "--init", tmp_path / "two" / "best.pt", "--mode", mode)))
-    one, two, whole = (lines(tmp_path / name)[-1] for name in ("slide", "two", "whole"))
-    assert one == two and one["step"] == 3 and whole["miou"] != one["miou"]
-    assert (tmp_path / "slide" / "classes.csv").read_text() == (tmp_path / "two" / "classes.csv").read_text()
+        segment.main(segment.parse_args(options(data, tmp_path / mode, "--eval", "--init", trained / "best.pt", "--mode", mode)))
+        scores[mode] = lines(tmp_path / mode)[-1]["miou"]
+    best = torch.load(trained / "best.pt", weights_only=True)
+    assert scores["slide"] == [v["miou"] for v in lines(trained) if "miou" in v and v["step"] == best["step"]][0] != scores["whole"]
+    printed = capsys.readouterr().out
+    assert "3 images; slide, window 32x32, stride 21\n" in printed and "3 images; whole, window 32x32\n" in printed
 
 
 def test_predict(data, trained, tmp_path):
