@@ -28,6 +28,7 @@ import colorsys
 import contextlib
 import copy
 import csv
+import functools
 import json
 import math
 import os
@@ -66,7 +67,7 @@ IGNORE = 255    # label of pixels that are neither trained on nor scored
 # Arguments: the defaults are the paper's recipe
 # ----------------------------------------------------------------------------------------------------------------------
 DEMO = dict(data="shapes", out="out/demo_segment", num_classes=5, image_size=[64], patch_size=8, iters=400, warmup_iters=40,
-            batch_size=8, lr=1e-3, drop_path=0.0, workers=1, eval_every=200, save_every=200, log_every=10)
+            batch_size=8, lr=2e-3, drop_path=0.0, workers=1, eval_every=200, save_every=200, log_every=10)
 
 
 def parse_args(argv=None, **defaults):
@@ -144,13 +145,13 @@ def resolve(args):
     args.stride = args.stride or min(args.image_size) * 2 // 3
     cell = 32 if args.model.startswith("hiera") else 2 * args.patch_size
     if len(args.image_size) != 2 or any(s % cell or s < cell for s in args.image_size):
-        raise InputError(f"--image-size {' '.join(map(str, args.image_size))} must be one or two multiples of {cell}: the "
-                         "coarsest map of the pyramid has one cell for so many pixels")
+        raise InputError(f"--image-size {' '.join(map(str, args.image_size))} must be one or two multiples of {cell}, the pixels "
+                         "that a cell of the pyramid's coarsest map stands for")
     if not 1 <= args.stride <= min(args.image_size):
         raise InputError(f"--stride {args.stride} must lie between 1 and the window's side {min(args.image_size)}, or pixels "
                          "would be left out")
     if not 2 <= args.num_classes <= 254:
-        raise InputError(f"--num-classes {args.num_classes} must lie between 2 and 254: labels are bytes, 255 is for ignored pixels")
+        raise InputError(f"--num-classes {args.num_classes} must lie between 2 and 254: labels are bytes, and 255 means ignored")
     return args
 
 
@@ -201,7 +202,7 @@ def read_labels(path, table):
 
 def draw_scene(index, size=(96, 144)):
     """Scene `index` of an endless toy set -> image (3, H, W) uint8, labels (H, W) uint8: 0 ground, 1 disc, 2 square,
-    3 triangle, 4 ring. Only the outline tells the classes apart: colours, stripes and sizes are random."""
+    3 triangle, 4 ring. Only the outline tells the classes apart: colours and sizes are random."""
     rng = np.random.default_rng([11, index])
     h, w = size
     y, x = (np.mgrid[:h, :w] + 0.5) * 2 / h - np.array([1, w / h])[:, None, None]     # from -1 to 1 over the height
@@ -212,7 +213,7 @@ def draw_scene(index, size=(96, 144)):
         dx, dy = x - rng.uniform(-0.9, 0.9) * w / h, y - rng.uniform(-0.7, 0.7)
         u, v = (dx * np.cos(angle) + dy * np.sin(angle)) / radius, (dy * np.cos(angle) - dx * np.sin(angle)) / radius
         r = np.hypot(u, v)
-        inside = (r < 1, np.maximum(abs(u), abs(v)) < 0.8, (v < 0.6) & (v > 1.9 * abs(u) - 0.9), (r < 1) & (r > 0.55))[kind]
+        inside = (r < 1, np.maximum(abs(u), abs(v)) < 0.8, (v < 0.6) & (v > 1.9 * abs(u) - 0.9), abs(r - 0.78) < 0.22)[kind]
         image[inside] = rng.uniform(0, 1, 3) + 0.15 * np.sin(rng.uniform(4, 12) * u[inside, None])
         labels[inside] = kind + 1
     return torch.from_numpy((image.clip(0, 1) * 255).astype(np.uint8)).permute(2, 0, 1), torch.from_numpy(labels)
@@ -270,8 +271,9 @@ def augment(image, labels, size, fill):
     shape = resized_shape(labels.shape, scale, 4 * scale)
     image, labels = v2.Resize(shape, antialias=False)(image, labels)           # bilinear, and nearest for the mask
     top, left = class_ratio_crop(labels, size)
-    image, labels = image[:, top:top + size[0], left:left + size[1]], labels[top:top + size[0], left:left + size[1]]
-    image, labels = v2.RandomHorizontalFlip()(tv_tensors.Image(distort(image)), tv_tensors.Mask(labels))
+    rows, columns = slice(top, top + size[0]), slice(left, left + size[1])
+    image, labels = tv_tensors.Image(distort(image[:, rows, columns])), tv_tensors.Mask(labels[rows, columns])
+    image, labels = v2.RandomHorizontalFlip()(image, labels)
     missing = [0, 0, size[1] - labels.shape[1], size[0] - labels.shape[0]]     # left, top, right, bottom
     return v2.Pad(missing, {tv_tensors.Image: fill, tv_tensors.Mask: IGNORE})(image, labels)
 
@@ -284,7 +286,8 @@ class Scenes(Dataset):
     """
 
     def __init__(self, items, load, size, fill, mode="slide", train=True, seed=0):
-        self.items, self.load, self.size, self.fill, self.mode, self.train, self.seed = items, load, size, fill, mode, train, seed
+        self.items, self.load, self.size, self.fill = items, load, size, fill
+        self.mode, self.train, self.seed = mode, train, seed
 
     def __len__(self):
         return len(self.items)
@@ -314,26 +317,21 @@ def list_images(folder):
     return sorted(p for p in Path(folder).rglob("*") if p.suffix.lower() in IMAGE_TYPES)
 
 
-class Files:
-    """Reads pairs (image file, label file) of one data set."""
-
-    def __init__(self, table):
-        self.table = table
-
-    def __call__(self, item):
-        image, labels = read_image(item[0]), read_labels(item[1], self.table)
-        if image.shape[1:] != labels.shape:
-            raise InputError(f"{item[0]} is {image.shape[2]}x{image.shape[1]}, its labels {item[1]} {labels.shape[1]}x{labels.shape[0]}: "
-                             "they must have the same size")
-        return image, labels
+def read_pair(files, table):
+    """(image file, label file) -> image (3, H, W), labels (H, W), both uint8."""
+    image, labels = read_image(files[0]), read_labels(files[1], table)
+    if image.shape[1:] != labels.shape:
+        raise InputError(f"{files[0]} has {image.shape[2]}x{image.shape[1]} pixels, its labels {files[1]} "
+                         f"{labels.shape[1]}x{labels.shape[0]}: they must have the same size")
+    return image, labels
 
 
 def list_pairs(root, split):
     """(image, annotation) files of a split, matched by name. Raises InputError where one half is missing."""
     images, annotations = (Path(root) / kind / split for kind in ("images", "annotations"))
     if not images.is_dir() or not annotations.is_dir():
-        raise InputError(f"{root} must hold the folders images/{split} and annotations/{split}, as ADEChallengeData2016 does: give "
-                         "--data such a folder")
+        raise InputError(f"--data {root} must hold the folders images/{split} and annotations/{split}, as ADEChallengeData2016 "
+                         "does")
     pairs = [(p, annotations / p.relative_to(images).with_suffix(".png")) for p in list_images(images)]
     if not pairs:
         raise InputError(f"{images} holds no image ({', '.join(sorted(IMAGE_TYPES))})")
@@ -368,11 +366,12 @@ def make_data(args):
             raise InputError("--data shapes has 5 classes: give --num-classes 5")
         load, train, val = draw_scene, range(2000), range(2000, 2100)
     else:
-        load = Files(label_table(args.num_classes, args.zero_is_class))
+        table = label_table(args.num_classes, args.zero_is_class)
+        load = functools.partial(read_pair, table=table)
         train, val = (list_pairs(args.data, split) for split in ("training", "validation"))
         for pairs in (train, val):
             for _, labels in pairs[::max(1, len(pairs) // 32)]:
-                read_labels(labels, load.table)
+                read_labels(labels, table)
     fill = [round(255 * c) for c in args.mean]
     return [Scenes(items, load, args.image_size, fill, args.mode, items is train, args.seed) for items in (train, val)]
 
@@ -478,10 +477,11 @@ def linear_lr(step, total, warmup, lr):
 # ----------------------------------------------------------------------------------------------------------------------
 def init_distributed(device):
     """torchrun sets RANK, LOCAL_RANK and WORLD_SIZE; without them this is one process. -> rank, world, torch.device"""
-    rank, local_rank, world = (int(os.environ.get(k, v)) for k, v in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
+    rank, local_rank, world = (int(os.environ.get(*v)) for v in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    if (device == "cuda" and not torch.cuda.is_available()) or (device == "mps" and not torch.backends.mps.is_available()):
+        device = next(name for name in available if available[name])
+    if not available[device]:
         raise InputError(f"--device {device} is not available on this machine: choose another, or auto")
     device = torch.device(device, local_rank) if device == "cuda" else torch.device(device)
     if device.type == "cuda":
@@ -500,10 +500,10 @@ def amp_dtype(name, device):
 
 
 class EpochBatches:
-    """Batch sampler: lists of (epoch, index) keys. A global batch is the same for any number of processes and micro-steps.
+    """Batch sampler: lists of (epoch, index) keys, the same global batches for any number of processes, micro-steps.
 
-    Each epoch is a seeded permutation cut into batches of `batch` (the last, incomplete one is left out); a batch is dealt
-    out to accum_steps x world. A set smaller than `batch` makes batches of all it has. Set `epoch` and `start`, the
+    An epoch is a seeded permutation cut into batches of `batch` (an incomplete last one is left out), each dealt out to
+    accum_steps x world. A set smaller than `batch` makes one batch of all it has. Set `epoch`, and `start` to the
     optimizer steps of it that are already done, before iterating.
     """
 
@@ -512,7 +512,7 @@ class EpochBatches:
         self.per_process = min(batch, n) // (accum_steps * world)
         if batch % (accum_steps * world) or not self.per_process:
             raise InputError(f"--batch-size {batch} cannot be dealt out evenly to {world} process(es) x --accum-steps "
-                             f"{accum_steps} from {n} images: choose a multiple of {accum_steps * world} and enough images")
+                             f"{accum_steps} from {n} images: choose a multiple of {accum_steps * world}")
         self.batch = self.per_process * accum_steps * world
         self.steps, self.epoch, self.start = n // self.batch, 0, 0
 
@@ -520,22 +520,23 @@ class EpochBatches:
         return (self.steps - self.start) * self.accum_steps
 
     def __iter__(self):
-        order = torch.randperm(self.n, generator=torch.Generator().manual_seed(self.seed * 100_003 + self.epoch)).tolist()
+        generator = torch.Generator().manual_seed(self.seed * 100_003 + self.epoch)
+        order = torch.randperm(self.n, generator=generator).tolist()
         for micro in range(self.start * self.accum_steps, self.steps * self.accum_steps):
             first = (micro * self.world + self.rank) * self.per_process
             yield [(self.epoch, i) for i in order[first:first + self.per_process]]
 
 
 def param_groups(model, weight_decay, layer_decay=1.0, depth=12):
-    """Optimizer groups by layer and decay: lr_scale = layer_decay^(depth + 1 - layer); no weight decay on biases, norms,
-    tokens and position tables. Names may start with 'encoder.'."""
+    """Optimizer groups: lr_scale = layer_decay^(depth + 1 - layer); no weight decay on biases, norms, tokens, position
+    tables. Names may start with 'encoder.'."""
     groups, undecayed = {}, ("cls_token", "mask_token", "pos_embed", "relative_position_bias_table")
     for name, p in model.named_parameters():
         if p.requires_grad:
-            layer, decay = layer_id(name.removeprefix("encoder."), depth), p.dim() > 1 and not name.endswith(undecayed)
-            groups.setdefault((layer if layer_decay != 1 else depth + 1, decay), []).append(p)
-    return [{"params": params, "weight_decay": weight_decay if decay else 0.0, "layer": layer,
-             "lr_scale": layer_decay ** (depth + 1 - layer)} for (layer, decay), params in sorted(groups.items(), key=lambda g: g[0])]
+            layer = depth + 1 if layer_decay == 1 else layer_id(name.removeprefix("encoder."), depth)
+            groups.setdefault((layer, p.dim() > 1 and not name.endswith(undecayed)), []).append(p)
+    return [{"params": params, "weight_decay": weight_decay if decayed else 0.0, "layer": layer,
+             "lr_scale": layer_decay ** (depth + 1 - layer)} for (layer, decayed), params in sorted(groups.items())]
 
 
 def save_checkpoint(path, **state):
@@ -544,32 +545,39 @@ def save_checkpoint(path, **state):
     os.replace(f"{path}.tmp", path)
 
 
-def resume(path, args, free=("workers", "device", "compile", "max_steps", "log_every", "eval_every", "no_resume", "eval", "predict")):
-    """State saved in `path`, or None. The recipe must be that of the interrupted run, but for the options in `free`."""
+def resume(path, args):
+    """State saved in `path`, or None. The options must be those of the interrupted run, but for the free ones."""
+    free = "workers device compile max_steps log_every eval_every no_resume eval predict".split()
     if args.no_resume or not Path(path).exists():
         return None
     state = torch.load(path, map_location="cpu", weights_only=True)
-    now = json.loads(json.dumps(vars(args)))
-    changed = [f"--{k.replace('_', '-')} {state['args'].get(k)}" for k in now if k not in free and state["args"].get(k) != now[k]]
+    now, before = json.loads(json.dumps(vars(args))), state["args"]
+    changed = [f"--{k.replace('_', '-')} {before.get(k)}" for k in now if k not in free and before.get(k) != now[k]]
     if changed:
-        raise InputError(f"{path} was written with {', '.join(changed[:5])}: give the same options to go on, or another --out, "
-                         "or --no-resume to start again")
+        raise InputError(f"{path} was written with {', '.join(changed[:5])}: give the same options to go on, another "
+                         "--out, or --no-resume to start again")
     return state
 
 
 def log_line(path, rank, **values):
     """Append one JSON object to log.jsonl (rank 0 only)."""
     if rank == 0:
+        values = {k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in values.items()}
         with open(path, "a") as file:
-            file.write(json.dumps({k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in values.items()}) + "\n")
+            file.write(json.dumps(values) + "\n")
+
+
+def read_log(path):
+    return [json.loads(line) for line in Path(path).read_text().splitlines()]
 
 
 def open_log(path, rank, args, step):
-    """Keep the lines of a resumed run up to its checkpoint; begin a new log with the resolved options and the git commit."""
+    """Keep what a resumed run logged up to its checkpoint; a new log begins with the options and the git commit."""
     if rank == 0:
-        lines = [json.loads(line) for line in open(path)] if step and Path(path).exists() else []
-        commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True)
-        lines = [v for v in lines if v.get("step", 0) <= step] or [{"args": vars(args), "commit": commit.stdout.strip()}]
+        lines = read_log(path) if step and Path(path).exists() else []
+        git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
+        commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() if shutil.which("git") else ""
+        lines = [v for v in lines if v.get("step", 0) <= step] or [{"args": vars(args), "commit": commit}]
         Path(path).write_text("".join(json.dumps(v) + "\n" for v in lines))
 
 
@@ -577,10 +585,12 @@ def memory_gb(device):
     """Peak memory: allocated on a GPU, resident of this process elsewhere (0 where the system does not tell)."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated() / 2 ** 30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** (30 if sys.platform == "darwin" else 20) if resource else 0.0
+    unit = 2 ** 30 if sys.platform == "darwin" else 2 ** 20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit if resource else 0.0
 
 
-def train_epoch(model, loader, losses_of, names_of, optimizer, scaler, lr_of, step, until, total, args, rank, world, device, stop):
+def train_epoch(model, loader, losses_of, names_of, optimizer, scaler, lr_of, step, until, total, args, rank, world,
+                device, stop):
     """Optimizer steps from `step` to the end of the epoch or to `until` -> next step, True if SIGTERM asked to stop.
 
     losses_of(model, batch) -> dict of scalars, "loss" first; names_of(batch) -> its images, for error messages;
@@ -599,9 +609,9 @@ def train_epoch(model, loader, losses_of, names_of, optimizer, scaler, lr_of, st
             waiting = time.perf_counter()
             batch = next(batches)
             waited += time.perf_counter() - waiting
-            torch.manual_seed((args.seed * 1_000_003 + step) * 4096 + micro * world + rank)    # drop path, mixup: no state to save
+            torch.manual_seed((args.seed * 1_000_003 + step) * 4096 + micro * world + rank)   # no RNG state to save
             last = micro == args.accum_steps - 1
-            with contextlib.nullcontext() if world == 1 or last else model.no_sync():           # one all-reduce per step
+            with contextlib.nullcontext() if world == 1 or last else model.no_sync():         # one all-reduce a step
                 with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
                     losses = losses_of(model, batch)
                 scaler.scale(losses["loss"] / args.accum_steps).backward()
@@ -619,12 +629,12 @@ def train_epoch(model, loader, losses_of, names_of, optimizer, scaler, lr_of, st
             continue
 
         # the only place where the host waits for the device, and processes for each other's losses
-        own = torch.stack([torch.stack([*losses.values()]) for _, _, losses in window])          # (micro-steps, losses)
+        own = torch.stack([torch.stack([*values.values()]) for _, _, values in window])       # (micro-steps, losses)
         mean, flag = own / world, torch.tensor([float(stop.is_set())], device=device)
         if world > 1:
             dist.all_reduce(mean)
             dist.all_reduce(flag)
-        asked, bad = flag.item() > 0, [i for i, row in enumerate(mean.isfinite().all(dim=1).tolist()) if not row]
+        asked, bad = flag.item() > 0, (~mean.isfinite().all(dim=1)).nonzero().flatten().tolist()
         if bad:
             where, names, _ = window[bad[0]]
             for r in range(world):    # every process names its own images, one after another
@@ -633,15 +643,16 @@ def train_epoch(model, loader, losses_of, names_of, optimizer, scaler, lr_of, st
                 if world > 1:
                     dist.barrier()
             finite = mean[bad[0] - 1, 0].item() if bad[0] else finite
-            raise FloatingPointError(f"the loss is {mean[bad[0], 0].item()} at step {where}, lr {lr:.3g}, last finite loss {finite}; "
-                                     f"checkpoints in {args.out} are from before; try --dtype fp32, --clip-grad 1 or a lower rate")
-        finite, seconds, share = mean[-1, 0].item(), time.perf_counter() - begun, waited / (time.perf_counter() - begun)
-        means, rate = dict(zip(window[0][2], mean.mean(dim=0).tolist())), (step - first) * sampler.batch / seconds
+            raise FloatingPointError(
+                f"the loss is {mean[bad[0], 0].item()} at step {where}, lr {lr_of(where):.3g}, last finite {finite};"
+                f" checkpoints in {args.out} are from before; try --dtype fp32, --clip-grad 1 or a lower learning rate")
+        finite, seconds = mean[-1, 0].item(), time.perf_counter() - begun
+        means, rate, share = mean.mean(dim=0).tolist(), (step - first) * sampler.batch / seconds, waited / seconds
         eta, memory = (total - step) * sampler.batch / rate / 3600, memory_gb(device)
-        log_line(log, rank, step=step, epoch=sampler.epoch + 1, **means, lr=lr, grad_norm=grad_norm.item(), img_s=rate,
-                 data_share=share, memory_gb=memory, eta_h=eta)
+        log_line(log, rank, step=step, epoch=sampler.epoch + 1, **dict(zip(window[0][2], means)), lr=lr,
+                 grad_norm=grad_norm.item(), img_s=rate, data_share=share, memory_gb=memory, eta_h=eta)
         bar.update(step - first)
-        bar.set_postfix_str(f"loss {means['loss']:.4f}, {rate:.0f} img/s, data {share:.0%}, {eta:.2g} h left")
+        bar.set_postfix_str(f"loss {means[0]:.4f}, {rate:.0f} img/s, data {share:.0%}, {eta:.2g} h left")
         if rank == 0 and step >= 50 > first:
             bar.write(f"after {step} steps: {rate:.0f} images/s, {memory:.1f} GB, {eta:.2g} hours to go")
         if rank == 0 and share > 0.3 and step == end:
@@ -653,27 +664,30 @@ def train_epoch(model, loader, losses_of, names_of, optimizer, scaler, lr_of, st
 
 def draw_curves(path, panels):
     """Line charts side by side as a PNG. panels: title -> {label: [(x, y), ...]}."""
-    font, width, height, colors = ImageFont.load_default(13), 430, 300, ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#000000")
+    font, width, height = ImageFont.load_default(13), 430, 300
+    colors = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#000000")
     image = Image.new("RGB", (width * len(panels), height), "white")
     draw = ImageDraw.Draw(image)
     for i, (title, lines) in enumerate(panels.items()):
         left, top, right, bottom = i * width + 62, 34, (i + 1) * width - 16, height - 34
         xs, ys = ([p[axis] for line in lines.values() for p in line] or [0, 1] for axis in (0, 1))
         (x0, x1), (y0, y1) = ((min(v), max(v) if max(v) > min(v) else min(v) + 1) for v in (xs, ys))
-        place = lambda x, y: (left + (x - x0) / (x1 - x0) * (right - left), bottom - (y - y0) / (y1 - y0) * (bottom - top))
+
+        def place(x, y):
+            return left + (x - x0) / (x1 - x0) * (right - left), bottom - (y - y0) / (y1 - y0) * (bottom - top)
+
         draw.text((left, 8), title, "black", font)
         for k in range(5):
             x, y = x0 + (x1 - x0) * k / 4, y0 + (y1 - y0) * k / 4
             draw.line([place(x0, y), place(x1, y)], "#dddddd")
             draw.text((left - 6, place(x0, y)[1]), f"{y:.3g}", "black", font, anchor="rm")
             draw.text((place(x, y0)[0], bottom + 6), f"{x:.4g}", "black", font, anchor="ma" if k < 4 else "ra")
-        for color, (label, line) in zip(colors, lines.items()):
+        for k, (label, line) in enumerate(lines.items()):
             points = [place(*p) for p in line]
-            draw.line(points, color, 2)
+            draw.line(points, colors[k % 5], 2)
             for x, y in points if len(points) < 40 else ():
-                draw.ellipse([x - 2, y - 2, x + 2, y + 2], color)
-        for k, label in enumerate(lines):
-            draw.text((right - 4, top + 4 + 16 * k), label, colors[k % len(colors)], font, anchor="ra")
+                draw.ellipse([x - 2, y - 2, x + 2, y + 2], colors[k % 5])
+            draw.text((right - 4, top + 4 + 16 * k), label, colors[k % 5], font, anchor="ra")
     image.save(path)
 
 
@@ -766,7 +780,8 @@ def evaluate(model, loader, args, rank, world, device):
                 dist.broadcast(buffer, 0)
     for batch in tqdm(loader, "evaluation", disable=rank != 0, leave=False):
         images, labels, indices = zip(*batch)
-        for predicted, truth, index in zip(label_images(model, images, [t.shape for t in labels], args, device), labels, indices):
+        predictions = label_images(model, images, [truth.shape for truth in labels], args, device)
+        for predicted, truth, index in zip(predictions, labels, indices):
             counts = confusion_matrix(predicted, truth.to(device), args.num_classes)
             confusion += counts
             scores[index] = class_iou(counts).nanmean()
@@ -783,7 +798,8 @@ def palette(num_classes):
     """A fixed colour for every class -> (256, 3) uint8; hues by the golden ratio, ignored pixels grey."""
     colors = np.full((256, 3), 128, np.uint8)
     for k in range(num_classes):
-        colors[k] = [round(255 * c) for c in colorsys.hsv_to_rgb((0.3 + 0.618034 * k) % 1, (0.9, 0.6)[k // 5 % 2], (1.0, 0.7)[k // 10 % 2])]
+        hue, saturation, value = (0.3 + 0.618034 * k) % 1, (0.9, 0.6)[k // 5 % 2], (1.0, 0.7)[k // 10 % 2]
+        colors[k] = [round(255 * c) for c in colorsys.hsv_to_rgb(hue, saturation, value)]
     return colors
 
 
@@ -831,11 +847,11 @@ def draw_extremes(model, val_set, scores, names, args, device, out, count=4):
         for index in indices:
             image, truth, _ = val_set[index]
             predicted = label_images(model, [image], [truth.shape], args, device)[0].cpu().numpy()
-            picture = F.interpolate(image[None].float(), tuple(truth.shape), mode="bilinear")[0].byte().permute(1, 2, 0).numpy()
+            picture = v2.functional.resize(image, list(truth.shape)).permute(1, 2, 0).numpy()
             truth, item = truth.numpy(), val_set.items[index]
+            name_of = item[0].name if isinstance(item, tuple) else f"scene {item}"
             rows.append(([picture, overlay(picture, truth, colors), overlay(picture, predicted, colors)],
-                         np.stack([truth, predicted]), f"{Path(item[0]).name if isinstance(item, tuple) else f'scene {item}'}: "
-                                                       f"IoU {100 * scores[index]:.0f}"))
+                         np.stack([truth, predicted]), f"{name_of}: IoU {100 * scores[index]:.0f}"))
         if rows:
             draw_overlays(out / f"overlay_{name}.png", ("input", "truth (grey: ignored)", "prediction"), rows, names, colors)
 
@@ -852,14 +868,15 @@ def predict(model, path, names, args, device, out):
         folder = out / file.relative_to(path).parent if path.is_dir() else out
         folder.mkdir(parents=True, exist_ok=True)
         image = read_image(file, upright=True)
-        labels = label_images(model, [resize_for_test(image, args.image_size, args.mode)], [image.shape[1:]], args, device)[0]
-        labels, picture = labels.cpu().numpy(), image.permute(1, 2, 0).numpy()
+        resized = resize_for_test(image, args.image_size, args.mode)
+        labels = label_images(model, [resized], [image.shape[1:]], args, device)[0].cpu().numpy()
+        picture = image.permute(1, 2, 0).numpy()
         Image.fromarray(labels if args.zero_is_class else labels + 1).save(folder / f"{file.stem}_label.png")
         Image.fromarray(colors[labels]).save(folder / f"{file.stem}_color.png")
         draw_overlays(folder / f"overlay_{file.stem}.png", ("input", "prediction"),
                       [([picture, overlay(picture, labels, colors)], labels, file.name)], names, colors, 460)
-        print(f"{file}: " + ", ".join(f"{names[k]} {np.mean(labels == k):.0%}" for k in np.argsort(
-            -np.bincount(labels.flatten(), minlength=args.num_classes))[:5] if (labels == k).any()))
+        shares = np.bincount(labels.flatten(), minlength=args.num_classes) / labels.size
+        print(f"{file}: " + ", ".join(f"{names[k]} {shares[k]:.0%}" for k in np.argsort(-shares)[:5] if shares[k]))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -876,10 +893,11 @@ def main(args):
 
     # network
     model = build_model(args)
-    size, window = model.encoder.arch, "x".join(map(str, args.image_size))
-    say(f"Semantic FPN on {args.model}: {sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters, "
-        f"{sum(p.numel() for p in model.encoder.parameters()) / 1e6:.2f}M of them in the encoder; {count_flops(model) / 1e9:.1f} GFLOPs "
-        f"for {window} (2 per multiply-add); taps after blocks {', '.join(map(str, model.taps))}")
+    window = "x".join(map(str, args.image_size))
+    parameters, encoder = (sum(p.numel() for p in m.parameters()) / 1e6 for m in (model, model.encoder))
+    say(f"Semantic FPN on {args.model}: {parameters:.2f}M parameters, {encoder:.2f}M of them in the encoder; "
+        f"{count_flops(model) / 1e9:.1f} GFLOPs for {window} (2 per multiply-add); taps after blocks "
+        f"{', '.join(map(str, model.taps))}")
     if args.eval or args.predict:
         file = read_file(args.init)
         model.load_state_dict(file["model"])
@@ -889,6 +907,8 @@ def main(args):
         if args.init:
             load_encoder(model.encoder, args.init)
     model = model.to(device)
+    if world > 1 and device.type == "cuda":
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     if args.predict:
         if rank == 0:
             predict(model, args.predict, names, args, device, out / "predict")
@@ -906,13 +926,13 @@ def main(args):
         confusion, scores = evaluate(model, val_loader, args, rank, world, device)
         values = summarize(confusion)
         log_line(out / "log.jsonl", rank, step=step, **values)
-        say(f"step {step}: mIoU {values['miou']:.2f} over {args.num_classes - values['absent']} classes ({values['absent']} absent), "
-            f"pixel accuracy {values['pixel_accuracy']:.2f}, {len(val_set)} images; {args.mode}, window {window}"
+        say(f"step {step}: mIoU {values['miou']:.2f} over {args.num_classes - values['absent']} classes ({values['absent']} "
+            f"absent), pixel accuracy {values['pixel_accuracy']:.2f}, {len(val_set)} images; {args.mode}, window {window}"
             f"{f', stride {args.stride}' if args.mode == 'slide' else ''}")
         if rank == 0:
+            iou, pixels = (100 * class_iou(confusion.cpu().double())).tolist(), confusion.sum(dim=1).tolist()
             with open(out / "classes.csv", "w", newline="") as file:
-                rows = zip(range(args.num_classes), names, (100 * class_iou(confusion.cpu().double())).tolist(), confusion.sum(dim=1).tolist())
-                csv.writer(file).writerows([("class", "name", "iou", "pixels"), *rows])
+                csv.writer(file).writerows([("class", "name", "iou", "pixels"), *zip(range(args.num_classes), names, iou, pixels)])
             draw_extremes(model, val_set, scores, names, args, device, out)
         return values["miou"]
 
@@ -927,13 +947,13 @@ def main(args):
     groups = param_groups(model, args.weight_decay, args.layer_decay, model.encoder.depth)
     optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=tuple(args.betas), fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    say(f"{batches.per_process} images x {world} process(es) x {args.accum_steps} accumulation = batch {batches.batch}; {total} steps of "
-        f"{batches.steps} per epoch; {device}, {dtype}")
-    rates = {group["layer"]: args.lr * group["lr_scale"] for group in groups}
-    say(f"peak learning rates: embeddings {rates[0]:.2g}, blocks {' '.join(f'{r:.2g}' for r in list(rates.values())[1:-1])}, "
-        f"pyramid and head {args.lr:.2g}; weight decay {args.weight_decay} on "
-        f"{sum(len(g['params']) for g in groups if g['weight_decay'])} tensors, none on "
-        f"{sum(len(g['params']) for g in groups if not g['weight_decay'])} (biases, norms, tokens, position tables)")
+    say(f"{batches.per_process} images x {world} process(es) x {args.accum_steps} accumulation = batch {batches.batch}; "
+        f"{total} steps, {batches.steps} per epoch; {device}, {dtype}")
+    embedding, *blocks, rest = [f"{args.lr * scale:.2g}" for scale in sorted({group["lr_scale"] for group in groups})]
+    decayed = sum(len(group["params"]) for group in groups if group["weight_decay"])
+    say(f"peak learning rates: embeddings {embedding}, blocks {' '.join(blocks)}, pyramid and head {rest}; weight decay "
+        f"{args.weight_decay} on {decayed} tensors, none on the {sum(len(g['params']) for g in groups) - decayed} biases, norms, "
+        "tokens and position tables")
 
     step, best, state = 0, -1.0, resume(out / "last.pt", args)
     if state:
@@ -944,8 +964,6 @@ def main(args):
         say(f"{out}/last.pt: {'finished already' if step >= until else 'going on'} after step {step} of {total}")
     open_log(out / "log.jsonl", rank, args, step)
 
-    if world > 1 and device.type == "cuda":
-        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     student = torch.compile(model) if args.compile else model
     if world > 1:
         student = DistributedDataParallel(student, device_ids=[device.index] if device.type == "cuda" else None,

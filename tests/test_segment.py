@@ -13,7 +13,7 @@ from conftest import ROOT, rel_error, run, seed_weights, seeded
 from PIL import Image
 
 import segment
-from models import Hiera, InputError, VisionTransformer, load_encoder, resize_position_table
+from models import Hiera, InputError, VisionTransformer, load_encoder
 from segment import IGNORE, SemanticFPN
 
 
@@ -63,6 +63,19 @@ def test_labels_are_shifted_once(tmp_path):
     Image.fromarray(np.zeros((4, 4, 3), np.uint8)).save(tmp_path / "colour.png")
     with pytest.raises(InputError, match="one class number per pixel"):
         segment.read_labels(tmp_path / "colour.png", ade)
+
+
+def test_class_names(tmp_path):
+    """ADE20K brings a table, any data set can have a list, and a list of another length is refused."""
+    listed = [f"{k}\t0.1\t9\t9\tname {k}, synonym" for k in range(1, 151)]
+    (tmp_path / "objectInfo150.txt").write_text("\n".join(["Idx\tRatio\tTrain\tVal\tName", *listed]))
+    names = segment.class_names(segment.parse_args(["--data", str(tmp_path)]))
+    assert names[0] == "name 1" and names[149] == "name 150" and len(names) == 150
+    (tmp_path / "names.txt").write_text("road\nsky\n")
+    options = ["--data", str(tmp_path), "--class-names", str(tmp_path / "names.txt"), "--num-classes"]
+    assert segment.class_names(segment.parse_args([*options, "2"])) == ["road", "sky"]
+    with pytest.raises(InputError, match="has 2 class names, --num-classes is 3"):
+        segment.class_names(segment.parse_args([*options, "3"]))
 
 
 def test_loss_against_a_loop():
@@ -370,8 +383,8 @@ def test_bad_files(data, trained, tmp_path):
     with pytest.raises(InputError, match="a.png has no labels"):
         segment.list_pairs(tmp_path, "training")
     Image.new("L", (30, 40)).save(tmp_path / "annotations" / "training" / "a.png")
-    with pytest.raises(InputError, match="40x40, its labels .* 30x40"):
-        segment.Files(segment.label_table(5, False))(segment.list_pairs(tmp_path, "training")[0])
+    with pytest.raises(InputError, match="40x40 pixels, its labels .* 30x40"):
+        segment.read_pair(segment.list_pairs(tmp_path, "training")[0], segment.label_table(5, False))
     (tmp_path / "broken.jpg").write_bytes(b"\xff\xd8\xff")
     with pytest.raises(InputError, match="cannot read image .*broken.jpg"):
         segment.read_image(tmp_path / "broken.jpg")
