@@ -1,27 +1,27 @@
 """Semantic segmentation of ADE20K with Semantic FPN on a light-weight ViT (paper Sec. "transfer", segmentation table).
 
-    torchrun --nproc_per_node=8 segment.py --init out/supervised/best.pt --out out/segment1            # supervised: 38.0
-    torchrun --nproc_per_node=8 segment.py --init out/pretrain/encoder.pt --out out/segment2           # D2-MAE: 39.0
-    torchrun --nproc_per_node=8 segment.py --init out/supervised_rpe/best.pt --out out/segment3        # + RPE: 41.5
-    torchrun --nproc_per_node=8 segment.py --init out/finetune_rpe/best.pt --out out/segment4          # D2-MAE + RPE: 42.8
-    python segment.py --eval --out out/segment4                                                        # score of best.pt
-    python segment.py --predict photo.jpg --out out/segment4                                           # label and colour PNGs
-    python segment.py --demo                                                                           # no files, 3 minutes
+    torchrun --nproc_per_node=8 segment.py --init out/supervised/best.pt --out out/segment1         # paper: 38.0 mIoU
+    torchrun --nproc_per_node=8 segment.py --init out/pretrain/encoder.pt --out out/segment2        # D2-MAE: 39.0
+    torchrun --nproc_per_node=8 segment.py --init out/supervised_rpe/best.pt --out out/segment3     # + RPE: 41.5
+    torchrun --nproc_per_node=8 segment.py --init out/finetune_rpe/best.pt --out out/segment4       # D2-MAE + RPE: 42.8
+    python segment.py --eval --out out/segment4                                                     # score of best.pt
+    python segment.py --predict photo.jpg --out out/segment4                                        # labels of pictures
+    python segment.py --demo                                                                        # needs no files
 
-The plain ViT gives four maps of the same size, after blocks 4, 6, 8 and 12. `Pyramid` makes them a pyramid of strides 4, 8,
-16 and 32, `SemanticFPN` brings them to stride 4, sums and classifies. An image is scored by overlapping windows of the
-training crop, since the position tables belong to one size; the windows run through the network together.
+The plain ViT gives four maps of the same size, after blocks 4, 6, 8 and 12. `Pyramid` makes them a pyramid of strides
+4, 8, 16 and 32, `SemanticFPN` brings them to stride 4, sums and classifies. An image is scored by overlapping windows
+of the training crop, since the position tables belong to one size; windows run through the network together.
 
-Shapes: B images, K classes, h x w patch grid, D width of the encoder, C = D / 4 of the pyramid, s = patch size / 4 (stride
-        of the class scores). Labels are (H, W) uint8: 0 .. K - 1, and 255 for pixels that nobody scores.
+Shapes: B images, K classes, h x w patch grid, D width of the encoder, C = D / 4 of the pyramid, s = patch size / 4
+        (stride of the class scores). Labels are (H, W) uint8: 0 .. K - 1, and 255 for pixels that nobody scores.
 
 NOTES, departures from the authors' code (mmsegmentation):
-- Relative position bias tables are resized bicubically like the absolute one, not over a geometric grid; position tables
-  are not weight-decayed.
-- Crops, flips and colours are a function of (seed, step), so that a resumed run is the run that was interrupted.
-- Images smaller than a window are padded to it. Padding is the mean colour, zero once normalised.
-- Without GPUs, several processes keep batch statistics of their own (PyTorch's SyncBatchNorm is for GPUs); the first
-  process's are used in evaluation.
+- Relative position bias tables are resized bicubically like the absolute one, not over a geometric grid. Neither kind
+  of table is weight-decayed.
+- Crops, flips and colours are a function of (seed, epoch, image): a resumed run is the run that was interrupted.
+- Images smaller than a window are padded to it. Padding is the mean colour, which is zero once normalised.
+- Without GPUs, several processes keep batch statistics of their own, since PyTorch's SyncBatchNorm needs GPUs; those of
+  the first process are evaluated and saved.
 """
 import argparse
 import colorsys
@@ -32,6 +32,7 @@ import functools
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -57,7 +58,8 @@ try:
 except ImportError:
     resource = None
 
-from models import IMAGENET_MEAN, IMAGENET_STD, MODELS, InputError, layer_id, load_encoder, load_state, normalize, read_file
+from models import (IMAGENET_MEAN, IMAGENET_STD, MODELS, InputError, layer_id, load_encoder, load_state, normalize,
+                    read_file)
 
 IMAGE_TYPES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
 IGNORE = 255    # label of pixels that are neither trained on nor scored
@@ -66,8 +68,9 @@ IGNORE = 255    # label of pixels that are neither trained on nor scored
 # ----------------------------------------------------------------------------------------------------------------------
 # Arguments: the defaults are the paper's recipe
 # ----------------------------------------------------------------------------------------------------------------------
-DEMO = dict(data="shapes", out="out/demo_segment", num_classes=5, image_size=[64], patch_size=8, iters=400, warmup_iters=40,
-            batch_size=8, lr=2e-3, drop_path=0.0, workers=1, eval_every=200, save_every=200, log_every=10)
+DEMO = dict(data="shapes", out="out/demo_segment", num_classes=5, image_size=[64], patch_size=8, iters=400,
+            warmup_iters=40, batch_size=8, lr=2e-3, drop_path=0.0, workers=1, eval_every=200, save_every=200,
+            log_every=10)
 
 
 def parse_args(argv=None, **defaults):
@@ -85,16 +88,16 @@ def parse_args(argv=None, **defaults):
     add("--data", default="data/ADEChallengeData2016",
         help="folder with {images,annotations}/{training,validation}, or 'shapes' for drawn scenes")
     add("--num-classes", type=int, default=150, help="classes; label files hold 1 .. this, and 0 for ignored pixels")
-    add("--zero-is-class", action="store_true", help="label files hold 0 .. num-classes - 1, and 255 for ignored pixels")
+    add("--zero-is-class", action="store_true", help="label files hold 0 .. num-classes - 1, 255 for ignored pixels")
     add("--class-names", help="text file, one name per line; if absent objectInfo150.txt of --data, else numbers")
-    add("--mean", type=float, nargs=3, help="per channel, of pixels in [0, 1]; if absent that of --init, else ImageNet's")
-    add("--std", type=float, nargs=3, help="per channel, of pixels in [0, 1]; if absent that of --init, else ImageNet's")
-    add("--workers", type=int, default=max(1, min(16, (os.cpu_count() or 2) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))),
-        help="loader processes per training process")
+    add("--mean", type=float, nargs=3, help="per channel, of pixels in [0, 1]; if absent --init's, else ImageNet's")
+    add("--std", type=float, nargs=3, help="per channel, of pixels in [0, 1]; if absent --init's, else ImageNet's")
+    cpus = (os.cpu_count() or 2) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    add("--workers", type=int, default=max(1, min(16, cpus)), help="loader processes per training process")
 
     add = parser.add_argument_group("recipe (paper Sec. 'transfer', ADE20K)").add_argument
     add("--iters", type=int, default=160_000, help="optimizer steps; paper: 160000")
-    add("--warmup-iters", type=int, default=1500, help="linear from a millionth of --lr, which then falls linearly to 0")
+    add("--warmup-iters", type=int, default=1500, help="linear from a millionth of --lr, then linear to 0; paper: 1500")
     add("--batch-size", type=int, default=16, help="images per optimizer step over all processes; paper: 16")
     add("--accum-steps", type=int, default=1, help="micro-steps that one batch is split into, per process")
     add("--lr", type=float, default=1e-4, help="learning rate of pyramid and head; paper: 1e-4")
@@ -106,7 +109,7 @@ def parse_args(argv=None, **defaults):
     add = parser.add_argument_group("evaluation").add_argument
     add("--mode", choices=("slide", "whole"), default="slide",
         help="slide: short side to the window's, overlapping windows; whole: the image shrunk into one window")
-    add("--stride", type=int, help="pixels between windows; if absent two thirds of a window, 341 for 512 as in the paper")
+    add("--stride", type=int, help="pixels between windows; if absent two thirds of a window (paper: 341)")
 
     add = parser.add_argument_group("run").add_argument
     add("--eval", action="store_true", help="score a checkpoint on the validation images instead of training")
@@ -121,9 +124,9 @@ def parse_args(argv=None, **defaults):
     add("--max-steps", type=int, help="stop after so many optimizer steps (the schedule stays that of --iters)")
     add("--log-every", type=int, default=50, help="optimizer steps per line of log.jsonl")
     add("--save-every", type=int, default=2000, help="optimizer steps between writings of last.pt")
-    add("--eval-every", type=int, default=16_000, help="optimizer steps between evaluations with pictures; the last always")
-    add("--demo", action="store_true", help="defaults for a run without files, on drawn scenes, from out/demo/encoder.pt if "
-                                            "`pretrain_d2mae.py --demo` has written it")
+    add("--eval-every", type=int, default=16_000, help="steps between evaluations with pictures; the last always")
+    add("--demo", action="store_true",
+        help="defaults for a run without files: drawn scenes, from out/demo/encoder.pt (pretrain_d2mae.py) if it exists")
     parser.set_defaults(**defaults)
     return parser.parse_args(argv)
 
@@ -134,7 +137,7 @@ def resolve(args):
         args.init = args.init or f"{args.out}/best.pt"
         file = read_file(args.init)
         if not isinstance(file, dict) or "classes" not in file or not isinstance(file.get("args"), dict):
-            raise InputError(f"{args.init} is no segmentation model: give best.pt of a training by segment.py as --init")
+            raise InputError(f"{args.init} is no segmentation model: give best.pt of this script as --init")
         for key in ("model", "image_size", "patch_size", "num_classes", "zero_is_class", "mean", "std"):
             setattr(args, key, file["args"][key])
     state, info = load_state(args.init) if args.init else ({}, {})
@@ -145,13 +148,14 @@ def resolve(args):
     args.stride = args.stride or min(args.image_size) * 2 // 3
     cell = 32 if args.model.startswith("hiera") else 2 * args.patch_size
     if len(args.image_size) != 2 or any(s % cell or s < cell for s in args.image_size):
-        raise InputError(f"--image-size {' '.join(map(str, args.image_size))} must be one or two multiples of {cell}, the pixels "
-                         "that a cell of the pyramid's coarsest map stands for")
+        raise InputError(f"--image-size {' '.join(map(str, args.image_size))} must be one or two multiples of {cell}, "
+                         "the pixels of one cell of the pyramid's coarsest map")
     if not 1 <= args.stride <= min(args.image_size):
-        raise InputError(f"--stride {args.stride} must lie between 1 and the window's side {min(args.image_size)}, or pixels "
-                         "would be left out")
+        raise InputError(f"--stride {args.stride} must lie between 1 and the window's side {min(args.image_size)}, "
+                         "or pixels would be left out")
     if not 2 <= args.num_classes <= 254:
-        raise InputError(f"--num-classes {args.num_classes} must lie between 2 and 254: labels are bytes, and 255 means ignored")
+        raise InputError(f"--num-classes {args.num_classes} must lie between 2 and 254: labels are bytes, 255 means "
+                         "ignored")
     return args
 
 
@@ -171,7 +175,7 @@ def read_image(path, upright=False):
 
 
 def label_table(num_classes, zero_is_class):
-    """Class of every byte of a label file -> (256,) int16: IGNORE for unlabelled pixels, -1 for bytes that are an error.
+    """Class of every byte of a label file -> (256,) int16: IGNORE for unlabelled pixels, -1 for invalid bytes.
 
     ADE20K: 0 is ignored, 1 .. 150 are classes 0 .. 149. This table is the only place where labels are shifted.
     """
@@ -183,20 +187,22 @@ def label_table(num_classes, zero_is_class):
 
 
 def read_labels(path, table):
-    """Label PNG (grey or palette) -> (H, W) uint8 classes by `label_table`. Raises InputError on a byte out of range."""
+    """Label PNG (grey or palette) -> (H, W) uint8 classes by `label_table`. Raises InputError on an invalid number."""
     try:
         with Image.open(path) as image:
             raw = np.asarray(image)
     except (OSError, SyntaxError, ValueError) as error:
-        raise InputError(f"cannot read labels {path} ({type(error).__name__}): remove or replace it and its image") from None
+        raise InputError(f"cannot read labels {path} ({type(error).__name__}): replace them, or remove them with "
+                         "their image") from None
     if raw.ndim != 2:
         raise InputError(f"labels {path} are a colour image: they must be one class number per pixel, grey or palette")
     labels = table[raw] if raw.max() < 256 else np.array([-1])
     if labels.min() < 0:
         wrong = next(v for v in np.unique(raw) if v > 255 or table[v] < 0)
         valid = np.flatnonzero((table >= 0) & (table < IGNORE))
-        raise InputError(f"labels {path} hold the number {wrong}; classes are {valid[0]} .. {valid[-1]}, ignored are "
-                         f"{' and '.join(map(str, np.flatnonzero(table == IGNORE)))}: check --num-classes and --zero-is-class")
+        ignored = " and ".join(map(str, np.flatnonzero(table == IGNORE)))
+        raise InputError(f"labels {path} hold the number {wrong}; classes are {valid[0]} .. {valid[-1]}, ignored is "
+                         f"{ignored}: check --num-classes and --zero-is-class")
     return torch.from_numpy(labels.astype(np.uint8))
 
 
@@ -213,14 +219,15 @@ def draw_scene(index, size=(96, 144)):
         dx, dy = x - rng.uniform(-0.9, 0.9) * w / h, y - rng.uniform(-0.7, 0.7)
         u, v = (dx * np.cos(angle) + dy * np.sin(angle)) / radius, (dy * np.cos(angle) - dx * np.sin(angle)) / radius
         r = np.hypot(u, v)
-        inside = (r < 1, np.maximum(abs(u), abs(v)) < 0.8, (v < 0.6) & (v > 1.9 * abs(u) - 0.9), abs(r - 0.78) < 0.22)[kind]
+        inside = (r < 1, np.maximum(abs(u), abs(v)) < 0.8, (v < 0.6) & (v > 1.9 * abs(u) - 0.9),
+                  abs(r - 0.78) < 0.22)[kind]
         image[inside] = rng.uniform(0, 1, 3) + 0.15 * np.sin(rng.uniform(4, 12) * u[inside, None])
         labels[inside] = kind + 1
     return torch.from_numpy((image.clip(0, 1) * 255).astype(np.uint8)).permute(2, 0, 1), torch.from_numpy(labels)
 
 
 def resized_shape(shape, short, long):
-    """(H, W) scaled, keeping its ratio, to the largest size whose short side is at most `short` and long side `long`."""
+    """The largest (H, W) of the same ratio whose short side is at most `short` and whose long side at most `long`."""
     factor = min(short / min(shape), long / max(shape))
     return [int(side * factor + 0.5) for side in shape]
 
@@ -230,8 +237,8 @@ def uniform(low, high):
 
 
 def class_ratio_crop(labels, size, ratio=0.75, tries=10):
-    """Corner (top, left) of a random crop of `size` (h, w) out of labels (H, W), in which at least two classes occur and
-    none covers `ratio` of the labelled pixels; after so many tries more, whatever comes."""
+    """Corner (top, left) of a random crop of `size` (h, w) out of labels (H, W). Crops are drawn again, at most `tries`
+    times, until two classes occur and none covers `ratio` of the labelled pixels."""
     for _ in range(tries + 1):
         top, left = (int(torch.randint(max(0, have - want) + 1, ())) for have, want in zip(labels.shape, size))
         counts = torch.bincount(labels[top:top + size[0], left:left + size[1]].flatten(), minlength=256)[:IGNORE]
@@ -247,8 +254,8 @@ def saturate(x, factor):
 
 
 def distort(image):
-    """Photometric distortion of (3, H, W) uint8: brightness, saturation, hue and, before or after these two, contrast, each
-    with probability 0.5."""
+    """Photometric distortion of (3, H, W) uint8: brightness, saturation, hue and, before or after these two, contrast,
+    each with probability 0.5."""
     x, contrast_first = image.float() / 255, torch.rand(()) < 0.5
     factor = uniform(0.5, 1.5) if torch.rand(()) < 0.5 else 1.0
     if torch.rand(()) < 0.5:
@@ -265,8 +272,9 @@ def distort(image):
 
 
 def augment(image, labels, size, fill):
-    """The paper's augmentation: image (3, H, W), labels (H, W) -> both of `size`. Short side U(0.5, 2) times the crop's,
-    class-ratio crop, flip, photometric distortion, padding at the right and below with `fill` and IGNORE."""
+    """The paper's augmentation: image (3, H, W), labels (H, W) -> both of `size`. Short side U(0.5, 2) times the crop's
+    (long side at most 4 times that), class-ratio crop, photometric distortion, flip, and padding at the right and below
+    with the colour `fill` and IGNORE."""
     image, labels, scale = tv_tensors.Image(image), tv_tensors.Mask(labels), uniform(0.5, 2) * min(size)
     shape = resized_shape(labels.shape, scale, 4 * scale)
     image, labels = v2.Resize(shape, antialias=False)(image, labels)           # bilinear, and nearest for the mask
@@ -281,8 +289,8 @@ def augment(image, labels, size, fill):
 class Scenes(Dataset):
     """Images with a class for every pixel. Item -> image (3, H, W) uint8, labels (H, W) uint8, index.
 
-    train=True: keys (epoch, index), crops of `size`, all randomness from (seed, epoch, index). train=False: the image resized
-    for `mode`, the labels in their own size.
+    train=True: keys (epoch, index), crops of `size`, all randomness from (seed, epoch, index).
+    train=False: the image resized for `mode`, the labels in their own size.
     """
 
     def __init__(self, items, load, size, fill, mode="slide", train=True, seed=0):
@@ -304,7 +312,7 @@ class Scenes(Dataset):
 
 
 def resize_for_test(image, size, mode):
-    """slide: short side that of a window (long side at most 4 times as much); whole: the image just fits into a window."""
+    """slide: short side that of a window (long side at most 4 times it); whole: the image just fits into a window."""
     shape = image.shape[1:]
     if mode == "slide":
         return v2.functional.resize(image, resized_shape(shape, min(size), 4 * min(size)), antialias=False)
@@ -330,8 +338,8 @@ def list_pairs(root, split):
     """(image, annotation) files of a split, matched by name. Raises InputError where one half is missing."""
     images, annotations = (Path(root) / kind / split for kind in ("images", "annotations"))
     if not images.is_dir() or not annotations.is_dir():
-        raise InputError(f"--data {root} must hold the folders images/{split} and annotations/{split}, as ADEChallengeData2016 "
-                         "does")
+        raise InputError(f"--data {root} must hold the folders images/{split} and annotations/{split}, as "
+                         "ADEChallengeData2016 does")
     pairs = [(p, annotations / p.relative_to(images).with_suffix(".png")) for p in list_images(images)]
     if not pairs:
         raise InputError(f"{images} holds no image ({', '.join(sorted(IMAGE_TYPES))})")
@@ -346,7 +354,7 @@ def class_names(args):
     listed = Path(args.data) / "objectInfo150.txt"
     if args.class_names:
         if not Path(args.class_names).is_file():
-            raise InputError(f"--class-names {args.class_names} does not exist: give a text file with one name per line")
+            raise InputError(f"--class-names {args.class_names} does not exist: give a file with one name per line")
         names = [line.strip() for line in open(args.class_names) if line.strip()]
     elif args.data == "shapes":
         names = ["ground", "disc", "square", "triangle", "ring"]
@@ -355,12 +363,13 @@ def class_names(args):
     else:
         names = [f"class {k}" for k in range(args.num_classes)]
     if len(names) != args.num_classes:
-        raise InputError(f"{args.class_names or args.data} has {len(names)} class names, --num-classes is {args.num_classes}")
+        raise InputError(f"{args.class_names or args.data} has {len(names)} class names, --num-classes is "
+                         f"{args.num_classes}")
     return names
 
 
 def make_data(args):
-    """-> training set, validation set. A few label files of each are read at once, so that wrong numbers show at the start."""
+    """-> training set, validation set. Some label files of each are read now: wrong numbers show at the start."""
     if args.data == "shapes":
         if args.num_classes != 5:
             raise InputError("--data shapes has 5 classes: give --num-classes 5")
@@ -404,8 +413,8 @@ class Pyramid(nn.Module):
 class SemanticFPN(nn.Module):
     """Encoder, pyramid and the head of Panoptic FPN (arXiv 1901.02446), for images of the encoder's size.
 
-    In the head each level passes 3x3 convolutions, one per doubling (at least one), with bilinear doubling after each, up to
-    the size of the first level; the sum is classified.
+    In the head each level passes 3x3 convolutions, one per doubling (at least one) with a bilinear doubling after each,
+    up to the size of the first level; the sum is classified.
     """
 
     def __init__(self, encoder, num_classes, width=128):
@@ -423,8 +432,9 @@ class SemanticFPN(nn.Module):
         for level in range(4):
             layers = []
             for k in range(max(1, level)):
-                layers += [nn.Conv2d(channels if k == 0 else width, width, 3, padding=1, bias=False), nn.BatchNorm2d(width),
-                           nn.ReLU(inplace=True)] + [nn.Upsample(scale_factor=2, mode="bilinear")] * (level > 0)
+                layers += [nn.Conv2d(width if k else channels, width, 3, padding=1, bias=False),
+                           nn.BatchNorm2d(width), nn.ReLU(inplace=True)]
+                layers += [nn.Upsample(scale_factor=2, mode="bilinear")] if level else []
             self.scale_heads.append(nn.Sequential(*layers))
         self.dropout = nn.Dropout2d(0.1)
         self.classifier = nn.Conv2d(width, num_classes, 1)
@@ -442,19 +452,21 @@ class SemanticFPN(nn.Module):
 
 
 def segmentation_loss(logits, labels):
-    """Cross entropy of logits (B, K, ., .), enlarged bilinearly to labels (B, H, W); 0 at ignored pixels, mean over all.
+    """Cross entropy of logits (B, K, ., .), enlarged bilinearly, with labels (B, H, W); 0 at ignored pixels.
 
-    The mean is over ignored pixels too, as in the authors' code: every process and micro-step has the same denominator, so
-    their average is the loss of the whole batch, and a crop without labels gives 0.
+    The mean is over ignored pixels too, as in the authors' code: every process and micro-step has the same denominator,
+    so their average is the loss of the whole batch, and a crop without labels gives 0.
     """
     logits = F.interpolate(logits.float(), labels.shape[1:], mode="bilinear")
     return F.cross_entropy(logits, labels.long(), ignore_index=IGNORE, reduction="sum") / labels.numel()
 
 
 def build_model(args):
-    """SemanticFPN on the encoder of --model: relative position bias and LayerScale at 1 in a ViT, four stages in Hiera."""
-    options = {} if args.model.startswith("hiera") else dict(patch_size=args.patch_size, rel_pos_bias=True, layer_scale=1.0)
-    return SemanticFPN(MODELS[args.model](img_size=args.image_size, drop_path=args.drop_path, **options), args.num_classes)
+    """SemanticFPN on the encoder of --model. A ViT gets relative position bias and LayerScale starting at 1."""
+    vit = dict(patch_size=args.patch_size, rel_pos_bias=True, layer_scale=1.0)
+    options = {} if args.model.startswith("hiera") else vit
+    encoder = MODELS[args.model](img_size=args.image_size, drop_path=args.drop_path, **options)
+    return SemanticFPN(encoder, args.num_classes)
 
 
 def count_flops(model):
@@ -695,17 +707,17 @@ def draw_curves(path, panels):
 # Evaluation: sliding windows and mean IoU
 # ----------------------------------------------------------------------------------------------------------------------
 def window_starts(length, window, stride):
-    """First pixels of the windows that cover `length` pixels: 0, stride, 2 stride, ..., the last one flush with the end."""
+    """First pixels of the windows that cover `length` pixels: 0, stride, 2 stride, ..., the last flush with the end."""
     last = max(0, length - window)
     return [min(i * stride, last) for i in range(math.ceil(last / stride) + 1)]
 
 
 @torch.no_grad()
 def sliding_logits(model, images, stride, at_once=16):
-    """Class logits of images of any sizes, averaged over overlapping windows: list of (3, H, W) -> list of (K, H, W) float32.
+    """Class logits averaged over overlapping windows: list of (3, H, W) of any sizes -> list of (K, H, W) float32.
 
-    images: normalised, on the model's device. A window has the size that the encoder is built for; smaller images are padded.
-    Windows of all images pass the network together, `at_once` at a time.
+    images: normalised, on the model's device. A window has the size that the encoder is built for; smaller images are
+    padded. Windows of all images pass the network together, `at_once` at a time.
     """
     (h, w), windows, places = model.encoder.img_size, [], []
     for i, image in enumerate(images):
@@ -720,15 +732,15 @@ def sliding_logits(model, images, stride, at_once=16):
     counts = [image.new_zeros(image.shape[1:]) for image in images]
     for (i, y, x), score in zip(places, scores):                                              # (K, h/s, w/s)
         score = F.interpolate(score[None].float(), (h, w), mode="bilinear")[0]
-        part = sums[i][:, y:y + h, x:x + w]                                                   # smaller than a padded window
+        part = sums[i][:, y:y + h, x:x + w]                                                   # without the padding
         part += score[:, :part.shape[1], :part.shape[2]]
         counts[i][y:y + h, x:x + w] += 1
     return [s.div_(c) for s, c in zip(sums, counts)]
 
 
 def classify(logits, size, chunk=16):
-    """Class of the largest logit after bilinear resizing to `size`: (K, h, w) -> (H, W) uint8. A few classes at a time: all
-    150 maps of a large photograph would not fit into memory."""
+    """Class of the largest logit after bilinear resizing to `size`: (K, h, w) -> (H, W) uint8. A few classes at a time:
+    all 150 maps of a large photograph would not fit into memory."""
     best = labels = None
     for first in range(0, len(logits), chunk):
         value, index = F.interpolate(logits[None, first:first + chunk], tuple(size), mode="bilinear")[0].max(dim=0)
@@ -750,8 +762,8 @@ def class_iou(confusion):
 
 
 def summarize(confusion):
-    """Scores in per cent from the confusion matrix of the whole set -> dict. The mean IoU is over classes that occur, in the
-    labels or in the predictions; `absent` counts the others. baseline_*: predicting the most frequent class everywhere."""
+    """Scores in per cent from the confusion matrix of the whole set -> dict. The mean IoU is over classes that occur in
+    labels or predictions, `absent` counts the others. baseline_*: predicting the most frequent class everywhere."""
     confusion = confusion.cpu().double()
     iou, labelled = class_iou(confusion), confusion.sum(dim=1)
     share = (labelled.max() / labelled.sum()).item()
@@ -762,7 +774,7 @@ def summarize(confusion):
 
 @torch.no_grad()
 def label_images(model, images, sizes, args, device):
-    """Predicted classes (H, W) uint8 in the given sizes of uint8 images, by sliding windows. model.eval() is the caller's."""
+    """Classes (H, W) uint8, in the given sizes, of uint8 images (3, ., .) by sliding windows. model: in eval mode."""
     dtype = amp_dtype(args.dtype, device)
     with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
         images = [normalize(image.to(device, non_blocking=True), args.mean, args.std) for image in images]
@@ -770,7 +782,7 @@ def label_images(model, images, sizes, args, device):
 
 
 def evaluate(model, loader, args, rank, world, device):
-    """Confusion matrix (K, K) over all validation images, each once at any world size, and the mean IoU of every image."""
+    """Confusion matrix (K, K) over the validation set, each image once at any world size; mean IoU of every image."""
     model.eval()
     confusion = torch.zeros(args.num_classes, args.num_classes, dtype=torch.long, device=device)
     scores = torch.zeros(len(loader.dataset.dataset), device=device)
@@ -822,7 +834,8 @@ def draw_overlays(path, columns, rows, names, colors, side=230):
         draw = ImageDraw.Draw(sheet)
         draw.text((gap, 0), caption, "black", font)
         for c, picture in enumerate(pictures):
-            sheet.paste(Image.fromarray(picture).resize((w, h), Image.Resampling.BICUBIC), (gap + c * (side + gap), line))
+            resized = Image.fromarray(picture).resize((w, h), Image.Resampling.BICUBIC)
+            sheet.paste(resized, (gap + c * (side + gap), line))
         for k, label in enumerate(classes):
             name, x, y = names[label], gap + len(pictures) * (side + gap), line * (k + 1)
             while draw.textlength(name, font) > legend - 26:
@@ -839,9 +852,9 @@ def draw_overlays(path, columns, rows, names, colors, side=230):
 
 
 def draw_extremes(model, val_set, scores, names, args, device, out, count=4):
-    """overlay_best.png and overlay_worst.png: the images of highest and lowest mean IoU, with labels and predictions."""
-    colors, order = palette(args.num_classes), scores.nan_to_num(-1).argsort(descending=True).tolist()
-    order = [i for i in order if not scores[i].isnan()]                                       # nothing labelled: no score
+    """overlay_best.png and overlay_worst.png: images of highest and lowest mean IoU, with labels and predictions."""
+    colors, order = palette(args.num_classes), scores.argsort(descending=True).tolist()
+    order = [i for i in order if not scores[i].isnan()]    # images without any label have no score
     for name, indices in (("best", order[:count]), ("worst", order[::-1][:count])):
         rows = []
         for index in indices:
@@ -853,7 +866,8 @@ def draw_extremes(model, val_set, scores, names, args, device, out, count=4):
             rows.append(([picture, overlay(picture, truth, colors), overlay(picture, predicted, colors)],
                          np.stack([truth, predicted]), f"{name_of}: IoU {100 * scores[index]:.0f}"))
         if rows:
-            draw_overlays(out / f"overlay_{name}.png", ("input", "truth (grey: ignored)", "prediction"), rows, names, colors)
+            columns = ("input", "truth (grey: ignored)", "prediction")
+            draw_overlays(out / f"overlay_{name}.png", columns, rows, names, colors)
 
 
 def predict(model, path, names, args, device, out):
@@ -926,13 +940,15 @@ def main(args):
         confusion, scores = evaluate(model, val_loader, args, rank, world, device)
         values = summarize(confusion)
         log_line(out / "log.jsonl", rank, step=step, **values)
-        say(f"step {step}: mIoU {values['miou']:.2f} over {args.num_classes - values['absent']} classes ({values['absent']} "
-            f"absent), pixel accuracy {values['pixel_accuracy']:.2f}, {len(val_set)} images; {args.mode}, window {window}"
-            f"{f', stride {args.stride}' if args.mode == 'slide' else ''}")
+        stride = f", stride {args.stride}" if args.mode == "slide" else ""
+        say(f"step {step}: mIoU {values['miou']:.2f} over {args.num_classes - values['absent']} classes "
+            f"({values['absent']} absent), pixel accuracy {values['pixel_accuracy']:.2f}, {len(val_set)} images; "
+            f"{args.mode}, window {window}{stride}")
         if rank == 0:
             iou, pixels = (100 * class_iou(confusion.cpu().double())).tolist(), confusion.sum(dim=1).tolist()
             with open(out / "classes.csv", "w", newline="") as file:
-                csv.writer(file).writerows([("class", "name", "iou", "pixels"), *zip(range(args.num_classes), names, iou, pixels)])
+                rows = zip(range(args.num_classes), names, iou, pixels)
+                csv.writer(file).writerows([("class", "name", "iou", "pixels"), *rows])
             draw_extremes(model, val_set, scores, names, args, device, out)
         return values["miou"]
 
@@ -947,13 +963,12 @@ def main(args):
     groups = param_groups(model, args.weight_decay, args.layer_decay, model.encoder.depth)
     optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=tuple(args.betas), fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    say(f"{batches.per_process} images x {world} process(es) x {args.accum_steps} accumulation = batch {batches.batch}; "
-        f"{total} steps, {batches.steps} per epoch; {device}, {dtype}")
+    say(f"{batches.per_process} images x {world} process(es) x {args.accum_steps} accumulation = batch "
+        f"{batches.batch}; {total} steps, {batches.steps} per epoch; {device}, {dtype}")
     embedding, *blocks, rest = [f"{args.lr * scale:.2g}" for scale in sorted({group["lr_scale"] for group in groups})]
-    decayed = sum(len(group["params"]) for group in groups if group["weight_decay"])
-    say(f"peak learning rates: embeddings {embedding}, blocks {' '.join(blocks)}, pyramid and head {rest}; weight decay "
-        f"{args.weight_decay} on {decayed} tensors, none on the {sum(len(g['params']) for g in groups) - decayed} biases, norms, "
-        "tokens and position tables")
+    decayed, others = (sum(len(g["params"]) for g in groups if bool(g["weight_decay"]) == w) for w in (True, False))
+    say(f"peak learning rates: embeddings {embedding}, blocks {' '.join(blocks)}, pyramid and head {rest}; weight "
+        f"decay {args.weight_decay} on {decayed} tensors, none on {others} biases, norms, tokens and position tables")
 
     step, best, state = 0, -1.0, resume(out / "last.pt", args)
     if state:
@@ -981,8 +996,9 @@ def main(args):
 
     def save(path, **more):
         if rank == 0:
+            plain = json.loads(json.dumps(vars(args)))
             save_checkpoint(path, model=model.state_dict(), arch=model.encoder.arch, classes=names, mean=list(args.mean),
-                            std=list(args.std), args=json.loads(json.dumps(vars(args))), step=step, best=best, **more)
+                            std=list(args.std), args=plain, step=step, best=best, **more)
 
     # training
     stop = threading.Event()
@@ -990,8 +1006,8 @@ def main(args):
     while step < until:
         batches.epoch, batches.start = divmod(step, batches.steps)
         pause = min(until, *((step // every + 1) * every for every in (args.save_every, args.eval_every)))
-        step, stopped = train_epoch(student, loader, losses_of, names_of, optimizer, scaler, lr_of, step, pause, total, args,
-                                    rank, world, device, stop)
+        step, stopped = train_epoch(student, loader, losses_of, names_of, optimizer, scaler, lr_of, step, pause, total,
+                                    args, rank, world, device, stop)
         if not stopped and (step % args.eval_every == 0 or step == until):
             miou = report(step)
             if miou > best:
@@ -1003,14 +1019,16 @@ def main(args):
             raise SystemExit(f"stopped by SIGTERM after step {step}; the same command goes on from {out}/last.pt")
 
     if rank == 0:
-        lines = [json.loads(line) for line in open(out / "log.jsonl")]
+        lines = read_log(out / "log.jsonl")
         curve = lambda *keys: {k: [(v["step"], v[k]) for v in lines if k in v] for k in keys}
         draw_curves(out / "curves.png", {"cross entropy by step": curve("loss"),
                                          "mean IoU (%) by step": curve("miou", "baseline_miou")})
         last = [v for v in lines if "miou" in v][-1]
-        print(f"\nmIoU {last['miou']:.1f}, pixel accuracy {last['pixel_accuracy']:.1f} (most frequent class everywhere: "
-              f"{last['baseline_miou']:.1f} and {last['baseline_pixel_accuracy']:.1f}); best mIoU {best:.1f} in {out}/best.pt")
-        print(f"per class: {out}/classes.csv\npictures: {', '.join(str(p) for p in sorted(out.glob('*.png')))}\nlog: {out}/log.jsonl")
+        print(f"\nmIoU {last['miou']:.1f}, pixel accuracy {last['pixel_accuracy']:.1f} (the most frequent class "
+              f"everywhere: {last['baseline_miou']:.1f} and {last['baseline_pixel_accuracy']:.1f}); best mIoU {best:.1f} "
+              f"in {out}/best.pt")
+        print(f"pictures: {', '.join(str(p) for p in sorted(out.glob('*.png')))}\nper class: {out}/classes.csv\n"
+              f"log: {out}/log.jsonl")
 
 
 if __name__ == "__main__":
@@ -1021,7 +1039,7 @@ if __name__ == "__main__":
             arguments = parse_args(**DEMO, init=made if Path(made).exists() else None)
         main(arguments)
     except (InputError, FloatingPointError) as error:    # loader processes put their traceback before the sentence
-        sys.exit(f"error: {str(error).strip().splitlines()[-1].removeprefix('models.InputError: ')}")
+        sys.exit(f"\nerror: {str(error).strip().splitlines()[-1].removeprefix('models.InputError: ')}")
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

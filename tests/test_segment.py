@@ -389,4 +389,4 @@ def test_bad_files(data, trained, tmp_path):
     with pytest.raises(InputError, match="cannot read image .*broken.jpg"):
         segment.read_image(tmp_path / "broken.jpg")
     done = run("segment.py", "--num-classes", 1, check=False)    # as the user sees it: one sentence, no traceback
-    assert done.returncode and done.stderr.startswith("error: --num-classes 1") and "Traceback" not in done.stderr
+    assert done.returncode and done.stderr.strip().startswith("error: --num-classes 1") and "Traceback" not in done.stderr
