@@ -68,8 +68,8 @@ IGNORE = 255    # label of pixels that are neither trained on nor scored
 # ----------------------------------------------------------------------------------------------------------------------
 # Arguments: the defaults are the paper's recipe
 # ----------------------------------------------------------------------------------------------------------------------
-DEMO = dict(data="shapes", out="out/demo_segment", num_classes=5, image_size=[64], patch_size=8, iters=400,
-            warmup_iters=40, batch_size=8, lr=2e-3, drop_path=0.0, workers=1, eval_every=200, save_every=200,
+DEMO = dict(data="shapes", out="out/demo_segment", num_classes=5, image_size=[64], patch_size=8, iters=340,
+            warmup_iters=30, batch_size=8, lr=2e-3, drop_path=0.0, workers=1, eval_every=170, save_every=170,
             log_every=10)
 
 
@@ -126,7 +126,7 @@ def parse_args(argv=None, **defaults):
     add("--save-every", type=int, default=2000, help="optimizer steps between writings of last.pt")
     add("--eval-every", type=int, default=16_000, help="steps between evaluations with pictures; the last always")
     add("--demo", action="store_true",
-        help="defaults for a run without files: drawn scenes, from out/demo/encoder.pt (pretrain_d2mae.py) if it exists")
+        help="defaults for a run without files: drawn scenes, from the encoder of pretrain_d2mae.py --demo if there")
     parser.set_defaults(**defaults)
     return parser.parse_args(argv)
 
@@ -373,7 +373,7 @@ def make_data(args):
     if args.data == "shapes":
         if args.num_classes != 5:
             raise InputError("--data shapes has 5 classes: give --num-classes 5")
-        load, train, val = draw_scene, range(2000), range(2000, 2100)
+        load, train, val = draw_scene, range(2000), range(2000, 2060)
     else:
         table = label_table(args.num_classes, args.zero_is_class)
         load = functools.partial(read_pair, table=table)
@@ -997,8 +997,8 @@ def main(args):
     def save(path, **more):
         if rank == 0:
             plain = json.loads(json.dumps(vars(args)))
-            save_checkpoint(path, model=model.state_dict(), arch=model.encoder.arch, classes=names, mean=list(args.mean),
-                            std=list(args.std), args=plain, step=step, best=best, **more)
+            save_checkpoint(path, model=model.state_dict(), arch=model.encoder.arch, classes=names, step=step, best=best,
+                            mean=list(args.mean), std=list(args.std), args=plain, **more)
 
     # training
     stop = threading.Event()
@@ -1025,8 +1025,8 @@ def main(args):
                                          "mean IoU (%) by step": curve("miou", "baseline_miou")})
         last = [v for v in lines if "miou" in v][-1]
         print(f"\nmIoU {last['miou']:.1f}, pixel accuracy {last['pixel_accuracy']:.1f} (the most frequent class "
-              f"everywhere: {last['baseline_miou']:.1f} and {last['baseline_pixel_accuracy']:.1f}); best mIoU {best:.1f} "
-              f"in {out}/best.pt")
+              f"everywhere: {last['baseline_miou']:.1f} and {last['baseline_pixel_accuracy']:.1f}); "
+              f"best mIoU {best:.1f} in {out}/best.pt")
         print(f"pictures: {', '.join(str(p) for p in sorted(out.glob('*.png')))}\nper class: {out}/classes.csv\n"
               f"log: {out}/log.jsonl")
 

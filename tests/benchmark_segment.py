@@ -29,7 +29,7 @@ def project_labels(model, images, size, stride):
     return [segment.classify(logits, size) for logits in segment.sliding_logits(model, images, stride)]
 
 
-def bench_segment(images=4, rounds=5, size=(512, 683), label_size=(600, 800)):
+def bench_segment(images=4, rounds=3, size=(512, 683), label_size=(600, 800)):
     """ViT-Tiny with relative position bias, window 512, stride 341, 150 classes, random weights: images per second."""
     torch.manual_seed(0)
     model = segment.build_model(segment.resolve(segment.parse_args([]))).eval()
