@@ -166,7 +166,10 @@ class Attention(nn.Module):
 
     def bias(self, index):
         """Relative position bias of each head, (H, T, T), or None for a model without one."""
-        return None if index is None else F.embedding(index, self.relative_position_bias_table).permute(2, 0, 1)
+        if index is None:
+            return None
+        table = self.relative_position_bias_table.t().contiguous()    # heads first: the bias is made as attention reads it
+        return table.index_select(1, index.flatten()).view(-1, *index.shape)
 
     def forward(self, x, rel_pos_index=None):
         B, T, D = x.shape
