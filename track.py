@@ -1,4 +1,4 @@
-"""OSTrack with a lightweight ViT: training, one-pass evaluation on LaSOT, tracking in your own frames (paper Sec. "LaSOT").
+"""OSTrack with a lightweight ViT: training, one-pass evaluation on LaSOT, your own videos (paper Sec. "LaSOT").
 
     D=lasot=data/lasot,got10k=data/got10k,coco=data/coco,trackingnet=data/trackingnet
     torchrun --nproc_per_node=8 track.py --data $D --init out/pretrain/encoder.pt --out out/track    # the paper's run
@@ -9,9 +9,9 @@
     python track.py --demo                                                       # no files, under 4 minutes
 
 The tokens of a template (the target in the first frame) and of a search region (around the last box) go through the
-blocks of the ViT together, so features are extracted and compared at once. Three blocks also throw out the search tokens
-that the template's centre token attends to least, `block_with_elimination`. A convolutional head on the search tokens
-predicts where the centre is, and the box there. Read `Tracker.forward_features`, `tracking_losses` and `OnePassTracker`.
+blocks of the ViT together, so features are extracted and compared at once. Three blocks also throw out the search
+tokens that the template's centre token attends to least, `block_with_elimination`. A convolutional head on the search
+tokens predicts the target's centre and its box. Read `Tracker.forward_features`, `tracking_losses`, `OnePassTracker`.
 
 Shapes: B pairs, Z template tokens, S search tokens (g x g grid), K of them kept, D width, H heads, d = D / H.
 Boxes:  x, y, w, h (upper left corner, size) of pixels in a frame, or of [0, 1] within a square crop.
@@ -34,6 +34,7 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -60,13 +61,13 @@ try:
 except ImportError:
     resource = None
 
-from models import (IMAGENET_MEAN, IMAGENET_STD, MODELS, InputError, VisionTransformer, infer_model, layer_id, load_encoder, load_state,
-                    normalize, read_file, resize_grid)
+from models import (IMAGENET_MEAN, IMAGENET_STD, MODELS, InputError, VisionTransformer, infer_model, layer_id,
+                    load_encoder, load_state, normalize, read_file, resize_grid)
 
 IMAGE_TYPES = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}
 
-# The 280 test sequences of LaSOT; the other 1120 are for training.
-LASOT_TEST = [f"{name}-{number}" for name, *numbers in (entry.split() for entry in """
+# the 280 test sequences of LaSOT, category and numbers; the other 1120 are for training
+LASOT_TEST = """
 airplane 1 9 13 15, basketball 1 6 7 11, bear 2 4 6 17, bicycle 2 7 9 18, bird 2 3 15 17, boat 3 4 12 17, book 3 10 11
 19, bottle 1 12 14 18, bus 2 5 17 19, car 2 6 9 17, cat 1 3 18 20, cattle 2 7 12 13, spider 14 16 18 20, coin 3 6 7
 18, crab 3 6 12 18, surfboard 12 4 5 8, cup 1 4 7 17, deer 4 8 10 14, dog 1 7 15 19, guitar 3 8 10 16, person 1 5 10
@@ -77,7 +78,8 @@ elephant 1 12 16 18, goldfish 3 7 8 10, hat 1 2 5 18, kite 4 6 10 15, motorcycle
 2, frog 3 4 20 9, gametarget 1 2 7 13, hand 2 3 9 16, helmet 5 11 19 13, licenseplate 6 12 13 15, electricfan 1 10 18
 20, chameleon 3 6 11 20, crocodile 3 4 10 14, gecko 1 5 16 19, fox 2 3 5 20, giraffe 2 10 13 15, gorilla 4 6 9 13,
 hippo 1 7 9 20, horse 1 4 12 15, kangaroo 2 5 11 14, leopard 1 7 16 20, lion 1 5 12 20, lizard 1 3 6 13, microphone 2
-6 14 16, monkey 3 4 9 17, shark 2 3 5 6, squirrel 8 11 13 19, volleyball 1 13 18 19""".split(",")) for number in numbers]
+6 14 16, monkey 3 4 9 17, shark 2 3 5 6, squirrel 8 11 13 19, volleyball 1 13 18 19"""
+LASOT_TEST = [f"{name}-{n}" for name, *numbers in map(str.split, LASOT_TEST.split(",")) for n in numbers]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -94,14 +96,15 @@ def parse_args(argv=None, **defaults):
     add = parser.add_argument_group("method (OSTrack-256, paper Sec. 'LaSOT')").add_argument
     add("--model", choices=[m for m in MODELS if not m.startswith("hiera")], default="vit_tiny",
         help="encoder if there is no --init to tell; the paper's has 12 heads")
-    add("--init", help="training: encoder to start from, any file of README 'Checkpoints'; with --frames: box x,y,w,h of the "
-                       "target in the first frame")
+    add("--init", help="training: encoder to start from, any file of README 'Checkpoints'; "
+                       "with --frames: box x,y,w,h of the target in the first frame")
     add("--patch-size", type=int, default=16, help="side of a patch in pixels, if there is no --init to tell")
     add("--template-size", type=int, default=128, help="side of the template crop in pixels")
     add("--search-size", type=int, default=256, help="side of the search crop in pixels")
     add("--template-factor", type=float, default=2.0, help="side of the template crop over sqrt(w * h) of the box")
     add("--search-factor", type=float, default=4.0, help="side of the search crop over sqrt(w * h) of the last box")
-    add("--eliminate-blocks", type=int, nargs="*", default=[4, 7, 10], help="blocks that remove search tokens, counted from 1")
+    add("--eliminate-blocks", type=int, nargs="*", default=[4, 7, 10],
+        help="blocks that remove search tokens, counted from 1")
     add("--keep-rate", type=float, default=0.7, help="share of the search tokens that such a block keeps; 1: all")
     add("--eliminate-from", type=int, default=20, help="the keep rate falls from 1 at this epoch ...")
     add("--eliminate-to", type=int, default=100, help="... along half a cosine, to --keep-rate at this epoch")
@@ -114,9 +117,10 @@ def parse_args(argv=None, **defaults):
     add("--pairs", type=int, default=60_000, help="template-search pairs per epoch")
     add("--val-pairs", type=int, default=1000, help="held-out pairs")
     add("--max-gap", type=int, default=200, help="frames between template and search, at most")
-    add("--centre-jitter", type=float, default=3.0, help="of the search region, uniform in +- half of it times sqrt(w * h)")
-    add("--scale-jitter", type=float, default=0.25, help="of the search region, standard deviation of log width and height")
-    add("--workers", type=int, default=max(1, min(16, (os.cpu_count() or 2) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))),
+    add("--centre-jitter", type=float, default=3.0, help="of the search region: uniform in +- half of it * sqrt(w h)")
+    add("--scale-jitter", type=float, default=0.25, help="of the search region: standard deviation of log w and log h")
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    add("--workers", type=int, default=max(1, min(16, (os.cpu_count() or 2) // processes)),
         help="loader processes per training process")
 
     add = parser.add_argument_group("recipe (paper Sec. 'LaSOT')").add_argument
@@ -132,7 +136,8 @@ def parse_args(argv=None, **defaults):
 
     add = parser.add_argument_group("use of a trained tracker").add_argument
     add("--eval", help="one-pass evaluation on lasot=FOLDER (the 280 test sequences), or 'shapes'")
-    add("--results", help="with --eval: score the text files of this folder (NAME.txt, one x,y,w,h per frame) instead of running a tracker")
+    add("--results", help="with --eval: score the text files of this folder, NAME.txt with one x,y,w,h per frame, "
+                          "instead of running a tracker")
     add("--allow-partial", action="store_true", help="end without an error although test sequences are missing")
     add("--frames", help="track the target of --init through this folder of images or animated GIF")
     add("--fps", type=float, default=30.0, help="frame rate that 'real time' stands for")
@@ -141,7 +146,8 @@ def parse_args(argv=None, **defaults):
     add("--int", action="store_true", help="write whole pixels, as OSTrack does")
 
     add = parser.add_argument_group("run").add_argument
-    add("--out", default="out/track", help="folder for checkpoints, log and results; the same command resumes training there")
+    add("--out", default="out/track",
+        help="folder for checkpoints, log and results; the same command resumes training there")
     add("--no-resume", action="store_true", help="start again although --out holds a checkpoint")
     add("--device", choices=("auto", "cuda", "mps", "cpu"), default="auto")
     add("--dtype", choices=("auto", "bf16", "fp16", "fp32"), default="auto",
@@ -150,7 +156,7 @@ def parse_args(argv=None, **defaults):
     add("--max-steps", type=int, help="stop after so many optimizer steps (the schedule stays that of --epochs)")
     add("--log-every", type=int, default=50, help="optimizer steps per line of log.jsonl")
     add("--eval-every", type=int, default=5, help="epochs between validations; the last epoch always")
-    add("--demo", action="store_true", help="defaults for a run without files: train, evaluate and track on drawn videos")
+    add("--demo", action="store_true", help="defaults for a run without files: train, evaluate, track on drawn videos")
     parser.set_defaults(**defaults)
     return parser.parse_args(argv)
 
@@ -180,11 +186,21 @@ class Videos:
         return self.read(self.items[i])
 
 
-def read_frame(path):
+def to_tensor(image):
+    """Pillow image of any mode -> (3, H, W) uint8."""
+    return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
+
+
+def to_image(frame):
+    return Image.fromarray(frame.permute(1, 2, 0).numpy())
+
+
+def read_frame(file):
     try:
-        return torchvision.io.decode_image(str(path), mode=torchvision.io.ImageReadMode.RGB)
-    except RuntimeError as error:
-        raise InputError(f"cannot read frame {path} ({str(error).splitlines()[0][:60]}): replace it by a good copy") from None
+        with Image.open(file) as image:
+            return to_tensor(image)
+    except (OSError, SyntaxError) as error:
+        raise InputError(f"cannot read frame {file} ({type(error).__name__}): replace it by a good copy") from None
 
 
 def read_numbers(path, columns):
@@ -201,7 +217,8 @@ def make_sequence(name, frames, boxes, visible=True, read=read_frame):
     """A box without area counts as not visible, whatever the labels say, so it is never sampled."""
     valid = np.isfinite(boxes).all(axis=1) & (boxes[:, 2:] > 0).all(axis=1)
     if np.ndim(visible) and len(visible) != len(boxes):
-        raise InputError(f"sequence {name} has {len(boxes)} boxes and {len(visible)} visibility labels: get its files again")
+        raise InputError(f"sequence {name} has {len(boxes)} boxes and {len(visible)} visibility labels: "
+                         "get its files again")
     return Sequence(name, frames, boxes, valid & visible, read)
 
 
@@ -259,7 +276,7 @@ def open_set(name, folder):
     folder, read = Path(folder), {"lasot": read_lasot, "got10k": read_got10k, "trackingnet": read_trackingnet}.get(name)
     if name == "lasot":
         items = [str(p) for n, p in lasot_folders(folder).items() if n not in LASOT_TEST]
-        layout = "FOLDER/airplane/airplane-2/groundtruth.txt or FOLDER/airplane-2/groundtruth.txt, outside the test list"
+        layout = "FOLDER/airplane/airplane-2/groundtruth.txt or FOLDER/airplane-2/groundtruth.txt, not in the test list"
     elif name == "got10k":
         items = sorted(str(p.parent) for pattern in ("GOT-10k*/groundtruth.txt", "train/*/groundtruth.txt")
                        for p in folder.glob(pattern))
@@ -269,7 +286,8 @@ def open_set(name, folder):
         layout = "FOLDER/TRAIN_0/anno/*.txt with frames in FOLDER/TRAIN_0/frames/*/0.jpg (videos unpacked to frames)"
     elif name == "coco":
         items, images = list_coco(folder)
-        read, layout = functools.partial(read_still, folder=images), "FOLDER/annotations/instances_train2017.json and FOLDER/train2017"
+        read = functools.partial(read_still, folder=images)
+        layout = "FOLDER/annotations/instances_train2017.json and FOLDER/train2017"
     else:
         raise InputError(f"--data {name}={folder}: the data sets are lasot, got10k, trackingnet and coco, or 'shapes'")
     if not len(items):
@@ -278,7 +296,7 @@ def open_set(name, folder):
     first = videos[0]
     for frame in first.frames[:1] + first.frames[-1:]:    # a wrong folder is told now, not in the middle of an epoch
         if not Path(frame).is_file():
-            raise InputError(f"sequence {first.name} of --data {name}={folder} has boxes for frame {frame}, which does not exist")
+            raise InputError(f"sequence {first.name} of --data {name}={folder} lacks its frame {frame}")
     return videos
 
 
@@ -302,10 +320,11 @@ def draw_sequence(index, length=60, size=(96, 128)):
     sides = rng.uniform(14, 24, (n, 2)) * (1 + 0.2 * np.sin(0.1 * t[:, None, None] + rng.uniform(0, 6.28, (n, 1))))
     kinds, colors = rng.integers(0, 4, n), rng.uniform(0, 1, (n, 2, 3))
     stripes = np.stack([rng.uniform(2, 7, n), rng.uniform(0, np.pi, n)], axis=1)               # frequency, direction
-    kinds[1], colors[2] = kinds[0], colors[0]                                                  # one of its shape, one of its colours
+    kinds[1], colors[2] = kinds[0], colors[0]                                                  # two resemble it most
     ground = rng.uniform(0.2, 0.8, 3), rng.normal(0, 0.15, 2)
     frames = [(index, i, size, centres[i], sides[i], kinds, colors, stripes, ground) for i in range(length)]
-    return make_sequence(f"shapes-{index}", frames, np.concatenate([centres - sides / 2, sides], axis=2)[:, 0], read=draw_frame)
+    boxes = np.concatenate([centres - sides / 2, sides], axis=2)[:, 0]
+    return make_sequence(f"shapes-{index}", frames, boxes, read=draw_frame)
 
 
 def draw_frame(frame):
@@ -314,12 +333,13 @@ def draw_frame(frame):
     y, x = np.mgrid[:h, :w] + 0.5
     image = color + (slope[0] * (x / w - 0.5) + slope[1] * (y / h - 0.5))[..., None]
     image = image + np.random.default_rng([12, index, number]).normal(0, 0.03, image.shape)
-    for (cx, cy), (sw, sh), kind, pair, (frequency, angle) in reversed(list(zip(centres, sides, kinds, colors, stripes))):
+    for i in reversed(range(len(kinds))):
+        (cx, cy), (sw, sh), (frequency, angle) = centres[i], sides[i], stripes[i]
         u, v = 2 * (x - cx) / sw, 2 * (y - cy) / sh
         radius = np.hypot(u, v)
-        inside = (radius < 1, np.maximum(abs(u), abs(v)) < 1, abs(u) + abs(v) < 1, (radius < 1) & (radius > 0.5))[kind]
+        inside = (radius < 1, np.maximum(abs(u), abs(v)) < 1, abs(u) + abs(v) < 1, abs(radius - 0.75) < 0.25)[kinds[i]]
         stripe = np.sin(frequency * (np.cos(angle) * u + np.sin(angle) * v)) > 0
-        image[inside] = pair[stripe[inside].astype(int)]
+        image[inside] = colors[i][stripe[inside].astype(int)]
     return torch.from_numpy((image.clip(0, 1) * 255).astype(np.uint8)).permute(2, 0, 1)
 
 
@@ -359,7 +379,7 @@ def box_from_crop(box, around, side, size):
 
 
 def jitter_box(rng, box, centre, scale):
-    """Where the target might have been found last: sizes times exp(N(0, scale)), centre off by up to centre / 2 sqrt(w h)."""
+    """Where the target may have been found last: w, h times exp(N(0, scale)), off by up to centre / 2 * sqrt(w * h)."""
     extent = box[2:] * np.exp(rng.normal(0, scale, 2))
     middle = box[:2] + box[2:] / 2 + math.sqrt(extent.prod()) * centre * (rng.random(2) - 0.5)
     return np.concatenate([middle - extent / 2, extent])
@@ -381,9 +401,12 @@ def sample_pair(rng, visible, max_gap):
 
 
 class Pairs(Dataset):
-    """Template and search crops. Item (epoch, index) -> template (3, z, z) and search (3, s, s) uint8, the target's box in
-    the search crop (4,) in [0, 1], name. All randomness comes from (seed, epoch, index); with train=False, the same
-    pairs every epoch and no augmentation but the jitter of the search region, without which there is nothing to find."""
+    """Template and search crops of random pairs of frames.
+
+    Item (epoch, index) -> template (3, z, z) and search (3, s, s) uint8, the target's box in the search crop (4,), name.
+    All randomness comes from (seed, epoch, index). With train=False, the same pairs every epoch and no augmentation but
+    the jitter of the search region, without which there would be nothing to find.
+    """
 
     def __init__(self, sets, weights, n, args, train=True):
         self.sets, self.weights, self.n, self.args, self.train = sets, np.array(weights) / sum(weights), n, args, train
@@ -433,18 +456,18 @@ def block_with_elimination(block, x, ids, keep, centre):
     """A transformer block that keeps `keep` search tokens -> x (B, Z + keep, D), ids (B, keep).
 
     x (B, Z + S, D), template tokens first; ids (B, S): raster places of the search tokens; centre: the template token
-    whose attention (after the softmax over all tokens, mean over heads) ranks the search tokens. What is removed has still
-    been a key in this block, and is gone before its MLP.
+    whose attention (after the softmax over all tokens, mean over heads) ranks the search tokens. What is removed still
+    serves as key and value in this block, and is gone before its MLP.
     """
     B, T, D = x.shape
     Z = T - ids.shape[1]
-    q, k, v = block.attn.qkv(block.norm1(x)).view(B, T, 3, block.attn.num_heads, -1).permute(2, 0, 3, 1, 4)    # (B, H, T, d)
-    row = (q[:, :, centre:centre + 1] * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)                           # (B, H, 1, T)
-    candidates = row.float().softmax(dim=-1).mean(dim=(1, 2))[:, Z:]                                         # (B, S)
-    top = candidates.topk(keep, dim=1).indices
-    stay = torch.cat([torch.arange(Z, device=x.device).expand(B, -1), Z + top], dim=1)                       # (B, Z + keep)
+    qkv = block.attn.qkv(block.norm1(x)).view(B, T, 3, block.attn.num_heads, -1)
+    q, k, v = qkv.permute(2, 0, 3, 1, 4)                                                      # 3 x (B, H, T, d)
+    row = (q[:, :, centre:centre + 1] * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)            # (B, H, 1, T)
+    top = row.float().softmax(dim=-1).mean(dim=(1, 2))[:, Z:].topk(keep, dim=1).indices       # (B, keep)
+    stay = torch.cat([torch.arange(Z, device=x.device).expand(B, -1), Z + top], dim=1)        # (B, Z + keep)
     x = x.gather(1, stay[..., None].expand(-1, -1, D))
-    q = q.gather(2, stay[:, None, :, None].expand(-1, q.shape[1], -1, q.shape[3]))                           # nobody reads the rest
+    q = q.gather(2, stay[:, None, :, None].expand(-1, q.shape[1], -1, q.shape[3]))            # nobody reads the others
     y = block.attn.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(x.shape))
     x = x + block.drop_path(block.ls1(y))
     return x + block.drop_path(block.ls2(block.mlp(block.norm2(x)))), ids.gather(1, top)
@@ -456,16 +479,16 @@ class Tracker(nn.Module):
     The position tables of both grids are made from the encoder's own, bicubically, and trained in its place.
     """
 
-    def __init__(self, encoder, template_size=128, search_size=256, template_factor=2.0, search_factor=4.0, keep_rate=0.7,
-                 eliminate_blocks=(4, 7, 10), **_):
+    def __init__(self, encoder, template_size=128, search_size=256, template_factor=2.0, search_factor=4.0,
+                 keep_rate=0.7, eliminate_blocks=(4, 7, 10), **_):
         super().__init__()
         self.sizes, self.factors = (template_size, search_size), (template_factor, search_factor)
         self.keep_rate, self.eliminate_blocks, p = keep_rate, tuple(eliminate_blocks), encoder.patch_size
         if any(size % p or size < p for size in self.sizes):
-            raise InputError(f"--template-size {template_size} and --search-size {search_size} must be multiples of the patch "
-                             f"size {p}")
+            raise InputError(f"--template-size {template_size} and --search-size {search_size} must be multiples of the"
+                             f" patch size {p}")
         if not 0 < keep_rate <= 1 or any(not 1 <= b <= encoder.depth for b in self.eliminate_blocks):
-            raise InputError(f"--keep-rate must lie in (0, 1] and --eliminate-blocks among the blocks 1..{encoder.depth}")
+            raise InputError(f"--keep-rate must lie in (0, 1], --eliminate-blocks among the blocks 1..{encoder.depth}")
         self.template_side, self.search_side = template_size // p, search_size // p
         self.centre = (self.template_side - 1) // 2 * (self.template_side + 1)    # token in row 3, column 3 of 8 x 8
         tables = [resize_grid(encoder.pos_embed.detach().cpu()[:, 1:], encoder.grid, (n, n)).clone()
@@ -475,8 +498,9 @@ class Tracker(nn.Module):
         encoder.cls_token.requires_grad_(False)    # not used here; kept so that the file is an encoder checkpoint, too
         encoder.pos_embed.requires_grad_(False)
         self.head = CenterHead(encoder.embed_dim)
-        self.arch = encoder.arch | dict(template_size=template_size, search_size=search_size, template_factor=template_factor,
-                                        search_factor=search_factor, keep_rate=keep_rate, eliminate_blocks=list(eliminate_blocks))
+        self.arch = encoder.arch | dict(
+            template_size=template_size, search_size=search_size, template_factor=template_factor,
+            search_factor=search_factor, keep_rate=keep_rate, eliminate_blocks=list(eliminate_blocks))
 
     def embed_template(self, images):
         """(B, 3, z, z) normalised -> tokens (B, Z, D). While tracking, this is done once per video."""
@@ -498,7 +522,7 @@ class Tracker(nn.Module):
         x = self.encoder.norm(x)
         if ids.shape[1] == S:
             return x
-        places = torch.cat([torch.arange(Z, device=ids.device).expand(B, -1), Z + ids], dim=1)               # (B, Z + K)
+        places = torch.cat([torch.arange(Z, device=ids.device).expand(B, -1), Z + ids], dim=1)    # (B, Z + K)
         return x.new_zeros(B, Z + S, D).scatter(1, places[..., None].expand(-1, -1, D), x)
 
     def feature_map(self, template, images, keep_rate):
@@ -533,7 +557,7 @@ class CenterHead(nn.Module):
         return [getattr(self, f"conv{i}_{branch}") for i in range(1, 6)]
 
     def forward(self, x):
-        """(B, D, g, g) -> score (B, 1, g, g), size and offset (B, 2, g, g), in shares of the search side and in cells."""
+        """(B, D, g, g) -> score (B, 1, g, g), size (B, 2, g, g) in [0, 1] of the crop, offset (B, 2, g, g) in cells."""
         score, size, offset = (functools.reduce(lambda y, layer: layer(y), self.stack(branch), x).float()
                                for branch in ("ctr", "size", "offset"))
         return clamped_sigmoid(score), clamped_sigmoid(size), offset
@@ -544,7 +568,7 @@ def clamped_sigmoid(x):
 
 
 def boxes_at(peak, size, offset, side):
-    """Cells `peak` (B,) of a side x side grid, size and offset there (B, 2) -> boxes (B, 4): centre x, y, width, height."""
+    """Cells `peak` (B,) of a side x side grid, size and offset (B, 2) -> boxes (B, 4): centre x, y, width, height."""
     return torch.cat([(torch.stack([peak % side, peak // side], dim=1) + offset) / side, size], dim=1)
 
 
@@ -556,7 +580,7 @@ def decode(score, size, offset):
 
 
 class FusedHead:
-    """A trained CenterHead for tracking. Batch norms are folded into the convolutions; sizes and offsets are computed at
+    """A trained CenterHead for tracking. Batch norms are folded into the convolutions; size and offset are computed at
     the peak of the score map alone, from the 9 x 9 cells that four 3 x 3 convolutions can see. Same numbers."""
 
     def __init__(self, head):
@@ -564,7 +588,7 @@ class FusedHead:
         stacks = {branch: [fold(*layer[:2]) for layer in head.stack(branch)[:4]] + head.stack(branch)[4:]
                   for branch in ("ctr", "size", "offset")}
         self.score = stacks["ctr"]
-        self.box = [(torch.cat([a.weight, b.weight]), torch.cat([a.bias, b.bias]))    # both branches as groups of one stack
+        self.box = [(torch.cat([a.weight, b.weight]), torch.cat([a.bias, b.bias]))    # two groups of one stack
                     for a, b in zip(stacks["size"], stacks["offset"])]
 
     def __call__(self, x, window):
@@ -577,13 +601,13 @@ class FusedHead:
         peak = (score * window).flatten(1).argmax(dim=1)
 
         cells = torch.arange(9, device=x.device)
-        rows, cols = (peak // g)[:, None] + cells, (peak % g)[:, None] + cells                  # in the map padded by 4
+        rows, cols = (peak // g)[:, None] + cells, (peak % g)[:, None] + cells                 # in the map padded by 4
         place = torch.arange(B, device=x.device)[:, None, None], rows[:, :, None], cols[:, None]
-        inside = F.pad(x.new_ones(B, g, g), (4, 4, 4, 4))[place][:, None]                       # (B, 1, 9, 9)
-        y = F.pad(x, (4, 4, 4, 4)).permute(0, 2, 3, 1)[place].permute(0, 3, 1, 2)              # (B, D, 9, 9)
-        for i, (weight, bias) in enumerate(self.box[:-1]):    # beyond the map every layer sees zeros, not its own output
-            n = 7 - 2 * i
-            y = F.relu(F.conv2d(y, weight, bias, groups=1 if i == 0 else 2)) * inside[..., i + 1:i + 1 + n, i + 1:i + 1 + n]
+        inside = F.pad(x.new_ones(B, g, g), (4, 4, 4, 4))[place][:, None]                      # (B, 1, 9, 9)
+        y = F.pad(x, (4, 4, 4, 4)).permute(0, 2, 3, 1)[place].permute(0, 3, 1, 2)             # (B, D, 9, 9)
+        for i, (weight, bias) in enumerate(self.box[:-1], start=1):
+            y = F.relu(F.conv2d(y, weight, bias, groups=1 if i == 1 else 2))                  # (B, 2 C, 9 - 2i, 9 - 2i)
+            y = y * inside[..., i:9 - i, i:9 - i]    # beyond the map the next layer sees zeros, not this one's output
         y = F.conv2d(y, *self.box[-1], groups=2).flatten(1).float()                             # (B, 4)
         return boxes_at(peak, clamped_sigmoid(y[:, :2]), y[:, 2:], g), score.flatten(1).gather(1, peak[:, None])[:, 0]
 
@@ -592,8 +616,7 @@ class FusedHead:
 # Method: losses
 # ----------------------------------------------------------------------------------------------------------------------
 def gaussian_radius(w, h, overlap=0.7):
-    """CornerNet's radius in cells: boxes whose corners move that far still overlap by `overlap`. All roots over 2, as in
-    CornerNet's code."""
+    """Radius in cells: boxes whose corners move that far still overlap that much. All roots over 2, as in CornerNet."""
     b1, c1 = w + h, w * h * (1 - overlap) / (1 + overlap)
     b2, c2 = 2 * (w + h), (1 - overlap) * w * h
     b3, c3 = -2 * overlap * (w + h), (overlap - 1) * w * h
@@ -603,8 +626,8 @@ def gaussian_radius(w, h, overlap=0.7):
 
 
 def gaussian_target(boxes, side):
-    """Score map to learn (B, side, side) for boxes (B, 4) as x, y, w, h in [0, 1]: a Gaussian, 1 in the cell of the centre,
-    sigma = (2 r + 1) / 6, zero farther than r cells away."""
+    """Score map to learn (B, side, side) for boxes (B, 4), x, y, w, h in [0, 1]: 1 in the cell of the centre, around it
+    a Gaussian of sigma = (2 r + 1) / 6, zero farther than r cells away."""
     w, h = (boxes[:, 2:] * side).clamp(min=0).unbind(1)
     cx, cy = ((boxes[:, :2] + boxes[:, 2:] / 2) * side).round().unbind(1)
     radius, cells = gaussian_radius(w, h)[:, None], torch.arange(side, device=boxes.device)
@@ -616,8 +639,9 @@ def gaussian_target(boxes, side):
 def focal_loss(score, target, alpha=2, beta=4):
     """CornerNet's focal loss of probabilities (B, 1, g, g), summed and divided by the number of ones in the target."""
     hit = target == 1
-    loss = torch.where(hit, (1 - score) ** alpha * score.log(), (1 - target) ** beta * score ** alpha * (1 - score).log())
-    return -loss.sum() / hit.sum().clamp(min=1)
+    positive = (1 - score) ** alpha * score.log()
+    negative = (1 - target) ** beta * score ** alpha * (1 - score).log()
+    return -torch.where(hit, positive, negative).sum() / hit.sum().clamp(min=1)
 
 
 def corners(boxes):
@@ -638,16 +662,17 @@ def to_xywh(boxes):
 
 
 def tracking_losses(score, size, offset, boxes):
-    """L = L_focal + 2 L_GIoU + 5 L_1 of head maps against boxes (B, 4), x, y, w, h in the crop -> dict; all in float32."""
+    """L = L_focal + 2 L_GIoU + 5 L_1 of head maps against boxes (B, 4), x, y, w, h in the crop -> dict of scalars."""
     focal = focal_loss(score, gaussian_target(boxes, score.shape[-1])[:, None])
     pred = to_xywh(decode(score, size, offset))
     a, b = corners(pred), corners(boxes).clamp(0, 1)
     giou, l1 = torchvision.ops.generalized_box_iou_loss(a, b, reduction="mean"), F.l1_loss(a, b)
-    return {"loss": focal + 2 * giou + 5 * l1, "focal": focal, "giou": giou, "l1": l1, "iou": overlap(pred.detach(), boxes).mean()}
+    iou = overlap(pred.detach(), boxes).mean()
+    return {"loss": focal + 2 * giou + 5 * l1, "focal": focal, "giou": giou, "l1": l1, "iou": iou}
 
 
 def keep_rate_at(epoch, args):
-    """Share of search tokens that an elimination keeps: 1 until --eliminate-from, half a cosine to --keep-rate at --eliminate-to."""
+    """Share of search tokens kept per block: 1 until --eliminate-from, half a cosine to --keep-rate at --eliminate-to."""
     t = (epoch - args.eliminate_from) / max(1, args.eliminate_to - args.eliminate_from)
     return args.keep_rate + (1 - args.keep_rate) / 2 * (1 + math.cos(math.pi * min(max(t, 0), 1)))
 
@@ -656,7 +681,7 @@ def keep_rate_at(epoch, args):
 # Method: following a target
 # ----------------------------------------------------------------------------------------------------------------------
 def hann_window(side):
-    """Hann window (side, side) without its zero border: prefers the middle of the search region, where the target was."""
+    """Hann window (side, side) without its zero border: prefers the middle of the region, where the target was."""
     line = 0.5 * (1 - torch.cos(2 * math.pi * torch.arange(1, side + 1) / (side + 1)))
     return line[:, None] * line
 
@@ -687,8 +712,8 @@ class OnePassTracker:
     def start(self, frame, box):
         if not overlaps(box, frame):
             H, W = frame.shape[1:]
-            raise InputError(f"box {','.join(f'{v:g}' for v in box)} has no area inside the {W} x {H} frame: give x,y,w,h of the "
-                             "target in pixels")
+            raise InputError(f"box {','.join(f'{v:g}' for v in box)} has no area inside the frame of {W} x {H} pixels: give "
+                             "x,y,w,h of the target")
         self.box = np.asarray(box, dtype=np.float64)
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
             self.template = self.model.embed_template(self.crop(frame, self.box, 0)[0])
@@ -724,10 +749,11 @@ def build_tracker(args):
         info = load_state(args.init)[1]
     arch = info.get("arch", {})
     if name.startswith("hiera") or arch.get("rel_pos_bias"):
-        raise InputError(f"--init {args.init} is {'a Hiera' if name.startswith('hiera') else 'an encoder with relative position bias'}: "
-                         "template and search tokens go through the blocks together, which needs a plain ViT")
-    encoder = MODELS[name](img_size=arch.get("img_size", 14 * patch), patch_size=patch, layer_scale=arch.get("layer_scale"),
-                           drop_path=args.drop_path)
+        kind = "a Hiera" if name.startswith("hiera") else "an encoder with relative position bias"
+        raise InputError(f"--init {args.init} is {kind}: template and search tokens go through the blocks together, "
+                         "which needs a plain ViT")
+    encoder = MODELS[name](img_size=arch.get("img_size", 14 * patch), patch_size=patch, drop_path=args.drop_path,
+                           layer_scale=arch.get("layer_scale"))
     if args.init:
         load_encoder(encoder, args.init)
     return Tracker(encoder, **vars(args)), info.get("mean", IMAGENET_MEAN), info.get("std", IMAGENET_STD)
@@ -739,7 +765,7 @@ def load_tracker(args, device):
     file = read_file(path)
     arch = file.get("arch", {}) if isinstance(file, dict) else {}
     if "search_size" not in arch:
-        raise InputError(f"checkpoint {path} is no tracker: train one with track.py, or give its best.pt as --checkpoint")
+        raise InputError(f"checkpoint {path} is no tracker: train one with track.py and give its best.pt by --checkpoint")
     names = ("img_size", "patch_size", "embed_dim", "depth", "num_heads", "layer_scale")
     model = Tracker(VisionTransformer(**{k: arch[k] for k in names}), **arch)
     model.load_state_dict(file["model"])
@@ -918,7 +944,7 @@ def train_epoch(model, loader, losses_of, names_of, optimizer, scaler, lr_of, st
                     dist.barrier()
             finite = mean[bad[0] - 1, 0].item() if bad[0] else finite
             raise FloatingPointError(
-                f"the loss is {mean[bad[0], 0].item()} at step {where}, lr {lr_of(where):.3g}, last finite loss {finite};"
+                f"the loss is {mean[bad[0], 0].item()} at step {where}, lr {lr_of(where):.3g}, last finite {finite};"
                 f" checkpoints in {args.out} are from before; try --dtype fp32, --clip-grad 1 or a lower learning rate")
         finite, seconds = mean[-1, 0].item(), time.perf_counter() - begun
         means, rate, share = mean.mean(dim=0).tolist(), (step - first) * sampler.batch / seconds, waited / seconds
@@ -985,15 +1011,15 @@ def validate(model, loader, keep_rate, args, world, device):
     return {"val_iou": iou / n, "val_score": score / n, "val_pairs": int(n)}
 
 
-SUCCESS, PIXELS, NORMED = torch.arange(21) / 20, torch.arange(51.0), torch.arange(51) / 100    # thresholds of the three curves
+SUCCESS, PIXELS, NORMED = torch.arange(21) / 20, torch.arange(51.0), torch.arange(51) / 100    # thresholds of curves
 
 
 def score_sequence(boxes, truth, visible):
-    """One-pass evaluation of one video, arrays (N, 4), (N, 4), (N,) -> success (21,), precision (51,), normalised precision
-    (51,): shares of frames with IoU > t, centre error <= t pixels, centre error over box size <= t.
+    """One-pass evaluation of one video, arrays (N, 4), (N, 4), (N,) -> success (21,), precision (51,), normalised
+    precision (51,): shares of frames with IoU > t, centre error <= t pixels, centre error over box size <= t.
 
-    As LaSOT's and OSTrack's toolkits do: the first box counts as the true one, a box without size or number is the one before
-    it, a frame in which the target is absent or has no box fails but counts.
+    As the toolkits of LaSOT and OSTrack do: the first box counts as the true one, a box without size is the one before
+    it, a frame in which the target is absent or has no box fails, but counts.
     """
     boxes = np.array(boxes, dtype=np.float64)
     boxes[0] = truth[0]
@@ -1012,14 +1038,15 @@ def score_sequence(boxes, truth, visible):
 def test_sequences(text):
     """--eval -> names that make up the set, {name: function that opens the sequence}."""
     if text == "shapes":
-        return [f"shapes-{i}" for i in range(1000, 1012)], {f"shapes-{i}": functools.partial(draw_sequence, i) for i in range(1000, 1012)}
+        found = {f"shapes-{i}": functools.partial(draw_sequence, i) for i in range(1000, 1012)}
+        return list(found), found
     name, _, folder = text.partition("=")
     if name != "lasot" or not folder:
         raise InputError(f"--eval {text}: write lasot=FOLDER, or shapes")
     found = {n: functools.partial(read_lasot, p) for n, p in lasot_folders(folder).items() if n in LASOT_TEST}
     if not found:
-        raise InputError(f"--eval {text}: none of the 280 test sequences is there; expected FOLDER/airplane/airplane-1/groundtruth.txt "
-                         "or FOLDER/airplane-1/groundtruth.txt")
+        raise InputError(f"--eval {text}: none of the 280 test sequences is there; expected "
+                         "FOLDER/airplane/airplane-1/groundtruth.txt or FOLDER/airplane-1/groundtruth.txt")
     return LASOT_TEST, found
 
 
@@ -1041,7 +1068,7 @@ def write_boxes(path, boxes, whole=False):
 
 
 def evaluate(args):
-    """One-pass evaluation of a tracker, or of text files: results/*.txt, sequences.csv, curves.csv, curves.png, one line."""
+    """One-pass evaluation of a tracker, or of text files: results/*.txt, sequences.csv, curves.csv, curves.png."""
     rank, world, device = init_distributed(args.device)
     say = print if rank == 0 else lambda *_: None
     names, found = test_sequences(args.eval)
@@ -1050,59 +1077,58 @@ def evaluate(args):
     if args.results:
         found = {n: read for n, read in found.items() if (folder / f"{n}.txt").is_file()}
         if not found:
-            raise InputError(f"--results {folder} holds none of the files {names[0]}.txt, {names[1]}.txt, ...: one x,y,w,h per frame "
-                             "in a file named after the sequence")
+            raise InputError(f"--results {folder} holds no {names[0]}.txt nor any other of the {len(names)} sequences: "
+                             "one x,y,w,h per frame in a file named after the sequence")
     else:
         tracker = load_tracker(args, device)
         folder.mkdir(exist_ok=True)
-    names, chosen = list(names), [n for n in names if n in found]
-    table, frames, begun = torch.zeros(len(chosen), 21 + 51 + 51 + 3), 0, time.perf_counter()
+    chosen, missing = [n for n in names if n in found], [n for n in names if n not in found]
+
+    # sequences are dealt out to the processes; every row of the table is filled by one of them
+    table, frames, begun = torch.zeros(len(chosen), 21 + 51 + 51 + 2), 0, time.perf_counter()
     for i in tqdm(range(rank, len(chosen), world), desc="sequences", disable=rank != 0):
         sequence, file = found[chosen[i]](), folder / f"{chosen[i]}.txt"
+        n = len(sequence.boxes)
         if not args.results:
-            with tqdm(total=len(sequence.frames), desc=sequence.name, leave=False, disable=rank != 0) as bar:
-                boxes = []
-                for box, _ in tracker.follow(read_ahead(sequence.frames, sequence.read), sequence.boxes[0]):
-                    boxes.append(box)
-                    bar.update()
-            write_boxes(file, boxes, args.int)
-        boxes, n = read_numbers(file, 4), len(sequence.boxes)
+            following = tracker.follow(read_ahead(sequence.frames, sequence.read), sequence.boxes[0])
+            bar = tqdm(following, total=n, desc=sequence.name, leave=False, disable=rank != 0)
+            write_boxes(file, [box for box, _ in bar], args.int)
+        boxes, still = read_numbers(file, 4), sequence.boxes[:1].repeat(n, axis=0)
         if len(boxes) < n:
             raise InputError(f"{file} has {len(boxes)} boxes, the sequence {n} frames: track it again")
         curves = score_sequence(boxes[:n], sequence.boxes, sequence.visible)
-        still = score_sequence(sequence.boxes[:1].repeat(n, axis=0), sequence.boxes, sequence.visible)[0].mean()
-        table[i] = torch.cat([*curves, torch.tensor([still, n, 1.0])])
-        frames += n
-    if world > 1:    # every row was filled by one process
+        still = score_sequence(still, sequence.boxes, sequence.visible)[0].mean()
+        table[i], frames = torch.cat([*curves, torch.tensor([still, n])]), frames + n
+    speed = frames / (time.perf_counter() - begun)
+    if world > 1:
         table = table.to(device)
         dist.all_reduce(table)
         table = table.cpu()
-    speed = frames / (time.perf_counter() - begun)
-    success, precision, normed = (part.mean(dim=0) for part in table[:, :123].split((21, 51, 51), dim=1))
-    auc, p, p_norm, still = (100 * v.item() for v in (success.mean(), precision[20], normed[20], table[:, 123].mean()))
-    partial = len(chosen) < len(names)
-    missing = [n for n in names if n not in chosen]
+
+    success, precision, normed, still, n = table.split((21, 51, 51, 1, 1), dim=1)
+    scores = 100 * torch.stack([success.mean(dim=1), precision[:, 20], normed[:, 20]], dim=1)    # AUC, P, P_norm
+    auc, p, p_norm = scores.mean(dim=0).tolist()
+    partial = " PARTIAL" if missing else ""
     if rank == 0:
         with open(out / "sequences.csv", "w", newline="") as file:
-            rows = [(n, int(r[124]), *(f"{100 * v:.2f}" for v in (r[:21].mean(), r[41], r[92]))) for n, r in zip(chosen, table)]
+            rows = [(name, int(k), *(f"{v:.2f}" for v in row)) for name, k, row in zip(chosen, n, scores.tolist())]
             csv.writer(file).writerows([("sequence", "frames", "AUC", "P", "P_norm"), *rows])
-        panels = {"success": (SUCCESS, success), "precision": (PIXELS, precision), "normalised precision": (NORMED, normed)}
+        curves = {f"success by IoU, AUC {auc:.1f}{partial}": (SUCCESS, success),
+                  f"precision by pixels, P {p:.1f}{partial}": (PIXELS, precision),
+                  f"by error / box size, P_norm {p_norm:.1f}{partial}": (NORMED, normed)}
+        curves = {title: list(zip(x.tolist(), y.mean(dim=0).tolist())) for title, (x, y) in curves.items()}
         with open(out / "curves.csv", "w", newline="") as file:
-            rows = [(title, f"{x:.2f}", f"{y:.5f}") for title, line in panels.items() for x, y in zip(*line)]
+            rows = [(k.split()[0], f"{x:.2f}", f"{y:.5f}") for k, curve in curves.items() for x, y in curve]
             csv.writer(file).writerows([("curve", "threshold", "share of frames"), *rows])
-        label = " PARTIAL" if partial else ""
-        axes = {"success": f"success by IoU, AUC {auc:.1f}{label}", "precision": f"precision by pixels, P {p:.1f}{label}",
-                "normalised precision": f"by error / box size, P_norm {p_norm:.1f}{label}"}
-        draw_curves(out / "curves.png", {axes[k]: {"": list(zip(*(v.tolist() for v in line)))} for k, line in panels.items()})
-    say(f"evaluated {len(chosen)}/{len(names)} sequences, {int(table[:, 124].sum())} frames"
-        f"{'' if args.results else f', {speed:.1f} frames/s per process'}"
-        f"{f': PARTIAL, without ' + ', '.join(missing[:5]) + (' ...' if len(missing) > 5 else '') if partial else ''}")
-    say(f"AUC {auc:.1f}, P {p:.1f}, P_norm {p_norm:.1f}{' (PARTIAL)' if partial else ''}; a box that never moves: AUC {still:.1f}")
+        draw_curves(out / "curves.png", {title: {"": curve} for title, curve in curves.items()})
+    say(f"evaluated {len(chosen)}/{len(names)} sequences, {int(n.sum())} frames"
+        + (f", {speed:.1f} frames/s per process" if not args.results else "")
+        + (f":{partial}, without {', '.join(missing[:5])}{' ...' if len(missing) > 5 else ''}" if missing else ""))
+    say(f"AUC {auc:.1f}, P {p:.1f}, P_norm {p_norm:.1f}{partial}; a box that never moves: AUC {100 * still.mean():.1f}")
     say(f"{folder}/*.txt, {out}/sequences.csv, {out}/curves.csv, {out}/curves.png")
-    if partial and not args.allow_partial:
-        raise InputError(f"{len(missing)} of {len(names)} sequences are missing, so these are no scores of the whole set; "
-                         "--allow-partial accepts that")
-    return auc, still
+    if missing and not args.allow_partial:
+        raise InputError(f"{len(missing)} of {len(names)} sequences are missing, so these are no scores of the whole set;"
+                         " --allow-partial accepts that")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1110,7 +1136,7 @@ def evaluate(args):
 # ----------------------------------------------------------------------------------------------------------------------
 def read_gif(path):
     with Image.open(path) as gif:
-        return [torch.from_numpy(np.array(f.convert("RGB"))).permute(2, 0, 1) for f in ImageSequence.Iterator(gif)]
+        return [to_tensor(frame) for frame in ImageSequence.Iterator(gif)]
 
 
 def track_frames(args):
@@ -1121,41 +1147,44 @@ def track_frames(args):
         box = [float(v) for v in (args.init or "").split(",")]
         x, y, w, h = box
     except ValueError:
-        raise InputError(f"--frames needs --init x,y,w,h, the target's box in the first frame in pixels, not '{args.init or ''}'") from None
+        raise InputError("--frames needs --init x,y,w,h, the target's box in the first frame in pixels, not "
+                         f"'{args.init or ''}'") from None
     if path.is_dir():
-        natural = lambda p: [int(s) if s.isdigit() else s for s in re.split(r"(\d+)", p.name)]    # 2.jpg before 10.jpg
-        items, read = sorted((p for p in path.iterdir() if p.suffix.lower() in IMAGE_TYPES), key=natural), read_frame
+        items, read = [p for p in path.iterdir() if p.suffix.lower() in IMAGE_TYPES], read_frame
+        items.sort(key=lambda p: [int(s) if s.isdigit() else s for s in re.split(r"(\d+)", p.name)])    # 2 before 10
     elif path.suffix.lower() == ".gif" and path.is_file():
         items, read = read_gif(path), lambda frame: frame
     else:
         items, read = [], None
     if not items:
-        raise InputError(f"--frames {path} is neither a folder with images ({', '.join(sorted(IMAGE_TYPES))}) nor a GIF; "
-                         "ffmpeg -i video.mp4 folder/%06d.jpg makes the one from the other")
+        raise InputError(f"--frames {path} is neither a folder with images ({', '.join(sorted(IMAGE_TYPES))}) nor a GIF;"
+                         " ffmpeg -i video.mp4 folder/%06d.jpg unpacks a video")
     tracker = load_tracker(args, device)
     out.mkdir(parents=True, exist_ok=True)
-    begun, found = time.perf_counter(), []
-    for found_here in tqdm(tracker.follow(read_ahead(items, read), box), total=len(items), desc="frames"):
-        found.append(found_here)
+    begun = time.perf_counter()
+    found = list(tqdm(tracker.follow(read_ahead(items, read), box), total=len(items), desc="frames"))
     speed = len(items) / (time.perf_counter() - begun)
     write_boxes(out / "boxes.txt", [b for b, _ in found], args.int)
     draw_overlay(out / "overlay.gif", items, read, found, args.fps)
-    print(f"{len(items)} frames at {speed:.1f} frames/s, {speed / args.fps:.2f} x real time ({args.fps:g} frames/s), reading included; "
-          f"mean score {np.mean([s for _, s in found]):.2f}\n{out}/boxes.txt, {out}/overlay.gif")
+    print(f"{len(items)} frames at {speed:.1f} frames/s, reading included, {speed / args.fps:.2f} x real time (of "
+          f"{args.fps:g} frames/s); mean score {np.mean([s for _, s in found]):.2f}\n{out}/boxes.txt, "
+          f"{out}/overlay.gif")
 
 
 def draw_overlay(path, items, read, found, fps, most=150):
-    """Animated GIF of the frames with box and score; long videos are thinned out to `most` frames at their own speed."""
+    """Animated GIF of the frames with box and score; a long video is thinned out to `most` frames at its own speed."""
     every, pictures = math.ceil(len(items) / most), []
     for item, (box, score) in list(zip(items, found))[::every]:
-        frame = Image.fromarray(read(item).permute(1, 2, 0).numpy())
+        frame = to_image(read(item))
         zoom = min(480 / max(frame.size), 3)
         frame = frame.resize([round(s * zoom) for s in frame.size])
         draw, (x, y, w, h) = ImageDraw.Draw(frame), box * zoom
         draw.rectangle([x - 1, y - 1, x + w + 1, y + h + 1], outline="#ff2020", width=3)
-        draw.text((6, 4), f"score {score:.2f}", "white", ImageFont.load_default(16), stroke_width=2, stroke_fill="black")
+        draw.text((6, 4), f"score {score:.2f}", "white", ImageFont.load_default(16), stroke_width=2,
+                  stroke_fill="black")
         pictures.append(frame.quantize(64))
-    pictures[0].save(path, save_all=True, append_images=pictures[1:], duration=max(20, round(1000 * every / fps)), loop=0)
+    pace = max(20, round(1000 * every / fps))
+    pictures[0].save(path, save_all=True, append_images=pictures[1:], duration=pace, loop=0)
 
 
 def benchmark(args, seconds=5.0, warmup=10):
@@ -1165,21 +1194,20 @@ def benchmark(args, seconds=5.0, warmup=10):
     if path.is_file() or args.checkpoint:
         tracker, said = load_tracker(args, device), str(path)
     else:
-        tracker, said = OnePassTracker(build_tracker(args)[0], IMAGENET_MEAN, IMAGENET_STD, device, amp_dtype(args.dtype, device)), "random weights"
+        tracker, said = OnePassTracker(*build_tracker(args), device, amp_dtype(args.dtype, device)), "random head"
     scene = draw_sequence(0, length=16, size=(720, 1280))
     files = [io.BytesIO() for _ in scene.frames]
     for frame, file in zip(scene.frames, files):
-        Image.fromarray(draw_frame(frame).permute(1, 2, 0).numpy()).save(file, "JPEG", quality=90)
-    files = [torch.frombuffer(bytearray(f.getvalue()), dtype=torch.uint8) for f in files]
+        to_image(draw_frame(frame)).save(file, "JPEG", quality=90)
     box = np.array([600.0, 300.0, 120.0, 90.0])
     tracker.start(draw_frame(scene.frames[0]), box)
     search = tracker.crop(draw_frame(scene.frames[1]), box, 1)[0]
 
     def end_to_end(i):
-        tracker.step(torchvision.io.decode_jpeg(files[i % len(files)], mode=torchvision.io.ImageReadMode.RGB))
+        tracker.step(read_frame(files[i % len(files)]))
 
     rates = []
-    for step in (lambda i: tracker.locate(search), end_to_end):    # `locate` ends with a copy to the host, so times are true
+    for step in (lambda i: tracker.locate(search), end_to_end):    # `locate` waits for the device, so times are true
         for i in range(warmup):
             step(i)
         times, end = [], time.perf_counter() + seconds
@@ -1188,10 +1216,9 @@ def benchmark(args, seconds=5.0, warmup=10):
             step(len(times))
             times.append(time.perf_counter() - begun)
         rates.append(1 / np.median(times))
-    model = tracker.model
-    print(f"{said}, {model.sizes[0]}/{model.sizes[1]} pixels, keep rate {model.keep_rate} in blocks {list(model.eliminate_blocks)}\n"
-          f"{device} ({torch.cuda.get_device_name() if device.type == 'cuda' else f'{torch.get_num_threads()} threads'}), "
-          f"{tracker.dtype}, {warmup} frames of warm-up, median of {len(times)}\n"
+    name = torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} threads"
+    print(f"{said}: {'/'.join(map(str, tracker.model.sizes))} pixels, keep rate {tracker.model.keep_rate} in blocks "
+          f"{tracker.model.eliminate_blocks}\n{device} ({name}), {tracker.dtype}, median of {seconds:g} s after {warmup} frames of warm-up\n"
           f"model only {rates[0]:.1f} frames/s; end to end, from 1280 x 720 JPEG to box, {rates[1]:.1f} frames/s")
     return rates
 
@@ -1207,15 +1234,13 @@ def make_data(args):
         raise InputError(f"--data-weights {weights} must be {len(sets)} shares, one for each set of --data")
     if args.val_data:
         held, train, said = list(open_sets(args.val_data).values()), list(sets.values()), args.val_data
-    else:
-        split = {k: (Videos(v.items[::50], v.read), Videos([x for i, x in enumerate(v.items) if i % 50], v.read) if len(v) > 1 else v)
-                 for k, v in sets.items()}
-        held, train = ([s[i] for s in split.values()] for i in (0, 1))
-        said = "every 50th sequence" + ("; a set of one sequence has none to hold out and is validated on it"
-                                        if any(len(v) == 1 for v in sets.values()) else "")
+    else:    # a set of one sequence has none to spare: it is validated on it
+        held = [Videos(v.items[::50], v.read) for v in sets.values()]
+        train = [Videos([x for i, x in enumerate(v.items) if i % 50] or v.items, v.read) for v in sets.values()]
+        said = "every 50th sequence"
     counts = ", ".join(f"{name} {len(v)}" for name, v in zip(sets, train))
-    return Pairs(train, weights, args.pairs, args), Pairs(held, [1.0] * len(held), args.val_pairs, args, train=False), \
-        f"training sequences: {counts}; held out: {sum(map(len, held))} ({said})"
+    said = f"training sequences: {counts}; held out: {sum(map(len, held))} ({said})"
+    return Pairs(train, weights, args.pairs, args), Pairs(held, [1.0] * len(held), args.val_pairs, args, False), said
 
 
 def train(args):
@@ -1260,8 +1285,10 @@ def train(args):
         step, best = state["step"], state["best"]
         say(f"{out}/last.pt: {'finished already' if step >= until else 'going on'} after step {step} of {total}")
     open_log(out / "log.jsonl", rank, args, step)
-    model = raw if world == 1 else DistributedDataParallel(raw, device_ids=[device.index] if device.type == "cuda" else None,
-                                                           gradient_as_bucket_view=True)
+    model = raw
+    if world > 1:
+        model = DistributedDataParallel(raw, device_ids=[device.index] if device.type == "cuda" else None,
+                                        gradient_as_bucket_view=True)
 
     def losses_of(model, batch):
         template, search = (normalize(x.to(device, non_blocking=True), args.mean, args.std) for x in batch[:2])
@@ -1278,7 +1305,8 @@ def train(args):
     def save():
         if rank == 0:
             plain = json.loads(json.dumps(vars(args)))
-            common = dict(model=raw.state_dict(), arch=raw.arch, mean=list(args.mean), std=list(args.std), args=plain, step=step, best=best)
+            common = dict(model=raw.state_dict(), arch=raw.arch, mean=list(args.mean), std=list(args.std), args=plain,
+                          step=step, best=best)
             save_checkpoint(out / "last.pt", optimizer=optimizer.state_dict(), scaler=scaler.state_dict(), **common)
             if improved:
                 save_checkpoint(out / "best.pt", **common)
@@ -1288,8 +1316,8 @@ def train(args):
     signal.signal(signal.SIGTERM, lambda *_: stop.set())
     while step < until:
         batches.epoch, batches.start = divmod(step, batches.steps)
-        step, stopped = train_epoch(model, loader, losses_of, names_of, optimizer, scaler, lr_of, step, until, total, args, rank,
-                                    world, device, stop)
+        step, stopped = train_epoch(model, loader, losses_of, names_of, optimizer, scaler, lr_of, step, until, total,
+                                    args, rank, world, device, stop)
         epoch, improved = step // batches.steps, False
         if not stopped and (step >= until or step % batches.steps == 0 and epoch % args.eval_every == 0):
             values = validate(raw, val_loader, keep_rate_at(batches.epoch, args), args, world, device)
@@ -1301,9 +1329,10 @@ def train(args):
             raise SystemExit(f"stopped by SIGTERM after step {step}; the same command goes on from {out}/last.pt")
 
     if rank == 0:
-        lines = [json.loads(line) for line in open(out / "log.jsonl")]
-        curve = lambda *keys: {k: [(v["step"], v[k]) for v in lines if k in v] for k in keys}
-        draw_curves(out / "training.png", {"losses by step": curve("focal", "giou", "l1"), "IoU by step": curve("iou", "val_iou")})
+        lines = read_log(out / "log.jsonl")
+        losses, ious = ({k: [(v["step"], v[k]) for v in lines if k in v] for k in keys}
+                        for keys in (("focal", "giou", "l1"), ("iou", "val_iou")))
+        draw_curves(out / "training.png", {"losses by step": losses, "IoU by step": ious})
         print(f"best held-out IoU {best:.3f}; {out}/best.pt, {out}/training.png, {out}/log.jsonl")
 
 
@@ -1323,7 +1352,7 @@ def demo():
     video, folder = draw_sequence(1000), Path(args.out) / "frames"
     folder.mkdir(exist_ok=True)
     for i, frame in enumerate(video.frames):
-        Image.fromarray(draw_frame(frame).permute(1, 2, 0).numpy()).save(folder / f"{i}.png")
+        to_image(draw_frame(frame)).save(folder / f"{i}.png")
     main(parse_args(**DEMO, frames=str(folder), init=",".join(map(str, video.boxes[0]))))
 
 
