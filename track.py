@@ -21,7 +21,8 @@ NOTES, departures from the authors' code:
   explicitly; attention itself stays fused, and only for the queries that are kept. Numbers are the same.
 - While tracking, sizes and offsets are computed at the peak of the score map alone (see `FusedHead`), batch norms are
   folded into the convolutions, and the template is embedded once. Numbers are the same.
-- A box leaves a crop by the exact inverse of the way it came in; the authors forget half a crop pixel on the way back.
+- A box leaves a crop by the exact inverse of the way it came in, and is mirrored about the same middle; the authors leave
+  out half a crop pixel on the way back, and one in the mirror.
 - The authors flip both frames together and then each crop again, which amounts to flipping each crop on its own.
 - Biases, norms and position tables are not decayed (weight decay 1e-4 on them hardly matters).
 """
@@ -403,7 +404,7 @@ def sample_pair(rng, visible, max_gap):
 class Pairs(Dataset):
     """Template and search crops of random pairs of frames.
 
-    Item (epoch, index) -> template (3, z, z) and search (3, s, s) uint8, the target's box in the search crop (4,), name.
+    Item (epoch, index) -> template (3, z, z) and search (3, s, s) uint8, the target's box in the search crop, name.
     All randomness comes from (seed, epoch, index). With train=False, the same pairs every epoch and no augmentation but
     the jitter of the search region, without which there would be nothing to find.
     """
@@ -425,7 +426,7 @@ class Pairs(Dataset):
                 continue
             images = [sequence.read(sequence.frames[i]) for i in pair]
             target, box = (sequence.boxes[i] for i in pair)
-            if any(not overlaps(b, image) for b, image in zip((target, box), images)):
+            if any(not intersects(b, image) for b, image in zip((target, box), images)):
                 continue
             around = jitter_box(rng, box, args.centre_jitter, args.scale_jitter)
             template, _ = crop_square(images[0], target, args.template_factor, args.template_size)
@@ -437,13 +438,13 @@ class Pairs(Dataset):
                 flips, light = rng.random(2) < 0.5, rng.uniform(0.8, 1.2, 2)
                 crops = [c.flip(2) if f else c for c, f in zip(crops, flips)]
                 crops = [(c * float(b)).clamp(0, 255).to(torch.uint8) for c, b in zip(crops, light)]
-                box[0] = 1 - box[0] - box[2] if flips[1] else box[0]
+                box[0] = 1 - 1 / args.search_size - box[0] - box[2] if flips[1] else box[0]
             return *crops, torch.from_numpy(box).float(), f"{sequence.name} frames {pair[0]} and {pair[1]}"
         raise InputError("100 sequences drawn at random had no two frames with a visible box inside the image: is the "
                          "annotation of --data complete?")
 
 
-def overlaps(box, image):
+def intersects(box, image):
     """Whether a box (x, y, w, h) has area inside an image (3, H, W)."""
     H, W = image.shape[1:]
     return box[0] < W and box[1] < H and box[0] + box[2] > 0 and box[1] + box[3] > 0 and min(box[2:]) > 0
@@ -649,7 +650,7 @@ def corners(boxes):
     return torch.cat([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], dim=1)
 
 
-def overlap(a, b):
+def box_iou(a, b):
     """IoU of boxes (N, 4) with boxes (N, 4), x, y, w, h -> (N,); 0 where both are empty."""
     extent = (torch.minimum(corners(a), corners(b))[:, 2:] - torch.maximum(a, b)[:, :2]).clamp(min=0)
     inter = extent.prod(dim=1)
@@ -667,12 +668,12 @@ def tracking_losses(score, size, offset, boxes):
     pred = to_xywh(decode(score, size, offset))
     a, b = corners(pred), corners(boxes).clamp(0, 1)
     giou, l1 = torchvision.ops.generalized_box_iou_loss(a, b, reduction="mean"), F.l1_loss(a, b)
-    iou = overlap(pred.detach(), boxes).mean()
+    iou = box_iou(pred.detach(), boxes).mean()
     return {"loss": focal + 2 * giou + 5 * l1, "focal": focal, "giou": giou, "l1": l1, "iou": iou}
 
 
 def keep_rate_at(epoch, args):
-    """Share of search tokens kept per block: 1 until --eliminate-from, half a cosine to --keep-rate at --eliminate-to."""
+    """Share of search tokens kept: 1 until --eliminate-from, then half a cosine to --keep-rate at --eliminate-to."""
     t = (epoch - args.eliminate_from) / max(1, args.eliminate_to - args.eliminate_from)
     return args.keep_rate + (1 - args.keep_rate) / 2 * (1 + math.cos(math.pi * min(max(t, 0), 1)))
 
@@ -710,10 +711,10 @@ class OnePassTracker:
 
     @torch.inference_mode()
     def start(self, frame, box):
-        if not overlaps(box, frame):
+        if not intersects(box, frame):
             H, W = frame.shape[1:]
-            raise InputError(f"box {','.join(f'{v:g}' for v in box)} has no area inside the frame of {W} x {H} pixels: give "
-                             "x,y,w,h of the target")
+            raise InputError(f"box {','.join(f'{v:g}' for v in box)} has no area inside the frame of {W} x {H} pixels: "
+                             "give x,y,w,h of the target")
         self.box = np.asarray(box, dtype=np.float64)
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
             self.template = self.model.embed_template(self.crop(frame, self.box, 0)[0])
@@ -765,7 +766,7 @@ def load_tracker(args, device):
     file = read_file(path)
     arch = file.get("arch", {}) if isinstance(file, dict) else {}
     if "search_size" not in arch:
-        raise InputError(f"checkpoint {path} is no tracker: train one with track.py and give its best.pt by --checkpoint")
+        raise InputError(f"checkpoint {path} is no tracker: train one, and give its best.pt by --checkpoint")
     names = ("img_size", "patch_size", "embed_dim", "depth", "num_heads", "layer_scale")
     model = Tracker(VisionTransformer(**{k: arch[k] for k in names}), **arch)
     model.load_state_dict(file["model"])
@@ -999,11 +1000,13 @@ def validate(model, loader, keep_rate, args, world, device):
     """Mean IoU and mean score over held-out pairs, each pair once at any world size -> dict."""
     model.eval()
     sums, dtype = torch.zeros(3, device=device), amp_dtype(args.dtype, device)
+    for buffer in model.buffers() if world > 1 else ():    # batch statistics of process 0, which also saves
+        dist.broadcast(buffer, 0)
     for template, search, boxes, _ in loader:
         template, search = (normalize(x.to(device), args.mean, args.std) for x in (template, search))
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             score, size, offset = model(template, search, keep_rate)
-        iou = overlap(to_xywh(decode(score, size, offset)), boxes.to(device))
+        iou = box_iou(to_xywh(decode(score, size, offset)), boxes.to(device))
         sums += torch.stack([iou.sum(), score.flatten(1).amax(dim=1).sum(), iou.new_tensor(len(iou))])
     if world > 1:
         dist.all_reduce(sums)
@@ -1028,14 +1031,14 @@ def score_sequence(boxes, truth, visible):
             boxes[i] = boxes[i - 1]
     boxes, truth = torch.from_numpy(boxes), torch.from_numpy(np.asarray(truth, dtype=np.float64))
     present = torch.from_numpy(np.asarray(visible)) & (truth[:, 2:] > 0).all(dim=1)
-    iou = torch.where(present, overlap(boxes, truth), -1.0)
+    iou = torch.where(present, box_iou(boxes, truth), -1.0)
     shift = (boxes[:, :2] + boxes[:, 2:] / 2) - (truth[:, :2] + truth[:, 2:] / 2)
     error, normed = (torch.where(present, e.norm(dim=1), torch.inf) for e in (shift, shift / truth[:, 2:]))
     return ((iou[:, None] > SUCCESS).double().mean(dim=0), (error[:, None] <= PIXELS).double().mean(dim=0),
             (normed[:, None] <= NORMED).double().mean(dim=0))
 
 
-def test_sequences(text):
+def open_test_set(text):
     """--eval -> names that make up the set, {name: function that opens the sequence}."""
     if text == "shapes":
         found = {f"shapes-{i}": functools.partial(draw_sequence, i) for i in range(1000, 1012)}
@@ -1071,7 +1074,7 @@ def evaluate(args):
     """One-pass evaluation of a tracker, or of text files: results/*.txt, sequences.csv, curves.csv, curves.png."""
     rank, world, device = init_distributed(args.device)
     say = print if rank == 0 else lambda *_: None
-    names, found = test_sequences(args.eval)
+    names, found = open_test_set(args.eval)
     out, folder = Path(args.out), Path(args.results or Path(args.out) / "results")
     out.mkdir(parents=True, exist_ok=True)
     if args.results:
@@ -1115,7 +1118,7 @@ def evaluate(args):
             csv.writer(file).writerows([("sequence", "frames", "AUC", "P", "P_norm"), *rows])
         curves = {f"success by IoU, AUC {auc:.1f}{partial}": (SUCCESS, success),
                   f"precision by pixels, P {p:.1f}{partial}": (PIXELS, precision),
-                  f"by error / box size, P_norm {p_norm:.1f}{partial}": (NORMED, normed)}
+                  f"normalised precision, P_norm {p_norm:.1f}{partial}": (NORMED, normed)}
         curves = {title: list(zip(x.tolist(), y.mean(dim=0).tolist())) for title, (x, y) in curves.items()}
         with open(out / "curves.csv", "w", newline="") as file:
             rows = [(k.split()[0], f"{x:.2f}", f"{y:.5f}") for k, curve in curves.items() for x, y in curve]
@@ -1127,8 +1130,8 @@ def evaluate(args):
     say(f"AUC {auc:.1f}, P {p:.1f}, P_norm {p_norm:.1f}{partial}; a box that never moves: AUC {100 * still.mean():.1f}")
     say(f"{folder}/*.txt, {out}/sequences.csv, {out}/curves.csv, {out}/curves.png")
     if missing and not args.allow_partial:
-        raise InputError(f"{len(missing)} of {len(names)} sequences are missing, so these are no scores of the whole set;"
-                         " --allow-partial accepts that")
+        raise InputError(f"{len(missing)} of {len(names)} sequences are missing, so these are no scores of the whole "
+                         "set; --allow-partial accepts that")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1157,8 +1160,8 @@ def track_frames(args):
     else:
         items, read = [], None
     if not items:
-        raise InputError(f"--frames {path} is neither a folder with images ({', '.join(sorted(IMAGE_TYPES))}) nor a GIF;"
-                         " ffmpeg -i video.mp4 folder/%06d.jpg unpacks a video")
+        raise InputError(f"--frames {path} is neither a folder with images ({', '.join(sorted(IMAGE_TYPES))}) nor a "
+                         "GIF; ffmpeg -i video.mp4 folder/%06d.jpg unpacks a video")
     tracker = load_tracker(args, device)
     out.mkdir(parents=True, exist_ok=True)
     begun = time.perf_counter()
@@ -1218,7 +1221,8 @@ def benchmark(args, seconds=5.0, warmup=10):
         rates.append(1 / np.median(times))
     name = torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} threads"
     print(f"{said}: {'/'.join(map(str, tracker.model.sizes))} pixels, keep rate {tracker.model.keep_rate} in blocks "
-          f"{tracker.model.eliminate_blocks}\n{device} ({name}), {tracker.dtype}, median of {seconds:g} s after {warmup} frames of warm-up\n"
+          f"{tracker.model.eliminate_blocks}\n{device} ({name}), {tracker.dtype}, median of {seconds:g} s after a "
+          f"warm-up of {warmup} frames\n"
           f"model only {rates[0]:.1f} frames/s; end to end, from 1280 x 720 JPEG to box, {rates[1]:.1f} frames/s")
     return rates
 
@@ -1307,9 +1311,9 @@ def train(args):
             plain = json.loads(json.dumps(vars(args)))
             common = dict(model=raw.state_dict(), arch=raw.arch, mean=list(args.mean), std=list(args.std), args=plain,
                           step=step, best=best)
-            save_checkpoint(out / "last.pt", optimizer=optimizer.state_dict(), scaler=scaler.state_dict(), **common)
             if improved:
                 save_checkpoint(out / "best.pt", **common)
+            save_checkpoint(out / "last.pt", optimizer=optimizer.state_dict(), scaler=scaler.state_dict(), **common)
 
     # training
     stop = threading.Event()
@@ -1345,15 +1349,17 @@ def main(args):
 
 def demo():
     """Train, evaluate and track on drawn videos, three ordinary runs."""
-    encoder = "out/demo/encoder.pt"    # of pretrain_d2mae.py --demo
-    args = parse_args(**DEMO, init=encoder if Path(encoder).is_file() else None)
+    args, encoder = parse_args(**DEMO), "out/demo/encoder.pt"    # of pretrain_d2mae.py --demo
+    args.init = args.init or (encoder if Path(encoder).is_file() else None)
     main(args)
-    main(parse_args(**DEMO, eval="shapes"))
+    args.eval = "shapes"
+    main(args)
     video, folder = draw_sequence(1000), Path(args.out) / "frames"
     folder.mkdir(exist_ok=True)
     for i, frame in enumerate(video.frames):
         to_image(draw_frame(frame)).save(folder / f"{i}.png")
-    main(parse_args(**DEMO, frames=str(folder), init=",".join(map(str, video.boxes[0]))))
+    args.eval, args.frames, args.init = None, folder, ",".join(map(str, video.boxes[0]))
+    main(args)
 
 
 if __name__ == "__main__":
