@@ -21,8 +21,8 @@ NOTES, departures from the authors' code:
   explicitly; attention itself stays fused, and only for the queries that are kept. Numbers are the same.
 - While tracking, sizes and offsets are computed at the peak of the score map alone (see `FusedHead`), batch norms are
   folded into the convolutions, and the template is embedded once. Numbers are the same.
-- A box leaves a crop by the exact inverse of the way it came in, and is mirrored about the same middle; the authors leave
-  out half a crop pixel on the way back, and one in the mirror.
+- A box leaves a crop by the exact inverse of the way it came in, and is mirrored about the same middle; the authors
+  leave out half a crop pixel on the way back, and one in the mirror.
 - The authors flip both frames together and then each crop again, which amounts to flipping each crop on its own.
 - Biases, norms and position tables are not decayed (weight decay 1e-4 on them hardly matters).
 """
@@ -86,9 +86,10 @@ LASOT_TEST = [f"{name}-{n}" for name, *numbers in map(str.split, LASOT_TEST.spli
 # ----------------------------------------------------------------------------------------------------------------------
 # Arguments: the defaults are the paper's recipe
 # ----------------------------------------------------------------------------------------------------------------------
-DEMO = dict(data="shapes", out="out/demo/track", patch_size=8, template_size=32, search_size=64, epochs=8, pairs=1024,
-            val_pairs=128, batch_size=32, lr=1e-3, encoder_lr=0.5, lr_drop=7, eliminate_from=2, eliminate_to=6, eval_every=2,
-            drop_path=0.0, workers=1, log_every=16)
+DEMO = dict(data="shapes", out="out/demo/track", patch_size=8, template_size=32, search_size=64, blocks=4,
+            eliminate_blocks=[3], eliminate_from=0, eliminate_to=2, keep_rate=0.8, centre_jitter=2.0, drop_path=0.0,
+            epochs=7, lr_drop=5, pairs=1024, val_pairs=128, batch_size=16, lr=5e-4, encoder_lr=1.0, workers=1,
+            log_every=16, eval_every=1)
 
 
 def parse_args(argv=None, **defaults):
@@ -100,6 +101,7 @@ def parse_args(argv=None, **defaults):
     add("--init", help="training: encoder to start from, any file of README 'Checkpoints'; "
                        "with --frames: box x,y,w,h of the target in the first frame")
     add("--patch-size", type=int, default=16, help="side of a patch in pixels, if there is no --init to tell")
+    add("--blocks", type=int, help="use only so many blocks of the encoder, from the first on; all if absent")
     add("--template-size", type=int, default=128, help="side of the template crop in pixels")
     add("--search-size", type=int, default=256, help="side of the search crop in pixels")
     add("--template-factor", type=float, default=2.0, help="side of the template crop over sqrt(w * h) of the box")
@@ -315,7 +317,7 @@ def draw_sequence(index, length=60, size=(96, 128)):
     """Video number `index` of an endless toy set: a striped shape among moving shapes that resemble it."""
     rng = np.random.default_rng([11, index])
     h, w = size
-    t, n = np.arange(length), 5                                                                # object 0 is the target
+    t, n = np.arange(length), 4                                                                # object 0 is the target
     span, speed, phase = rng.uniform(0.2, 0.42, (n, 2)), rng.uniform(0.04, 0.12, (n, 2)), rng.uniform(0, 6.28, (n, 2))
     centres = (0.5 + span * np.sin(speed * t[:, None, None] + phase)) * (w, h)                 # (length, n, 2)
     sides = rng.uniform(14, 24, (n, 2)) * (1 + 0.2 * np.sin(0.1 * t[:, None, None] + rng.uniform(0, 6.28, (n, 1))))
@@ -336,11 +338,14 @@ def draw_frame(frame):
     image = image + np.random.default_rng([12, index, number]).normal(0, 0.03, image.shape)
     for i in reversed(range(len(kinds))):
         (cx, cy), (sw, sh), (frequency, angle) = centres[i], sides[i], stripes[i]
+        top, left = max(0, int(cy - sh / 2)), max(0, int(cx - sw / 2))
+        window = image[top:int(cy + sh / 2) + 1, left:int(cx + sw / 2) + 1]    # a view: writes go through
+        y, x = np.mgrid[top:top + window.shape[0], left:left + window.shape[1]] + 0.5
         u, v = 2 * (x - cx) / sw, 2 * (y - cy) / sh
         radius = np.hypot(u, v)
         inside = (radius < 1, np.maximum(abs(u), abs(v)) < 1, abs(u) + abs(v) < 1, abs(radius - 0.75) < 0.25)[kinds[i]]
         stripe = np.sin(frequency * (np.cos(angle) * u + np.sin(angle) * v)) > 0
-        image[inside] = colors[i][stripe[inside].astype(int)]
+        window[inside] = colors[i][stripe[inside].astype(int)]
     return torch.from_numpy((image.clip(0, 1) * 255).astype(np.uint8)).permute(2, 0, 1)
 
 
@@ -757,6 +762,9 @@ def build_tracker(args):
                            layer_scale=arch.get("layer_scale"))
     if args.init:
         load_encoder(encoder, args.init)
+    if args.blocks:
+        encoder.blocks = encoder.blocks[:args.blocks]
+        encoder.depth = encoder.arch["depth"] = len(encoder.blocks)
     return Tracker(encoder, **vars(args)), info.get("mean", IMAGENET_MEAN), info.get("std", IMAGENET_STD)
 
 
@@ -996,8 +1004,8 @@ def draw_curves(path, panels):
 # Evaluation: validation pairs, one-pass evaluation
 # ----------------------------------------------------------------------------------------------------------------------
 @torch.no_grad()
-def validate(model, loader, keep_rate, args, world, device):
-    """Mean IoU and mean score over held-out pairs, each pair once at any world size -> dict."""
+def validate(model, loader, args, world, device):
+    """Mean IoU and score over held-out pairs at the final keep rate, each pair once at any world size -> dict."""
     model.eval()
     sums, dtype = torch.zeros(3, device=device), amp_dtype(args.dtype, device)
     for buffer in model.buffers() if world > 1 else ():    # batch statistics of process 0, which also saves
@@ -1005,7 +1013,7 @@ def validate(model, loader, keep_rate, args, world, device):
     for template, search, boxes, _ in loader:
         template, search = (normalize(x.to(device), args.mean, args.std) for x in (template, search))
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            score, size, offset = model(template, search, keep_rate)
+            score, size, offset = model(template, search, args.keep_rate)
         iou = box_iou(to_xywh(decode(score, size, offset)), boxes.to(device))
         sums += torch.stack([iou.sum(), score.flatten(1).amax(dim=1).sum(), iou.new_tensor(len(iou))])
     if world > 1:
@@ -1324,7 +1332,7 @@ def train(args):
                                     args, rank, world, device, stop)
         epoch, improved = step // batches.steps, False
         if not stopped and (step >= until or step % batches.steps == 0 and epoch % args.eval_every == 0):
-            values = validate(raw, val_loader, keep_rate_at(batches.epoch, args), args, world, device)
+            values = validate(raw, val_loader, args, world, device)
             improved, best = values["val_iou"] > best, max(best, values["val_iou"])
             log_line(out / "log.jsonl", rank, step=step, **values)
             say(f"step {step}: held-out IoU {values['val_iou']:.3f}, score {values['val_score']:.2f}")

@@ -50,7 +50,8 @@ def bench_track(rounds=15, keep_rate=0.7):
     tracker = track.OnePassTracker(model, models.IMAGENET_MEAN, models.IMAGENET_STD, torch.device("cpu"))
     template, search = torch.randn(1, 3, 128, 128), torch.randn(1, 3, 256, 256)
     tracker.template = model.embed_template(template)
-    steps = {"plain": lambda: plain_locate(model, template, search, tracker.window), "track.py": lambda: tracker.locate(search)}
+    steps = {"plain": lambda: plain_locate(model, template, search, tracker.window),
+             "track.py": lambda: tracker.locate(search)}
     assert np.allclose(steps["plain"](), steps["track.py"]()[:4], atol=1e-4)
     times = {name: [] for name in steps}
     for i in range(rounds + 3):
@@ -60,7 +61,8 @@ def bench_track(rounds=15, keep_rate=0.7):
             if i >= 3:
                 times[name].append(time.perf_counter() - begun)
     plain, fast = (1 / float(np.median(t)) for t in times.values())
-    print(f"track, 128/256 pixels, keep rate {keep_rate}, {torch.get_num_threads()} threads: plain {plain:.1f} frames/s, "
+    said = f"track, 128/256 pixels, keep rate {keep_rate}, {torch.get_num_threads()} threads"
+    print(f"{said}: plain {plain:.1f} frames/s, "
           f"track.py {fast:.1f} frames/s, {fast / plain:.2f}x")
     return plain, fast
 

@@ -374,7 +374,9 @@ def test_encoder_hand_over(tmp_path):
     common = dict(arch=encoder.arch, mean=[0.5] * 3, std=[0.2] * 3)
     torch.save({"model": encoder.state_dict(), **common}, tmp_path / "e.pt")
     args = track.parse_args(["--init", str(tmp_path / "e.pt"), "--template-size", "32", "--search-size", "64"])
+    args.blocks, args.eliminate_blocks = 4, [2, 3]
     tracker, mean, std = track.build_tracker(args)
+    assert len(tracker.encoder.blocks) == tracker.arch["depth"] == 4
     assert mean == [0.5] * 3 and std == [0.2] * 3 and (tracker.template_side, tracker.search_side) == (4, 8)
     assert torch.equal(tracker.encoder.blocks[2].mlp.fc1.weight, encoder.blocks[2].mlp.fc1.weight)
     hiera = models.MODELS["hiera_tiny"](q_pool=2)
