@@ -168,7 +168,7 @@ class Attention(nn.Module):
         """Relative position bias of each head, (H, T, T), or None for a model without one."""
         if index is None:
             return None
-        table = self.relative_position_bias_table.t().contiguous()    # heads first: the bias is made as attention reads it
+        table = self.relative_position_bias_table.t().contiguous()    # heads first, as attention reads it
         return table.index_select(1, index.flatten()).view(-1, *index.shape)
 
     def forward(self, x, rel_pos_index=None):

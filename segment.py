@@ -997,8 +997,8 @@ def main(args):
     def save(path, **more):
         if rank == 0:
             plain = json.loads(json.dumps(vars(args)))
-            save_checkpoint(path, model=model.state_dict(), arch=model.encoder.arch, classes=names, step=step, best=best,
-                            mean=list(args.mean), std=list(args.std), args=plain, **more)
+            save_checkpoint(path, model=model.state_dict(), arch=model.encoder.arch, classes=names, step=step,
+                            best=best, mean=list(args.mean), std=list(args.std), args=plain, **more)
 
     # training
     stop = threading.Event()

@@ -4,8 +4,9 @@
 
 Every figure is a median over alternating rounds, so that a machine that drifts does not favour either side.
 """
-import io
+import functools
 import itertools
+import math
 import statistics
 import sys
 import tempfile
@@ -36,29 +37,30 @@ def race(*functions, rounds=7, synchronize=lambda: None):
 
 
 def explicit_attention(attn, x):
-    """Softmax attention written out, as a plain ViT has it."""
+    """Softmax attention written out, as a plain ViT has it -> output, logits, probabilities."""
     B, T, D = x.shape
     q, k, v = attn.qkv(x).reshape(B, T, 3, attn.num_heads, D // attn.num_heads).permute(2, 0, 3, 1, 4)
-    probs = ((q @ k.transpose(-2, -1)) * (D // attn.num_heads) ** -0.5).softmax(dim=-1)
-    return attn.proj((probs @ v).transpose(1, 2).reshape(B, T, D)), q, k
+    logits = (q @ k.transpose(-2, -1)) * (D // attn.num_heads) ** -0.5
+    probs = logits.softmax(dim=-1)
+    return attn.proj((probs @ v).transpose(1, 2).reshape(B, T, D)), logits, probs
 
 
 def explicit_block(block, x):
-    y, q, k = explicit_attention(block.attn, block.norm1(x))
+    y, logits, _ = explicit_attention(block.attn, block.norm1(x))
     x = x + y
-    return x + block.mlp(block.norm2(x)), q, k
+    return x + block.mlp(block.norm2(x)), logits
 
 
-def plain_encoder(vit, images, ids_keep, taps=()):
-    """Every patch embedded, the visible ones picked, every block run with explicit attention -> taps, last q and k."""
+def plain_encoder(vit, images, ids_keep):
+    """Every patch embedded, the visible ones picked, every block run with explicit attention -> features, last logits."""
     x = vit.patch_embed.proj(images).flatten(2).transpose(1, 2) + vit.pos_embed[:, 1:]
     x = x.gather(1, ids_keep[..., None].expand(-1, -1, x.shape[2]))
     x = torch.cat([(vit.cls_token + vit.pos_embed[:, :1]).expand(len(x), -1, -1), x], dim=1)
     features = {}
     for number, block in enumerate(vit.blocks, start=1):
-        x, q, k = explicit_block(block, x)
+        x, logits = explicit_block(block, x)
         features[number] = x
-    return features, q, k
+    return features, logits
 
 
 def plain_loss(model, images, noise, teacher=None):
@@ -66,13 +68,13 @@ def plain_loss(model, images, noise, teacher=None):
     B, N = noise.shape
     ids = noise.argsort(dim=1)
     ids_keep, restore = ids[:, :N // 4], ids.argsort(dim=1)
-    features, _, _ = plain_encoder(model.encoder, images, ids_keep)
+    features, _ = plain_encoder(model.encoder, images, ids_keep)
     x = model.decoder_embed(model.encoder.norm(features[model.decoder_tap]))
     full = torch.cat([x[:, 1:], model.mask_token.expand(B, N - N // 4, -1)], dim=1)
     full = full.gather(1, restore[..., None].expand(-1, -1, full.shape[2]))
     x = torch.cat([x[:, :1], full], dim=1) + model.decoder_pos_embed
     for block in model.decoder_blocks:
-        x, _, _ = explicit_block(block, x)
+        x, _ = explicit_block(block, x)
     pred = model.decoder_pred(model.decoder_norm(x))[:, 1:]
     p = model.encoder.patch_size
     target = images.unfold(2, p, p).unfold(3, p, p).permute(0, 2, 3, 4, 5, 1).reshape(B, N, -1)
@@ -81,8 +83,7 @@ def plain_loss(model, images, noise, teacher=None):
     loss = (((pred - target) ** 2).mean(-1) * masked).sum() / masked.sum()
     if teacher is not None:
         with torch.no_grad():
-            _, q, k = plain_encoder(teacher, images, ids_keep)
-            truth = (q @ k.transpose(-2, -1)) * q.shape[-1] ** -0.5
+            _, truth = plain_encoder(teacher, images, ids_keep)
         x = model.extra_norm(features[model.encoder.depth])
         q, k = model.extra_qk(x).unflatten(2, (2, 12, -1)).permute(2, 0, 3, 1, 4)
         student = (q @ k.transpose(-2, -1)) * q.shape[-1] ** -0.5
@@ -147,6 +148,138 @@ def bench_pretrain():
     print(f"loading 500x375 JPEGs, one core: {64 / fast:.0f} images/s, Pillow float pipeline {64 / slow:.0f}: {slow / fast:.2f}x; "
           f"{bare / fast:.2f} of bare decoding ({64 / bare:.0f})")
     folder.cleanup()
+
+
+def plain_classifier(vit, images):
+    """All blocks with explicit attention, mean patch token, head."""
+    x = vit.embed(images)
+    for block in vit.blocks:
+        x, _ = explicit_block(block, x)
+    return vit.head(vit.fc_norm(x[:, 1:].mean(dim=1)))
+
+
+def bench_finetune(batch=16):
+    """A step of the improved recipe (mixup, AdamW, layer decay) and evaluation, ViT-Tiny at 224; RandAugment of one image."""
+    import finetune
+    args = finetune.resolve(finetune.parse_args(["--batch-size", str(batch)]))
+    model = finetune.build_model(args, 1000)
+    groups = finetune.param_groups(model, 0.05, 0.85, 12)
+    optimizers = [torch.optim.AdamW(groups, lr=1e-5, fused=True), torch.optim.AdamW(groups, lr=1e-5, foreach=False)]
+    images, labels = torch.randint(256, (batch, 3, 224, 224), dtype=torch.uint8), torch.randint(1000, (batch,))
+
+    def step(forward, optimizer):
+        x, targets = finetune.mix_batch(normalize(images), finetune.soft_targets(labels, 1000), 0.2, 0.0)
+        finetune.soft_cross_entropy(forward(x), targets).backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    @torch.inference_mode()
+    def evaluate(forward):
+        return forward(normalize(images))
+
+    plain = functools.partial(plain_classifier, model)
+    assert torch.allclose(evaluate(model.eval()), evaluate(plain), atol=1e-4)
+    for title, ours, theirs in (
+            ("fine-tuning step", lambda: step(model, optimizers[0]), lambda: step(plain, optimizers[1])),
+            ("evaluation", lambda: evaluate(model), lambda: evaluate(plain))):
+        fast, slow = race(ours, theirs)
+        print(f"{title}: {batch / fast:.1f} images/s, plain {batch / slow:.1f}: {slow / fast:.2f}x")
+    (seconds,) = race(lambda: [finetune.rand_augment(images[0], 10) for _ in range(50)])
+    print(f"RandAugment of a 224x224 image: {1000 * seconds / 50:.2f} ms")
+
+
+@torch.no_grad()
+def bench_segment(images=4, size=(512, 683), label_size=(600, 800)):
+    """Sliding windows of 512, stride 341, 150 classes, ViT-Tiny with relative position bias: batched, or one at a time."""
+    import segment
+    F = nn.functional
+    model = segment.build_model(segment.resolve(segment.parse_args([]))).eval()
+    pictures = [torch.randn(3, *size) for _ in range(images)]
+
+    def plain_labels(image):
+        """One window at a time, each score padded to the whole image, all classes resized at once."""
+        (h, w), (H, W) = model.encoder.img_size, image.shape[1:]
+        total, count = torch.zeros(1, model.num_classes, H, W), torch.zeros(1, 1, H, W)
+        for y in segment.window_starts(H, h, 341):
+            for x in segment.window_starts(W, w, 341):
+                score = F.interpolate(model(image[None, :, y:y + h, x:x + w]), (h, w), mode="bilinear")
+                total += F.pad(score, (x, W - x - w, y, H - y - h))
+                count[:, :, y:y + h, x:x + w] += 1
+        return F.interpolate(total / count, label_size, mode="bilinear").argmax(dim=1)[0]
+
+    def ours():
+        return [segment.classify(logits, label_size) for logits in segment.sliding_logits(model, pictures, 341)]
+
+    assert all((a == plain_labels(b)).float().mean() > 0.999 for a, b in zip(ours(), pictures))
+    fast, slow = race(ours, lambda: [plain_labels(picture) for picture in pictures], rounds=3)
+    print(f"sliding windows, {size[0]}x{size[1]}: {images / fast:.2f} images/s, one at a time {images / slow:.2f}: "
+          f"{slow / fast:.2f}x")
+
+
+def plain_tracker_block(block, x, ids, keep=None, centre=0):
+    """Explicit attention map; with `keep`, search tokens are ranked by its centre row and sorted."""
+    B, T, D = x.shape
+    Z = T - ids.shape[1]
+    y, _, attention = explicit_attention(block.attn, block.norm1(x))
+    x = x + y
+    if keep:
+        order = attention[:, :, centre, Z:].mean(dim=1).sort(dim=1, descending=True).indices[:, :keep]
+        search = x[:, Z:].gather(1, order[..., None].expand(-1, -1, D))
+        x, ids = torch.cat([x[:, :Z], search], dim=1), ids.gather(1, order)
+    return x + block.mlp(block.norm2(x)), ids
+
+
+@torch.inference_mode()
+def bench_track():
+    """One frame at 128/256 pixels: against explicit attention in every block, batch norms and three full head branches,
+    and a template that is embedded again in every frame."""
+    import track
+    for keep_rate in (0.7, 1.0):
+        model = track.Tracker(MODELS["vit_tiny"](), keep_rate=keep_rate).eval()
+        tracker = track.OnePassTracker(model, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), torch.device("cpu"))
+        template, search = torch.randn(1, 3, 128, 128), torch.randn(1, 3, 256, 256)
+        tracker.template = model.embed_template(template)
+
+        def plain():
+            z = model.embed_template(template)
+            x = model.encoder.patch_embed(search) + model.encoder.search_pos_embed
+            Z, S = z.shape[1], x.shape[1]
+            x, ids = torch.cat([z, x], dim=1), torch.arange(S)[None]
+            for number, block in enumerate(model.encoder.blocks, start=1):
+                keep = math.ceil(keep_rate * ids.shape[1]) if number in model.eliminate_blocks else None
+                x, ids = plain_tracker_block(block, x, ids, keep, model.centre)
+            x = model.encoder.norm(x)[:, Z:]
+            x = torch.zeros(1, S, x.shape[2]).scatter(1, ids[..., None].expand(-1, -1, x.shape[2]), x)
+            score, size, offset = model.head(x.transpose(1, 2).reshape(1, -1, model.search_side, model.search_side))
+            return track.to_xywh(track.decode(score * tracker.window, size, offset))[0].tolist()
+
+        assert np.allclose(plain(), tracker.locate(search)[:4], atol=1e-4)
+        fast, slow = race(lambda: tracker.locate(search), plain, rounds=15)
+        print(f"tracker, keep rate {keep_rate}: {1 / fast:.1f} frames/s, plain {1 / slow:.1f}: {slow / fast:.2f}x")
+
+
+def bench_analyze(layers=13, batch=128):
+    """CKA of two models of 13 layers: every Gram matrix once, against both of them anew for every pair of layers."""
+    from analyze import minibatch_cka
+    models = [[torch.randn(batch, 196, 192) for _ in range(layers)] for _ in range(2)]
+
+    def plain_hsic(k, l):
+        """Eq. 3 of arXiv 2010.15327 from two Gram matrices."""
+        n, k, l = len(k), k.clone().fill_diagonal_(0), l.clone().fill_diagonal_(0)
+        kl = k @ l
+        return (kl.trace() + k.sum() * l.sum() / ((n - 1) * (n - 2)) - 2 / (n - 2) * kl.sum()) / (n * (n - 3))
+
+    def plain_cka(x, y):
+        x, y = x.flatten(1).double(), y.flatten(1).double()
+        k, l = x @ x.T, y @ y.T
+        return plain_hsic(k, l) / (plain_hsic(k, k) * plain_hsic(l, l)).sqrt()
+
+    def plain():
+        return torch.stack([torch.stack([plain_cka(x, y) for y in models[1]]) for x in models[0]])
+
+    assert torch.allclose(minibatch_cka([models])[0], plain(), atol=1e-9)
+    fast, slow = race(lambda: minibatch_cka([models]), plain, rounds=3)
+    print(f"CKA of {layers} x {layers} layers, batch {batch}: {fast:.2f} s, Gram matrices per pair {slow:.2f} s: {slow / fast:.1f}x")
 
 
 if __name__ == "__main__":
