@@ -54,7 +54,8 @@ except ImportError:
     resource = None
 
 from models import (IMAGENET_MEAN, IMAGENET_STD, MODELS, Block, HieraBlock, InputError, LayerNorm, attention_logits,
-                    infer_model, init_mae, init_patch_embed, layer_id, load_encoder, normalize, reroll, sincos_2d)
+                    infer_model, init_mae, init_patch_embed, layer_id, load_encoder, load_state, normalize, reroll,
+                    sincos_2d)
 
 IMAGE_TYPES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
 
@@ -528,6 +529,8 @@ def build_teacher(args):
     else:
         teacher = MODELS[name](img_size=args.image_size, patch_size=patch, fixed_pos_embed=True)
     info = load_encoder(teacher, args.teacher)
+    if args.distill == "hidden" and not {"norm.weight", "fc_norm.weight"} & load_state(args.teacher)[0].keys():
+        raise InputError(f"--teacher {args.teacher} has no final norm, and --distill hidden needs one")
     for key in ("mean", "std"):
         if key in info and not np.allclose(info[key], getattr(args, key)):
             raise InputError(f"--teacher {args.teacher} was trained with --{key} {info[key]}, this run has "

@@ -455,11 +455,14 @@ def test_training_replays_the_shipped_log(tmp_path):
     (["--teacher", "T", "--decoder-tap", "13"], "not one of the blocks 1..12"),
     (["--teacher", "T", "--distill-layers", "6"], "needs block 12"),
     (["--method", "mae", "--mask-ratio", "1.5"], "between 0 and 1"),
+    (["--teacher", "N", "--method", "d-mae", "--distill", "hidden"], "no final norm"),
     (["--method", "mae", "--batch-size", "6", "--accum-steps", "4"], "choose a multiple of 4"),
     (["--method", "mae", "--device", "mps"], "--device mps is not available"),
 ])
 def test_bad_options_end_in_one_sentence(options, match, tmp_path, teacher):
-    options = [str(teacher) if o == "T" else o for o in options]
+    state = torch.load(teacher, weights_only=True)
+    torch.save({k: v for k, v in state["model"].items() if not k.startswith("norm.")}, tmp_path / "no_norm.pth")
+    options = [{"T": str(teacher), "N": str(tmp_path / "no_norm.pth")}.get(o, o) for o in options]
     with pytest.raises(InputError, match=match) as error:
         P.main(P.parse_args([*map(str, QUICK), "--out", str(tmp_path), *options]))
     assert "\n" not in str(error.value)
