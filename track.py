@@ -87,9 +87,9 @@ LASOT_TEST = [f"{name}-{n}" for name, *numbers in map(str.split, LASOT_TEST.spli
 # Arguments: the defaults are the paper's recipe
 # ----------------------------------------------------------------------------------------------------------------------
 DEMO = dict(data="shapes", out="out/demo/track", patch_size=8, template_size=32, search_size=64, blocks=4,
-            eliminate_blocks=[3], eliminate_from=0, eliminate_to=2, keep_rate=0.8, centre_jitter=2.0, drop_path=0.0,
-            epochs=7, lr_drop=5, pairs=1024, val_pairs=128, batch_size=16, lr=5e-4, encoder_lr=1.0, workers=1,
-            log_every=16, eval_every=1)
+            eliminate_blocks=[3], eliminate_from=3, eliminate_to=5, keep_rate=0.8, centre_jitter=2.0, drop_path=0.0,
+            epochs=7, lr_drop=5, pairs=1024, val_pairs=64, batch_size=16, lr=1e-3, encoder_lr=0.5, workers=1,
+            log_every=16, eval_every=7)
 
 
 def parse_args(argv=None, **defaults):

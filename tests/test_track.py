@@ -290,6 +290,20 @@ def test_every_data_set_is_read(tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(item[:3], again[:3])) and not torch.equal(item[1], next_epoch[1])
 
 
+def test_boxes_of_pairs_are_where_the_target_is(trained):
+    """The red rectangle of the search crop, jittered, mirrored and relit, fills its box."""
+    pairs, checked = track.make_data(track.parse_args(["--data", f"lasot={trained / 'lasot'}", *map(str, SMALL)]))[0], 0
+    for index in range(60):
+        _, search, box, _ = pairs[0, index]
+        red = search[0].int() - search[1].int() > 60
+        if red.any() and (box[:2] > 0.05).all() and (box[:2] + box[2:] < 0.95).all():    # neither grey nor cut off
+            ys, xs = red.nonzero().T
+            found = torch.tensor([xs.min(), ys.min(), xs.max() + 1 - xs.min(), ys.max() + 1 - ys.min()])
+            assert (found - 64 * box).abs().max() < 2.5
+            checked += 1
+    assert checked > 20
+
+
 def test_evaluates_and_tracks(trained, tmp_path, capsys):
     """The same tracker on both layouts gives the same scores; its text files score the same, with tabs, too."""
     flat, best = write_lasot(tmp_path / "flat", nested=False), trained / "out" / "best.pt"
