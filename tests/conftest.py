@@ -10,6 +10,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+torch.set_num_threads(1)    # as in `run`: sums depend on the number of threads, and resumed runs are compared bit for bit
 
 
 def seeded(shape, name):
