@@ -43,7 +43,7 @@ def plain_locate(model, template, search, window):
 
 
 @torch.inference_mode()
-def bench_track(rounds=15, keep_rate=0.7):
+def bench_track(rounds=40, keep_rate=0.7):
     """-> frames per second of the plain version and of track.py, medians of interleaved runs."""
     torch.manual_seed(0)
     model = track.Tracker(models.MODELS["vit_tiny"](), keep_rate=keep_rate).eval()
