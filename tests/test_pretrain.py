@@ -342,13 +342,16 @@ def same_weights(a, b, tolerance=0.0):
     return a.keys() == b.keys() and all((a[k] - b[k]).abs().max() <= tolerance for k in a)
 
 
-def test_killed_run_resumes_bit_for_bit(tmp_path, teacher):
+def test_killed_run_resumes_bit_for_bit(tmp_path, teacher, capsys):
     (tmp_path / "data").mkdir()
     for i in range(41):
         Image.fromarray(P.draw_shapes(i).permute(1, 2, 0).numpy()).save(tmp_path / "data" / f"{i}.png")
     command = [SCRIPT, *QUICK, "--data", tmp_path / "data", "--teacher", teacher, "--epochs", 4, "--warmup-epochs", 1,
                "--batch-size", 5, "--base-lr", 0.05, "--log-every", 2]
-    run(*command, "--out", tmp_path / "straight")
+    def here(out):
+        P.main(P.parse_args([*map(str, command[1:]), "--out", str(out)]))
+
+    here(tmp_path / "straight")
     for name, kind in (("killed", signal.SIGKILL), ("stopped", signal.SIGTERM)):
         out = tmp_path / name
         process = subprocess.Popen([sys.executable, *map(str, command), "--out", str(out)], cwd=ROOT, stdout=subprocess.DEVNULL,
@@ -362,8 +365,8 @@ def test_killed_run_resumes_bit_for_bit(tmp_path, teacher):
         if kind == signal.SIGTERM:
             assert "stopped by SIGTERM after step" in errors
             assert state_of(out / "last.pt")["step"] >= 10                        # not a step is lost
-        done = run(*command, "--out", out)
-        assert "going on after step" in done.stdout
+        here(out)
+        assert "going on after step" in capsys.readouterr().out
         assert same_weights(out, tmp_path / "straight")
         logged = [v["step"] for v in P.read_log(out / "log.jsonl") if "rec" in v]
         assert logged == sorted(set(logged)) and logged[-1] == 32

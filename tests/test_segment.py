@@ -1,5 +1,6 @@
 import colorsys
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -307,7 +308,8 @@ def test_training_writes_what_it_promises(trained):
 
 def test_killed_run_resumes_bit_for_bit(data, trained, tmp_path):
     command = [sys.executable, "segment.py", *options(data, tmp_path)]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+                               env={**os.environ, "OMP_NUM_THREADS": "1"})
     deadline = time.time() + 120
     while not (tmp_path / "last.pt").exists() and process.poll() is None and time.time() < deadline:
         time.sleep(0.01)
