@@ -637,7 +637,7 @@ def save_checkpoint(path, **state):
 
 def resume(path, args):
     """State saved in `path`, or None. The options must be those of the interrupted run, but for the free ones."""
-    free = "workers device compile max_steps log_every eval_every no_resume eval predict".split()
+    free = "workers device compile max_steps log_every eval_every save_every no_resume eval predict mode stride".split()
     if args.no_resume or not Path(path).exists():
         return None
     state = torch.load(path, map_location="cpu", weights_only=True)
