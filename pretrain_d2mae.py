@@ -1019,6 +1019,7 @@ def main(args):
         epoch = step // batches.steps
         if skipped:
             say(f"epoch {epoch}: {skipped} unreadable files replaced in process {rank}")
+            skipped = 0
         if step % batches.steps == 0 and epoch % args.eval_every == 0 and step < until:
             report(pictures=True)
     report(pictures=True)
