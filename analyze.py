@@ -304,6 +304,7 @@ def minibatch_cka(batches):
 
 @torch.no_grad()
 def cka(args):
+    """Fig. 3: heatmaps cka.png and the matrices in cka.csv, every other model against the first."""
     encoders = load_models(args)
     if len(encoders) < 2:
         raise InputError("cka compares two models or more: name the reference first, then the others "
@@ -369,6 +370,7 @@ def token_distances(model):
 
 @torch.no_grad()
 def attention(args):
+    """Fig. 5: box plots attention.png over the heads of each block, every head in attention.csv."""
     encoders = load_models(args)
     items, _ = list_items(args)
     distances = [token_distances(e.model) for e in encoders]
@@ -458,6 +460,7 @@ def probe_accuracy(features, labels, shots, draws, seed, neighbours=5, strength=
 
 @torch.no_grad()
 def probe(args):
+    """Few-shot accuracy of every layer's frozen features: curves probe.png, means and standard errors in probe.csv."""
     encoders = load_models(args)
     items, names = list_items(args)
     classes = sorted(set(names))

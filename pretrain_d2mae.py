@@ -458,6 +458,7 @@ class HieraMaskedAutoencoder(MaskedAutoencoder):
     """
 
     def build_decoder(self, dim, depth, heads):
+        """Fusion heads, then the decoder of MAE without a class token and with learned positions."""
         encoder = self.encoder
         width, (h, w) = encoder.embed_dim, encoder.unit_grid
         widths = [encoder.blocks[end - 1].mlp.fc2.out_features for end in encoder.stage_ends[:2]]
@@ -993,6 +994,7 @@ def main(args):
             save_checkpoint(out / "encoder.pt", model=model.encoder.state_dict(), **about)
 
     def report(pictures):
+        """Evaluate on all processes; log, print and, if asked, draw on rank 0."""
         values = evaluate(model, teacher, val_loader, args, world, device)
         log_line(out / "log.jsonl", rank, step=step, **values)
         say(f"step {step}: held-out " + ", ".join(f"{k[4:]} {v:.4f}" for k, v in values.items() if k != "val_images"))
