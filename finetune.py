@@ -571,12 +571,6 @@ def amp_dtype(name, device):
     return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[name]
 
 
-def outlive_sigterm(worker):
-    """For loader processes (worker_init_fn): a SIGTERM to the whole process group leaves them to the training process,
-    which saves first."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-
-
 class EpochBatches:
     """Batch sampler: lists of (epoch, index) keys, the same global batches for any number of processes, micro-steps.
 
@@ -900,8 +894,7 @@ def run(args, rank, world, device):
 
     # recipe
     batches = EpochBatches(len(train_set), args.batch_size, args.accum_steps, rank, world, args.seed)
-    loader = DataLoader(train_set, batch_sampler=batches, num_workers=args.workers,
-                        persistent_workers=args.workers > 0, worker_init_fn=outlive_sigterm,
+    loader = DataLoader(train_set, batch_sampler=batches, num_workers=args.workers, persistent_workers=args.workers > 0,
                         pin_memory=device.type == "cuda")
     test_loader = shard(test_set, max(64, batches.per_process), args, rank, world, device)
     if args.recipe == "linear" and batches.per_process < 2:

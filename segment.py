@@ -511,12 +511,6 @@ def amp_dtype(name, device):
     return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[name]
 
 
-def outlive_sigterm(worker):
-    """For loader processes (worker_init_fn): a SIGTERM to the whole process group leaves them to the training process,
-    which saves first."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-
-
 class EpochBatches:
     """Batch sampler: lists of (epoch, index) keys, the same global batches for any number of processes, micro-steps.
 
@@ -964,8 +958,7 @@ def main(args):
 
     # recipe
     batches = EpochBatches(len(train_set), args.batch_size, args.accum_steps, rank, world, args.seed)
-    loader = DataLoader(train_set, batch_sampler=batches, persistent_workers=args.workers > 0,
-                        worker_init_fn=outlive_sigterm, **loading)
+    loader = DataLoader(train_set, batch_sampler=batches, persistent_workers=args.workers > 0, **loading)
     total, until, dtype = args.iters, min(args.iters, args.max_steps or args.iters), amp_dtype(args.dtype, device)
     groups = param_groups(model, args.weight_decay, args.layer_decay, model.encoder.depth)
     optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=tuple(args.betas), fused=True)

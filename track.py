@@ -808,12 +808,6 @@ def amp_dtype(name, device):
     return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[name]
 
 
-def outlive_sigterm(worker):
-    """For loader processes (worker_init_fn): a SIGTERM to the whole process group leaves them to the training process,
-    which saves first."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-
-
 class EpochBatches:
     """Batch sampler: lists of (epoch, index) keys, the same global batches for any number of processes, micro-steps.
 
@@ -1283,8 +1277,7 @@ def train(args):
     say(said)
     batches = EpochBatches(len(train_set), args.batch_size, args.accum_steps, rank, world, args.seed)
     loading = dict(num_workers=args.workers, pin_memory=device.type == "cuda")
-    loader = DataLoader(train_set, batch_sampler=batches, persistent_workers=args.workers > 0,
-                        worker_init_fn=outlive_sigterm, **loading)
+    loader = DataLoader(train_set, batch_sampler=batches, persistent_workers=args.workers > 0, **loading)
     val_loader = DataLoader(Subset(val_set, range(rank, len(val_set), world)), batches.per_process, **loading)
 
     # recipe

@@ -354,13 +354,12 @@ def test_killed_run_resumes_bit_for_bit(tmp_path, teacher, capsys):
     here(tmp_path / "straight")
     for name, kind in (("killed", signal.SIGKILL), ("stopped", signal.SIGTERM)):
         out = tmp_path / name
-        process = subprocess.Popen([sys.executable, *map(str, command), "--out", str(out), "--workers", "1"], cwd=ROOT,
-                                   stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True,
-                                   env={**os.environ, "OMP_NUM_THREADS": "1"})
+        process = subprocess.Popen([sys.executable, *map(str, command), "--out", str(out)], cwd=ROOT, stdout=subprocess.DEVNULL,
+                                   stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
         steps = lambda: [v.get("step", 0) for v in P.read_log(out / "log.jsonl")] if (out / "log.jsonl").exists() else []
         while process.poll() is None and max(steps(), default=0) < 10:            # in the second of four epochs of 8
             time.sleep(0.02)
-        os.killpg(process.pid, kind)    # with its loader process, as `timeout` and schedulers do
+        process.send_signal(kind)
         _, errors = process.communicate(timeout=60)
         assert process.returncode != 0 and (out / "last.pt").exists()
         if kind == signal.SIGTERM:
