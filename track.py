@@ -6,7 +6,7 @@
     python track.py --eval lasot=data/lasot --results DIR --out out/score        # score text files of any tracker
     python track.py --frames DIR_OR_GIF --init 120,80,40,60 --out out/mine       # boxes.txt and overlay.gif
     python track.py --benchmark                                                  # frames per second on this machine
-    python track.py --demo                                                       # no files, under 4 minutes
+    python track.py --demo                                                       # no files, 2 to 4 minutes
 
 The tokens of a template (the target in the first frame) and of a search region (around the last box) go through the
 blocks of the ViT together, so features are extracted and compared at once. Three blocks also throw out the search
@@ -24,7 +24,7 @@ NOTES, departures from the authors' code:
 - A box leaves a crop by the exact inverse of the way it came in, and is mirrored about the same middle; the authors
   leave out half a crop pixel on the way back, and one in the mirror.
 - The authors flip both frames together and then each crop again, which amounts to flipping each crop on its own.
-- Biases, norms and position tables are not decayed (weight decay 1e-4 on them hardly matters).
+- Biases, norms and position tables are not decayed; the authors decay all parameters by 1e-4.
 """
 import argparse
 import contextlib
@@ -86,10 +86,10 @@ LASOT_TEST = [f"{name}-{n}" for name, *numbers in map(str.split, LASOT_TEST.spli
 # ----------------------------------------------------------------------------------------------------------------------
 # Arguments: the defaults are the paper's recipe
 # ----------------------------------------------------------------------------------------------------------------------
-DEMO = dict(data="shapes", out="out/demo/track", patch_size=8, template_size=32, search_size=64, blocks=4,
-            eliminate_blocks=[3], eliminate_from=3, eliminate_to=5, keep_rate=0.8, centre_jitter=2.0, drop_path=0.0,
-            epochs=7, lr_drop=5, pairs=1024, val_pairs=64, batch_size=16, lr=1e-3, encoder_lr=0.5, workers=1,
-            log_every=16, eval_every=7)
+DEMO = dict(data="shapes", out="out/demo/track", patch_size=8, template_size=40, search_size=64, search_factor=3.2,
+            centre_jitter=1.6, head_channels=64, blocks=4, eliminate_blocks=[3], eliminate_from=3, eliminate_to=5,
+            keep_rate=0.8, drop_path=0.0, epochs=7, lr_drop=5, pairs=1200, val_pairs=64, batch_size=8, lr=1e-3,
+            encoder_lr=0.5, workers=1, log_every=25, eval_every=7)
 
 
 def parse_args(argv=None, **defaults):
@@ -106,6 +106,8 @@ def parse_args(argv=None, **defaults):
     add("--search-size", type=int, default=256, help="side of the search crop in pixels")
     add("--template-factor", type=float, default=2.0, help="side of the template crop over sqrt(w * h) of the box")
     add("--search-factor", type=float, default=4.0, help="side of the search crop over sqrt(w * h) of the last box")
+    add("--head-channels", type=int, default=256,
+        help="channels after the head's first convolution; each of the next three halves them")
     add("--eliminate-blocks", type=int, nargs="*", default=[4, 7, 10],
         help="blocks that remove search tokens, counted from 1")
     add("--keep-rate", type=float, default=0.7, help="share of the search tokens that such a block keeps; 1: all")
@@ -313,11 +315,11 @@ def open_sets(text):
     return {name: open_set(name, folder) for name, _, folder in pairs}
 
 
-def draw_sequence(index, length=60, size=(120, 160)):
+def draw_sequence(index, length=60, size=(150, 200)):
     """Video number `index` of an endless toy set: a striped shape among moving shapes that resemble it."""
     rng = np.random.default_rng([11, index])
     h, w = size
-    t, n = np.arange(length), 4                                                                # object 0 is the target
+    t, n = np.arange(length), 3                                                                # object 0 is the target
     span, speed, phase = rng.uniform(0.2, 0.42, (n, 2)), rng.uniform(0.03, 0.09, (n, 2)), rng.uniform(0, 6.28, (n, 2))
     centres = (0.5 + span * np.sin(speed * t[:, None, None] + phase)) * (w, h)                 # (length, n, 2)
     sides = rng.uniform(14, 24, (n, 2)) * (1 + 0.2 * np.sin(0.1 * t[:, None, None] + rng.uniform(0, 6.28, (n, 1))))
@@ -335,7 +337,6 @@ def draw_frame(frame):
     index, (h, w), centres, sides, kinds, colors, stripes, (color, slope) = frame
     y, x = np.mgrid[:h, :w] + 0.5
     image = color + (slope[0] * (x / w - 0.5) + slope[1] * (y / h - 0.5))[..., None]
-    image = image + np.random.default_rng([12, index]).normal(0, 0.01, image.shape)
     for i in reversed(range(len(kinds))):
         (cx, cy), (sw, sh), (frequency, angle) = centres[i], sides[i], stripes[i]
         top, left = max(0, int(cy - sh / 2)), max(0, int(cx - sw / 2))
@@ -486,7 +487,7 @@ class Tracker(nn.Module):
     """
 
     def __init__(self, encoder, template_size=128, search_size=256, template_factor=2.0, search_factor=4.0,
-                 keep_rate=0.7, eliminate_blocks=(4, 7, 10), **_):
+                 keep_rate=0.7, eliminate_blocks=(4, 7, 10), head_channels=256, **_):
         super().__init__()
         self.sizes, self.factors = (template_size, search_size), (template_factor, search_factor)
         self.keep_rate, self.eliminate_blocks, p = keep_rate, tuple(eliminate_blocks), encoder.patch_size
@@ -503,10 +504,11 @@ class Tracker(nn.Module):
         encoder.template_pos_embed, encoder.search_pos_embed = (nn.Parameter(t) for t in tables)
         encoder.cls_token.requires_grad_(False)    # not used here; kept so that the file is an encoder checkpoint, too
         encoder.pos_embed.requires_grad_(False)
-        self.head = CenterHead(encoder.embed_dim)
+        self.head = CenterHead(encoder.embed_dim, head_channels)
         self.arch = encoder.arch | dict(
             template_size=template_size, search_size=search_size, template_factor=template_factor,
-            search_factor=search_factor, keep_rate=keep_rate, eliminate_blocks=list(eliminate_blocks))
+            search_factor=search_factor, keep_rate=keep_rate, eliminate_blocks=list(eliminate_blocks),
+            head_channels=head_channels)
 
     def embed_template(self, images):
         """(B, 3, z, z) normalised -> tokens (B, Z, D). While tracking, this is done once per video."""
@@ -610,7 +612,7 @@ class FusedHead:
         rows, cols = (peak // g)[:, None] + cells, (peak % g)[:, None] + cells                 # in the map padded by 4
         place = torch.arange(B, device=x.device)[:, None, None], rows[:, :, None], cols[:, None]
         inside = F.pad(x.new_ones(B, g, g), (4, 4, 4, 4))[place][:, None]                      # (B, 1, 9, 9)
-        y = F.pad(x, (4, 4, 4, 4)).permute(0, 2, 3, 1)[place].permute(0, 3, 1, 2)             # (B, D, 9, 9)
+        y = F.pad(x, (4, 4, 4, 4)).permute(0, 2, 3, 1)[place].permute(0, 3, 1, 2).contiguous()    # (B, D, 9, 9)
         for i, (weight, bias) in enumerate(self.box[:-1], start=1):
             y = F.relu(F.conv2d(y, weight, bias, groups=1 if i == 1 else 2))                  # (B, 2 C, 9 - 2i, 9 - 2i)
             y = y * inside[..., i:9 - i, i:9 - i]    # beyond the map the next layer sees zeros, not this one's output
@@ -1049,7 +1051,7 @@ def score_sequence(boxes, truth, visible):
 def open_test_set(text):
     """--eval -> names that make up the set, {name: function that opens the sequence}."""
     if text == "shapes":
-        found = {f"shapes-{i}": functools.partial(draw_sequence, i) for i in range(1000, 1012)}
+        found = {f"shapes-{i}": functools.partial(draw_sequence, i) for i in range(2000, 2012)}
         return list(found), found
     name, _, folder = text.partition("=")
     if name != "lasot" or not folder:
@@ -1364,7 +1366,7 @@ def demo():
     main(args)
     args.eval = "shapes"
     main(args)
-    video, folder = draw_sequence(1010), Path(args.out) / "frames"
+    video, folder = draw_sequence(2001), Path(args.out) / "frames"
     folder.mkdir(exist_ok=True)
     for i, frame in enumerate(video.frames):
         to_image(draw_frame(frame)).save(folder / f"{i}.png")

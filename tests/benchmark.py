@@ -254,7 +254,7 @@ def bench_track():
             return track.to_xywh(track.decode(score * tracker.window, size, offset))[0].tolist()
 
         assert np.allclose(plain(), tracker.locate(search)[:4], atol=1e-4)
-        fast, slow = race(lambda: tracker.locate(search), plain, rounds=15)
+        fast, slow = race(lambda: tracker.locate(search), plain, rounds=60)
         print(f"tracker, keep rate {keep_rate}: {1 / fast:.1f} frames/s, plain {1 / slow:.1f}: {slow / fast:.2f}x")
 
 

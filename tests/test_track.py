@@ -238,7 +238,7 @@ def write_lasot(folder, nested, names=("airplane-1", "airplane-2")):
 
 SMALL = ["--template-size", 32, "--search-size", 64, "--pairs", 8, "--val-pairs", 3, "--batch-size", 4, "--epochs", 2,
          "--eliminate-from", 0, "--eliminate-to", 2, "--workers", 0, "--log-every", 1, "--device", "cpu",
-         "--eval-every", 1]
+         "--eval-every", 1, "--head-channels", 32]
 
 
 def start(*options):
