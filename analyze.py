@@ -108,15 +108,29 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     if not args.demo and not hasattr(args, "run"):
         parser.error("give a command (cka, attention, probe, layers, cost, curves) or --demo")
+    for name, value in vars(args).items():
+        for v in value if isinstance(value, list) else [value]:
+            if type(v) in (int, float) and not v >= (name not in ("seed", "workers", "ridge", "seconds")):
+                raise InputError(f"--{name.replace('_', '-')} {v} is too small")
     return args
 
 
 def named(argument):
     """[LABEL=]PATH -> label, path. Without a label: the last folder and the name of the file, or the name as it is."""
-    if "=" in argument and not Path(argument).exists():
-        return tuple(argument.split("=", 1))
+    label, equals, source = argument.partition("=")
+    if equals and not Path(argument).exists() and not set(label) & set("/:"):
+        return label, source
     path = Path(argument.rpartition(":")[2])
     return ("/".join(filter(None, (path.parent.name, path.stem))) if path.suffix else argument), argument
+
+
+def named_inputs(arguments):
+    """[LABEL=]PATH ... -> [(label, path)]; different files need different labels, or their rows would be mixed."""
+    inputs = [named(argument) for argument in arguments]
+    for label, source in inputs:
+        if any(label == other and source != path for other, path in inputs):
+            raise InputError(f"several inputs are labelled {label}: tell them apart by LABEL=PATH")
+    return inputs
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -157,7 +171,7 @@ def architecture(source):
 
 def load_models(args, **options):
     """The models named on the command line, all for the same image size -> [Encoder]; args.image_size is filled in."""
-    inputs = [named(argument) for argument in args.models]
+    inputs = named_inputs(args.models)
     sources = [source for _, source in inputs if source != "random"]
     if not sources:
         raise InputError("`random` copies the first other model, and there is none: name a checkpoint or one of "
@@ -165,9 +179,12 @@ def load_models(args, **options):
     known = {source: architecture(source) for source in sources}
     size = args.image_size or max((size for _, _, size, _ in known.values() if size), default=[224])
     args.image_size, encoders = tuple(size) * 2 if len(size) == 1 else tuple(size), []
+    if len(args.image_size) != 2:
+        raise InputError(f"--image-size takes one number, or height and width, not {len(size)} numbers")
     for label, source in inputs:
         torch.manual_seed(args.seed)
         name, own, _, file = known.get(source, (*known[sources[0]][:3], None))
+        own = {k: v for k, v in own.items() if k != "q_pool" or "num_classes" not in options}    # classifiers pool
         model = MODELS[name](img_size=args.image_size, **own, **options)
         info = load_encoder(model, file) if file else {}
         model.eval().requires_grad_(False).to(pick_device(args.device))
@@ -231,7 +248,7 @@ class Images(Dataset):
     def __getitem__(self, index):
         try:
             return load_image(self.items[index], self.size)
-        except (OSError, ValueError, SyntaxError) as error:
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
             raise InputError(f"cannot read image {self.items[index]} ({type(error).__name__}): remove it from "
                              "--data") from None
 
@@ -510,9 +527,9 @@ def probe(args):
 def layers(args):
     """fig4.csv of finetune.py: one row per run with keep_blocks, data_fraction, seed and top1 (percent)."""
     runs = defaultdict(list)                                                              # (label, fraction, blocks)
-    for label, path in map(named, args.files):
-        for row in read_csv(path, ("keep_blocks", "data_fraction", "top1")):
-            runs[label, float(row["data_fraction"]), int(row["keep_blocks"])].append(float(row["top1"]))
+    for label, path in named_inputs(args.files):
+        for row in read_csv(path, ("keep_blocks", "data_fraction", "top1"), numbers=True):
+            runs[label, row["data_fraction"], int(row["keep_blocks"])].append(row["top1"])
     summary = {key: mean_and_error(values) for key, values in sorted(runs.items())}
     write_csv(args, ("label", "data_fraction", "keep_blocks", "runs", "top1", "standard_error"),
               [(*key, len(runs[key]), f"{mean:.3f}", f"{error:.3f}") for key, (mean, error) in summary.items()])
@@ -562,6 +579,7 @@ def multiply_adds(run):
 def cost(args):
     """Models with a classifier of 1000 classes; or any network exported by torch.export.save (FILE.pt2: a tracker, a
     segmenter), which is measured on the inputs that it was exported with."""
+    points = read_csv(args.points, ("label", "model", "top1", "latency_ms", "source")) if args.points else []
     if args.threads:
         torch.set_num_threads(args.threads)
     device = pick_device(args.device)
@@ -571,7 +589,10 @@ def cost(args):
     networks = [(e.label, e.model.to(dtype), (torch.zeros(1, 3, *args.image_size, dtype=dtype, device=device),), e)
                 for e in (load_models(args, num_classes=1000) if args.models else ())]
     for label, path in map(named, exported):
-        program = torch.export.load(path)
+        try:
+            program = torch.export.load(path)
+        except Exception as error:    # of many kinds
+            raise InputError(f"{path} is no network of torch.export.save ({type(error).__name__})") from None
         networks.append((label, program.module(), program.example_inputs[0], None))
     where = torch.cuda.get_device_name() if device.type == "cuda" else str(device)
     threads = torch.get_num_threads()
@@ -596,14 +617,14 @@ def cost(args):
                          where, threads, args.dtype))
     write_csv(args, ("model", "parameters", "multiply_adds", "measured", "batch_size", "ms", "p10", "p90", "fps",
                      "device", "threads", "dtype"), rows)
-    if args.points:
-        draw_accuracy_latency(args, latency)
+    if points:
+        draw_accuracy_latency(args, points, latency)
 
 
-def draw_accuracy_latency(args, measured):
-    """Fig. 1: top-1 accuracy against latency at batch 1. measured: label of a model -> milliseconds."""
+def draw_accuracy_latency(args, rows, measured):
+    """Fig. 1: top-1 accuracy against latency at batch 1. rows: of --points; measured: label of a model -> ms."""
     points = []
-    for row in read_csv(args.points, ("label", "model", "top1", "latency_ms", "source")):
+    for row in rows:
         latency = row["latency_ms"] or measured.get(row["model"])
         if latency:
             points.append((float(latency), float(row["top1"]), row["label"], row["source"]))
@@ -625,16 +646,17 @@ def curves(args):
     """log.jsonl of any script: one JSON object per line; those with a "step" are drawn, whatever they hold."""
     bookkeeping = {"step", "epoch", "lr", "grad_norm", "img_s", "data_share", "memory_gb", "eta_h", "val_images"}
     logs = []                                                       # (label, {key: [(step, value)]})
-    for label, path in map(named, args.files):
+    for label, path in named_inputs(args.files):
         if not Path(path).is_file():
             raise InputError(f"{path} does not exist: give log.jsonl files")
         points = defaultdict(list)
-        for number, text in enumerate(Path(path).read_text().splitlines(), start=1):
+        for number, text in enumerate(Path(path).read_text(errors="replace").splitlines(), start=1):
             try:
                 line = json.loads(text)
-            except json.JSONDecodeError:
-                raise InputError(f"{path}, line {number}, is not JSON: is it the log.jsonl of a run?") from None
-            for key, value in line.items() if "step" in line else ():
+                steps = isinstance(line.get("step"), int)
+            except (json.JSONDecodeError, AttributeError):
+                raise InputError(f"{path}, line {number}, is no JSON object: is it the log.jsonl of a run?") from None
+            for key, value in line.items() if steps else ():
                 if isinstance(value, (int, float)) and math.isfinite(value):
                     points[key].append((line["step"], value))
         logs.append((label, points))
@@ -815,16 +837,19 @@ def write_csv(args, header, rows):
         csv.writer(file).writerows([header, *rows])
 
 
-def read_csv(path, columns):
-    """Rows of a CSV file as dictionaries; every column of `columns` has to be there."""
+def read_csv(path, columns, numbers=False):
+    """Rows of a CSV file as dictionaries; every column of `columns` has to be there, and be a number if asked for."""
     if not Path(path).is_file():
         raise InputError(f"{path} does not exist: give a .csv file")
-    with open(path, newline="") as file:
+    with open(path, newline="", errors="replace") as file:
         rows = list(csv.DictReader(file))
     missing = [c for c in columns if not rows or c not in rows[0]]
     if missing:
         raise InputError(f"{path} lacks the column(s) {', '.join(missing)}, or has no row")
-    return rows
+    try:
+        return [{c: float(row[c]) for c in columns} for row in rows] if numbers else rows
+    except (TypeError, ValueError):
+        raise InputError(f"{path} has a row in which {', '.join(columns)} are not all numbers") from None
 
 
 def demo(folder=Path("out/demo")):
@@ -861,5 +886,5 @@ if __name__ == "__main__":
     try:
         arguments = parse_args()
         demo() if arguments.demo else arguments.run(arguments)
-    except InputError as error:    # loader processes put their traceback before the sentence
+    except (InputError, OSError) as error:    # loader processes put their traceback before the sentence
         sys.exit(f"error: {str(error).strip().splitlines()[-1].removeprefix('models.InputError: ')}")

@@ -184,7 +184,7 @@ def parse_args(argv=None, **defaults):
     add("--demo", action="store_true", help="defaults for two small runs on drawn shapes: from scratch, and from "
                                             "out/demo/encoder.pt once pretrain_d2mae.py --demo has been run")
     parser.set_defaults(**defaults)
-    return parser.parse_args(argv)
+    return check_numbers(parser.parse_args(argv), zero="workers seed keep_blocks sweep_keep_blocks sweep_seeds")
 
 
 def change(args, **values):
@@ -199,6 +199,8 @@ def resolve(args):
     args = change(args, data_fraction=args.data_fraction[0], data=args.data or f"data/{args.dataset}")
     if not 0 < args.data_fraction <= 1 or (args.shots is not None and args.shots < 1):
         raise InputError("--data-fraction must lie in (0, 1] and --shots be at least 1")
+    if not 0 < args.crop_scale[0] <= args.crop_scale[1] <= 1:
+        raise InputError(f"--crop-scale {args.crop_scale[0]} {args.crop_scale[1]} must be a range within (0, 1]")
     if not args.init and (args.keep_blocks is not None or args.recipe in ("linear", "knn")):
         option = f"--recipe {args.recipe}" if args.keep_blocks is None else "--keep-blocks"
         raise InputError(f"{option} uses a pre-trained encoder: give --init FILE")
@@ -219,6 +221,10 @@ def resolve(args):
         args.patch_size = args.patch_size or patch or arch.get("patch_size") or standard
     size = args.image_size or arch.get("img_size") or [224]
     args.image_size = list(size) * 2 if len(size) == 1 else list(size)
+    if len(args.image_size) != 2:
+        raise InputError(f"--image-size takes one number, or height and width, not {len(args.image_size)} numbers")
+    if max(args.smoothing or 0, args.ema or 0) >= 1 or args.temperature == 0:
+        raise InputError("--smoothing and --ema must lie below 1, --temperature above 0")
     args.mean = list(args.mean or info.get("mean") or IMAGENET_MEAN)
     args.std = list(args.std or info.get("std") or IMAGENET_STD)
     return args
@@ -229,15 +235,19 @@ def resolve(args):
 # ----------------------------------------------------------------------------------------------------------------------
 def read_image(path):
     """Any image file -> (3, H, W) uint8 RGB: grey, palette, CMYK, 16-bit and alpha (dropped) included."""
+    with open(path, "rb") as file:
+        png = file.read(4) == b"\x89PNG"    # a damaged one crashes torchvision's decoder and the process with it
     try:
-        image = torchvision.io.decode_image(str(path), mode=torchvision.io.ImageReadMode.RGB)
-        image = image[0] if image.dim() == 4 else image                        # first frame of an animation
-        return (image.int() // 257).to(torch.uint8) if image.dtype == torch.uint16 else image
+        if not png:
+            image = torchvision.io.decode_image(str(path), mode=torchvision.io.ImageReadMode.RGB)
+            return image[0] if image.dim() == 4 else image                     # first frame of an animation
     except (RuntimeError, AttributeError):    # a format that only Pillow reads, a broken file, a torchvision without it
-        with Image.open(path) as image:
-            if image.mode.startswith("I"):                                     # 16-bit grey, which convert() would clip
-                image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
-            return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
+        pass
+    with Image.open(path) as image:
+        if image.mode.startswith("I"):                                         # 16-bit grey, which convert() would clip
+            image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
+        image.info.pop("transparency", None)                                   # of a palette: dropped like any other
+        return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
 
 
 TOY_CLASSES = ["disc", "square", "triangle", "ring"]
@@ -296,7 +306,7 @@ class LabelledImages(Dataset):
             what, label = self.items[index]
             try:
                 image = self.load(what)
-            except (OSError, RuntimeError, ValueError, SyntaxError) as error:
+            except (OSError, RuntimeError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
                 if not self.skip_corrupt:
                     raise InputError(f"cannot read image {what} ({type(error).__name__}): remove it, or go on without "
                                      "it by --skip-corrupt") from None
@@ -504,12 +514,12 @@ def build_model(args, classes):
 
 
 def knn_scores(features, train_features, train_labels, classes, neighbours=20, temperature=0.07, chunk=512):
-    """Weighted k-NN: scores (n, K), at each class the sum of exp(cosine / temperature) over the nearest training images
-    of it. features (n, D) and train_features (N, D) of length 1; `chunk` rows at a time bound the memory."""
+    """Weighted k-NN: scores (n, K), at each class the sum of exp((cosine - 1) / temperature) over the nearest training
+    images of it. features (n, D) and train_features (N, D) of length 1; `chunk` rows at a time bound the memory."""
     scores = features.new_zeros(len(features), classes)
     for start in range(0, len(features), chunk):
         cosine, nearest = (features[start:start + chunk] @ train_features.T).topk(min(neighbours, len(train_features)))
-        scores[start:start + chunk].scatter_add_(1, train_labels[nearest], (cosine / temperature).exp())
+        scores[start:start + chunk].scatter_add_(1, train_labels[nearest], ((cosine - 1) / temperature).exp())
     return scores
 
 
@@ -584,7 +594,8 @@ class EpochBatches:
         self.per_process = min(batch, n) // (accum_steps * world)
         if batch % (accum_steps * world) or not self.per_process:
             raise InputError(f"--batch-size {batch} cannot be dealt out evenly to {world} process(es) x --accum-steps "
-                             f"{accum_steps} from {n} images: choose a multiple of {accum_steps * world}")
+                             f"{accum_steps} from {n} images: choose a multiple of {accum_steps * world}, and at least "
+                             "as many images")
         self.batch = self.per_process * accum_steps * world
         self.steps, self.epoch, self.start = n // self.batch, 0, 0
 
@@ -597,6 +608,16 @@ class EpochBatches:
         for micro in range(self.start * self.accum_steps, self.steps * self.accum_steps):
             first = (micro * self.world + self.rank) * self.per_process
             yield [(self.epoch, i) for i in order[first:first + self.per_process]]
+
+
+def check_numbers(args, zero):
+    """Refuse integer options below 1 (those named in `zero`: below 0), negative and NaN ones -> args."""
+    for name, value in vars(args).items():
+        for v in value if isinstance(value, (list, tuple)) else [value]:
+            low = int(isinstance(v, int) and name not in zero.split())
+            if isinstance(v, (int, float)) and not isinstance(v, bool) and not v >= low:
+                raise InputError(f"--{name.replace('_', '-')} {v} must be at least {low}")
+    return args
 
 
 def param_groups(model, weight_decay, layer_decay=1.0, depth=12):
@@ -617,14 +638,18 @@ def save_checkpoint(path, **state):
     os.replace(f"{path}.tmp", path)
 
 
-def resume(path, args):
-    """State saved in `path`, or None. The options must be those of the interrupted run, but for the free ones."""
+def resume(path, args, images):
+    """State saved in `path`, or None. The options must be those of the interrupted run, but for the free ones, and so
+    must the number of training images."""
     free = "workers device compile max_steps log_every eval_every save_every no_resume eval predict mode stride".split()
     if args.no_resume or not Path(path).exists():
         return None
-    state = torch.load(path, map_location="cpu", weights_only=True)
+    state = read_file(path)
+    if not isinstance(state, dict) or not {"args", "images", "optimizer"} <= state.keys():
+        raise InputError(f"{path} is no checkpoint to go on from: give another --out, or --no-resume to start again")
     now, before = json.loads(json.dumps(vars(args))), state["args"]
     changed = [f"--{k.replace('_', '-')} {before.get(k)}" for k in now if k not in free and before.get(k) != now[k]]
+    changed += [f"{state['images']} training images, not {images}"] if state["images"] != images else []
     if changed:
         raise InputError(f"{path} was written with {', '.join(changed[:5])}: give the same options to go on, another "
                          "--out, or --no-resume to start again")
@@ -640,7 +665,8 @@ def log_line(path, rank, **values):
 
 
 def read_log(path):
-    return [json.loads(line) for line in Path(path).read_text().splitlines()]
+    """The objects in log.jsonl, but for a line that a killed run left unfinished."""
+    return [json.loads(line) for line in Path(path).read_text().splitlines() if line.endswith("}")]
 
 
 def open_log(path, rank, args, step):
@@ -731,6 +757,9 @@ def train_epoch(model, loader, losses_of, names_of, optimizer, scaler, lr_of, st
             bar.write(f"waiting for data {share:.0%} of the time: more --workers, or a faster disk, would help")
         window, waited, begun, first = [], 0.0, time.perf_counter(), step
     bar.close()
+    if not torch.stack([p.isfinite().all() for p in params]).all():    # a last update can do it; once per epoch
+        raise FloatingPointError(f"weights are not finite after step {step}; checkpoints in {args.out} are from before;"
+                                 " try a lower learning rate")
     return step, asked
 
 
@@ -788,6 +817,8 @@ def evaluate(classify, classes, loader, args, world, device):
         dist.all_reduce(sums)
         dist.all_reduce(confusion)
     (n, top1, top5, loss), confusion = sums.tolist(), confusion.view(classes, classes).cpu()
+    if not n:
+        raise InputError("no test image could be read: is the test split of --data complete?")
     images = confusion.sum(dim=1)
     mean_class = (confusion.diagonal() / images)[images > 0].mean().item()
     return {"top1": 100 * top1 / n, "top5": 100 * top5 / n, "mean_class": 100 * mean_class, "val_loss": loss / n,
@@ -802,7 +833,7 @@ def sentence(values):
 def write_classes(out, classes, confusion):
     """classes.csv: images and top-1 of each class, and the class it is most often taken for. Up to 100 classes:
     confusion.png, each row (true class) in shares of its images, white 0, dark blue 1."""
-    with open(Path(out, "classes.csv"), "w", newline="") as file:
+    with open(Path(out, "classes.csv"), "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
         writer = csv.writer(file)
         writer.writerow(("class", "images", "top1", "most_confused_with", "confused_images"))
         for k, (name, row) in enumerate(zip(classes, confusion)):
@@ -909,7 +940,9 @@ def run(args, rank, world, device):
     optimizer = make_optimizer(model, args, say)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     judged = copy.deepcopy(model) if args.ema else model    # what is evaluated, and saved in best.pt
-    step, best, state = 0, {"top1": -1.0}, resume(out / "last.pt", args)
+    step, best, state = 0, {"top1": -1.0}, resume(out / "last.pt", args, len(train_set))
+    if state and state["classes"] != classes:
+        raise InputError(f"{out}/last.pt was trained on other classes than those of {args.data}: give another --out")
     if state:
         model.load_state_dict(state["model"])
         judged.load_state_dict(state["ema"] or state["model"])
@@ -951,7 +984,7 @@ def run(args, rank, world, device):
                             std=args.std, step=step, best=best, args=json.loads(json.dumps(vars(args))), **training)
 
     def save_last():
-        save("last.pt", model, optimizer=optimizer.state_dict(), scaler=scaler.state_dict(),
+        save("last.pt", model, optimizer=optimizer.state_dict(), scaler=scaler.state_dict(), images=len(train_set),
              ema=judged.state_dict() if args.ema else None)
 
     def report():
@@ -976,11 +1009,13 @@ def run(args, rank, world, device):
                                     args, rank, world, device, stop)
         if skipped:
             say(f"epoch {batches.epoch + 1}: {skipped} unreadable files replaced in process {rank}")
-        if step < until and step % (batches.steps * args.eval_every) == 0:
-            report()
         save_last()
         if stopped:
             raise SystemExit(f"stopped by SIGTERM after step {step}; the same command goes on from {out}/last.pt")
+        if step < until and step % (batches.steps * args.eval_every) == 0:
+            report()
+            save_last()
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)    # nothing left to save
     seconds = time.perf_counter() - begun
     values, confusion = report()
     save_last()
@@ -1004,9 +1039,11 @@ def run_knn(model, train_set, test_set, classes, args, rank, world, device):
     features, labels = (gather_rows(x, world) for x in extract(model, own, args, device))
     features, labels = features[labels >= 0], labels[labels >= 0]
 
-    def vote(images):
-        return knn_scores(F.normalize(model(images).float(), dim=1), features, labels, len(classes), args.neighbours,
-                          args.temperature)
+    def vote(images):    # -> logarithm of the share of votes, so that the loss is that of the votes as probabilities
+        x = F.normalize(model(images).float(), dim=1)
+        with torch.autocast(device.type, enabled=False):
+            votes = knn_scores(x, features, labels, len(classes), args.neighbours, args.temperature)
+        return (votes / votes.sum(dim=1, keepdim=True).clamp(min=1e-30)).clamp(min=1e-12).log()
     loader = shard(test_set, args.batch_size, args, rank, world, device)
     values, confusion = evaluate(vote, len(classes), loader, args, world, device)
     log_line(Path(args.out, "log.jsonl"), rank, args=vars(args), **values)
@@ -1019,7 +1056,10 @@ def run_knn(model, train_set, test_set, classes, args, rank, world, device):
 def sweep(args, rank, world, device):
     """Fig. 4: accuracy against the number of pre-trained blocks that are kept, one line per share of the data."""
     known = MODELS[resolve(change(args, data_fraction=[1.0])).model].keywords
-    blocks = args.sweep_keep_blocks or range((known.get("depth") or sum(known["stages"])) + 1)
+    depth = known.get("depth") or sum(known["stages"])
+    blocks = args.sweep_keep_blocks or range(depth + 1)
+    if max(blocks) > depth or not all(0 < share <= 1 for share in args.data_fraction):    # now, not after hours
+        raise InputError(f"--sweep-keep-blocks must lie in 0..{depth}, --data-fraction in (0, 1]")
     if not args.init or len(args.data_fraction) > 5:
         raise InputError("--sweep-keep-blocks needs --init FILE, and takes at most 5 values of --data-fraction")
     rows, seeds = [], args.sweep_seeds or [args.seed]
@@ -1061,7 +1101,7 @@ def load_classifier(args, device):
     """The classifier of --init, or best.pt in --out -> model, class names, its options, path."""
     path = args.init or f"{args.out}/best.pt"
     file = read_file(path)
-    if not isinstance(file, dict) or "classes" not in file:
+    if not isinstance(file, dict) or "classes" not in file or "recipe" not in file.get("args", ()):
         raise InputError(f"{path} holds no classifier with class names: give a best.pt of finetune.py by --init")
     stored = argparse.Namespace(**file["args"])
     model = build_model(stored, len(file["classes"]))
@@ -1075,7 +1115,11 @@ def predict(args, device):
     model, classes, stored, _ = load_classifier(args, device)
     images = LabelledImages([(name, 0) for name in args.predict], read_image, stored.image_size, 1, train=False)
     for i, name in enumerate(args.predict):
-        logits = model(normalize(images[i][0][None].to(device), stored.mean, stored.std))[0]
+        try:
+            image = images[i][0]
+        except InputError:
+            raise InputError(f"--predict {name} is no readable image file") from None
+        logits = model(normalize(image[None].to(device), stored.mean, stored.std))[0]
         top = logits.softmax(dim=0).topk(min(5, len(classes)))
         print(f"{name}: " + ", ".join(f"{classes[k]} {100 * p:.1f}%" for p, k in zip(*map(torch.Tensor.tolist, top))))
 
@@ -1083,7 +1127,9 @@ def predict(args, device):
 def evaluate_file(args, rank, world, device):
     """--eval: a classifier on the test split of --data, by default that of its training; the classes must agree."""
     model, classes, stored, path = load_classifier(args, device)
-    where = {} if args.data else dict(dataset=stored.dataset, data=stored.data)
+    where = dict(dataset=stored.dataset, data=stored.data)
+    if args.data or args.dataset != "folder":    # another set than that of the training
+        where = dict(data=args.data or f"data/{args.dataset}")
     args = change(args, image_size=stored.image_size, mean=stored.mean, std=stored.std, data_fraction=1.0, **where)
     _, test_set, names, said = make_data(args, train=False)
     if names != classes:
@@ -1111,7 +1157,7 @@ if __name__ == "__main__":
     try:
         arguments = parse_args()
         main(parse_args(**DEMO) if arguments.demo else arguments)
-    except (InputError, FloatingPointError) as error:    # loader processes put their traceback before the sentence
+    except (InputError, FloatingPointError, OSError) as error:    # after a loader process's traceback, its last line
         sys.exit(f"error: {str(error).strip().splitlines()[-1].removeprefix('models.InputError: ')}")
     finally:
         if dist.is_initialized():

@@ -98,6 +98,8 @@ class DropPath(nn.Module):
 
     def __init__(self, rate):
         super().__init__()
+        if not 0 <= rate < 1:
+            raise InputError(f"--drop-path {rate} must lie in [0, 1): it is the share of skipped blocks")
         self.rate = rate
 
     def forward(self, x):
@@ -526,8 +528,7 @@ def read_file(path):
     """The object in a checkpoint file, on the CPU. Never unpickles code. Raises InputError in one sentence."""
     path = Path(path)
     if not path.is_file():
-        raise InputError(f"checkpoint {path} does not exist: give the path of a file (training from scratch is the "
-                         "absence of the option)")
+        raise InputError(f"checkpoint {path} does not exist: give the path of a file, or leave the option out")
     head = path.open("rb").read(64)
     if head.startswith(b"version https://git-lfs") or head.lstrip().startswith(b"<"):
         what = "Git LFS pointer" if b"git-lfs" in head else "web page"
@@ -537,16 +538,19 @@ def read_file(path):
             return importlib.import_module("safetensors.torch").load_file(path)
         except ImportError:
             raise InputError(f"reading {path} needs the safetensors package: pip install safetensors") from None
+        except Exception as error:    # a class of that package
+            raise InputError(f"checkpoint {path} is not a readable safetensors file ({type(error).__name__}): is it "
+                             "complete?") from None
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):    # MAE training files keep their options in one
             return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
+    except (RuntimeError, OSError, EOFError, KeyError, IndexError, ValueError, pickle.UnpicklingError) as error:
         name = re.search(r"GLOBAL (\S+)|type (\S+)", str(error))
-        raise InputError(f"checkpoint {path} pickles {name.group(0) if name else 'an object'}, which could run code "
-                         "when loaded: re-save only its tensors and plain Python types") from None
-    except (RuntimeError, EOFError, KeyError, UnicodeDecodeError) as error:
-        raise InputError(f"checkpoint {path} is not a readable PyTorch file ({str(error).splitlines()[0][:80]}): is "
-                         "the download complete?") from None
+        if name and isinstance(error, pickle.UnpicklingError):
+            raise InputError(f"checkpoint {path} pickles {name.group(0)}, which could run code when loaded: re-save "
+                             "only its tensors and plain Python types") from None
+        raise InputError(f"checkpoint {path} is not a readable PyTorch file ({type(error).__name__}): is it complete?"
+                         ) from None
 
 
 def load_state(path):
@@ -559,7 +563,7 @@ def load_state(path):
     file = read_file(path)
     state = next((file[k] for k in ("model", "model_state", "state_dict") if isinstance(file, dict)
                   and isinstance(file.get(k), dict)), file)
-    state = {k: v for k, v in state.items() if torch.is_tensor(v)} if isinstance(state, dict) else {}
+    state = {str(k): v for k, v in state.items() if torch.is_tensor(v)} if isinstance(state, dict) else {}
     stems = ("patch_embed.proj.weight", "embeddings.patch_embeddings.projection.weight")
     prefixes = {k[:-len(s)] for k in state for s in stems if k.endswith(s)}
     if len(prefixes) > 1:
@@ -568,7 +572,9 @@ def load_state(path):
         raise InputError(f"checkpoint {path} has {'several encoders: ' + str(sorted(prefixes)) if prefixes else 'no'} "
                          f"ViT or Hiera encoder (looked for a key ending in {stems[0]})")
     prefix = prefixes.pop()
-    info = {k: file[k] for k in ("arch", "mean", "std", "args", "norm_pix") if k in file and file is not state}
+    info = {k: file[k] for k in ("arch", "mean", "std", "args", "norm_pix") if k in file}
+    if not (isinstance(info.get("arch"), dict) and "img_size" in info["arch"]):    # MoCo-v3 and timm store a name
+        info.pop("arch", None)
     state = {k[len(prefix):] if k.startswith(prefix) else k: v for k, v in state.items()}
 
     if any(k.startswith("embeddings.") for k in state):    # Hugging Face
@@ -579,8 +585,9 @@ def load_state(path):
                     key = key.replace(old, new)
             renamed[key] = value
         for key in [k for k in renamed if k.startswith("blocks.") and ".attention.q_proj." in k]:
-            parts = [renamed.pop(key.replace("q_proj", part)) for part in ("q_proj", "k_proj", "v_proj")]
-            renamed[key.replace("attention.q_proj", "attn.qkv")] = torch.cat(parts)
+            parts = [key.replace("q_proj", part) for part in ("q_proj", "k_proj", "v_proj")]
+            if all(part in renamed for part in parts):
+                renamed[key.replace("attention.q_proj", "attn.qkv")] = torch.cat([renamed.pop(p) for p in parts])
         state = renamed
     return state, info
 

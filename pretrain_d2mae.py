@@ -54,8 +54,8 @@ except ImportError:
     resource = None
 
 from models import (IMAGENET_MEAN, IMAGENET_STD, MODELS, Block, HieraBlock, InputError, LayerNorm, attention_logits,
-                    infer_model, init_mae, init_patch_embed, layer_id, load_encoder, load_state, normalize, reroll,
-                    sincos_2d)
+                    infer_model, init_mae, init_patch_embed, layer_id, load_encoder, load_state, normalize,
+                    read_file, reroll, sincos_2d)
 
 IMAGE_TYPES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
 
@@ -126,7 +126,7 @@ def parse_args(argv=None, **defaults):
     add("--eval-every", type=int, default=10, help="epochs between evaluations with pictures; the last epoch always")
     add("--demo", action="store_true", help="defaults for a run on drawn shapes: a small teacher, then its student")
     parser.set_defaults(**defaults)
-    return parser.parse_args(argv)
+    return check_numbers(parser.parse_args(argv), zero="workers seed")
 
 
 def resolve(args):
@@ -137,6 +137,13 @@ def resolve(args):
     args.mask_ratio = args.mask_ratio if args.mask_ratio is not None else 0.4 if hiera else 0.75
     if not 0 < args.mask_ratio < 1:
         raise InputError(f"--mask-ratio {args.mask_ratio} must lie between 0 and 1")
+    if not 0 < args.crop_scale[0] <= args.crop_scale[1] <= 1:
+        raise InputError(f"--crop-scale {args.crop_scale[0]} {args.crop_scale[1]} must be a range within (0, 1]")
+    if len(args.image_size) != 2:
+        raise InputError(f"--image-size takes one number, or height and width, not {len(args.image_size)} numbers")
+    if args.decoder_dim % 4 or args.decoder_dim % args.decoder_heads:
+        raise InputError(f"--decoder-dim {args.decoder_dim} must be a multiple of 4 and of --decoder-heads "
+                         f"{args.decoder_heads}")
     if args.method == "mae":
         args.teacher = None
     elif args.teacher is None:
@@ -152,7 +159,7 @@ def resolve(args):
     args.decoder_tap = args.decoder_tap or (8 if args.method == "d2-mae" else depth)
     if not 1 <= args.decoder_tap <= depth:
         raise InputError(f"--decoder-tap {args.decoder_tap} is not one of the blocks 1..{depth}")
-    args.distill_layers = [] if args.method == "mae" else sorted(args.distill_layers or [depth])
+    args.distill_layers = [] if args.method == "mae" else sorted(set(args.distill_layers or [depth]))
     if args.distill_layers and not 1 <= args.distill_layers[0] <= args.distill_layers[-1] <= depth:
         raise InputError(f"--distill-layers {args.distill_layers} are not all among the blocks 1..{depth}")
     if args.method == "d2-mae" and args.distill_layers[-1] != depth:
@@ -166,15 +173,19 @@ def resolve(args):
 # ----------------------------------------------------------------------------------------------------------------------
 def read_image(path):
     """Any image file -> (3, H, W) uint8 RGB: grey, palette, CMYK, 16-bit and alpha (dropped) included."""
+    with open(path, "rb") as file:
+        png = file.read(4) == b"\x89PNG"    # a damaged one crashes torchvision's decoder and the process with it
     try:
-        image = torchvision.io.decode_image(str(path), mode=torchvision.io.ImageReadMode.RGB)
-        image = image[0] if image.dim() == 4 else image                        # first frame of an animation
-        return (image.int() // 257).to(torch.uint8) if image.dtype == torch.uint16 else image
+        if not png:
+            image = torchvision.io.decode_image(str(path), mode=torchvision.io.ImageReadMode.RGB)
+            return image[0] if image.dim() == 4 else image                     # first frame of an animation
     except (RuntimeError, AttributeError):    # a format that only Pillow reads, a broken file, a torchvision without it
-        with Image.open(path) as image:
-            if image.mode.startswith("I"):                                     # 16-bit grey, which convert() would clip
-                image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
-            return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
+        pass
+    with Image.open(path) as image:
+        if image.mode.startswith("I"):                                         # 16-bit grey, which convert() would clip
+            image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
+        image.info.pop("transparency", None)                                   # of a palette: dropped like any other
+        return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
 
 
 @functools.lru_cache(maxsize=None)
@@ -224,12 +235,14 @@ class Images(Dataset):
         noise = torch.rand(self.cells)
         for tries in range(100):
             try:
-                return self.transform(self.load(self.items[index])), noise, index, int(tries > 0)
-            except (OSError, RuntimeError, ValueError, SyntaxError) as error:
+                image = self.load(self.items[index])
+            except (OSError, RuntimeError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
                 if not self.skip_corrupt:
                     raise InputError(f"cannot read image {self.items[index]} ({type(error).__name__}): remove it, or "
                                      "go on without it by --skip-corrupt") from None
                 index = (index + 1) % len(self.items)
+            else:
+                return self.transform(image), noise, index, int(tries > 0)
         raise InputError(f"100 unreadable images in a row, up to {self.items[index]}: is --data a folder of images?")
 
 
@@ -238,7 +251,8 @@ def list_images(folder):
     folder = Path(folder)
     if not folder.is_dir():
         raise InputError(f"{folder} is not a folder: give --data a folder of images (ImageNet: data/imagenet/train)")
-    files = sorted(str(p) for p in folder.rglob("*") if p.suffix.lower() in IMAGE_TYPES)
+    files = sorted(os.path.join(root, name) for root, _, names in os.walk(folder, followlinks=True) for name in names
+                   if Path(name).suffix.lower() in IMAGE_TYPES)
     if not files:
         raise InputError(f"{folder} holds no image ({', '.join(sorted(IMAGE_TYPES))}), directly or in its folders")
     return files
@@ -512,7 +526,7 @@ class HieraMaskedAutoencoder(MaskedAutoencoder):
 
 def teacher_layer(k, encoder, teacher):
     """Teacher block for student block k: the same one, or the one at the same relative depth of a deeper teacher."""
-    return k * teacher.depth // encoder.depth
+    return max(1, k * teacher.depth // encoder.depth)
 
 
 def build_teacher(args):
@@ -603,7 +617,8 @@ class EpochBatches:
         self.per_process = min(batch, n) // (accum_steps * world)
         if batch % (accum_steps * world) or not self.per_process:
             raise InputError(f"--batch-size {batch} cannot be dealt out evenly to {world} process(es) x --accum-steps "
-                             f"{accum_steps} from {n} images: choose a multiple of {accum_steps * world}")
+                             f"{accum_steps} from {n} images: choose a multiple of {accum_steps * world}, and at least "
+                             "as many images")
         self.batch = self.per_process * accum_steps * world
         self.steps, self.epoch, self.start = n // self.batch, 0, 0
 
@@ -616,6 +631,16 @@ class EpochBatches:
         for micro in range(self.start * self.accum_steps, self.steps * self.accum_steps):
             first = (micro * self.world + self.rank) * self.per_process
             yield [(self.epoch, i) for i in order[first:first + self.per_process]]
+
+
+def check_numbers(args, zero):
+    """Refuse integer options below 1 (those named in `zero`: below 0), negative and NaN ones -> args."""
+    for name, value in vars(args).items():
+        for v in value if isinstance(value, (list, tuple)) else [value]:
+            low = int(isinstance(v, int) and name not in zero.split())
+            if isinstance(v, (int, float)) and not isinstance(v, bool) and not v >= low:
+                raise InputError(f"--{name.replace('_', '-')} {v} must be at least {low}")
+    return args
 
 
 def param_groups(model, weight_decay, layer_decay=1.0, depth=12):
@@ -636,14 +661,18 @@ def save_checkpoint(path, **state):
     os.replace(f"{path}.tmp", path)
 
 
-def resume(path, args):
-    """State saved in `path`, or None. The options must be those of the interrupted run, but for the free ones."""
+def resume(path, args, images):
+    """State saved in `path`, or None. The options must be those of the interrupted run, but for the free ones, and so
+    must the number of training images."""
     free = "workers device compile max_steps log_every eval_every save_every no_resume eval predict mode stride".split()
     if args.no_resume or not Path(path).exists():
         return None
-    state = torch.load(path, map_location="cpu", weights_only=True)
+    state = read_file(path)
+    if not isinstance(state, dict) or not {"args", "images", "optimizer"} <= state.keys():
+        raise InputError(f"{path} is no checkpoint to go on from: give another --out, or --no-resume to start again")
     now, before = json.loads(json.dumps(vars(args))), state["args"]
     changed = [f"--{k.replace('_', '-')} {before.get(k)}" for k in now if k not in free and before.get(k) != now[k]]
+    changed += [f"{state['images']} training images, not {images}"] if state["images"] != images else []
     if changed:
         raise InputError(f"{path} was written with {', '.join(changed[:5])}: give the same options to go on, another "
                          "--out, or --no-resume to start again")
@@ -659,7 +688,8 @@ def log_line(path, rank, **values):
 
 
 def read_log(path):
-    return [json.loads(line) for line in Path(path).read_text().splitlines()]
+    """The objects in log.jsonl, but for a line that a killed run left unfinished."""
+    return [json.loads(line) for line in Path(path).read_text().splitlines() if line.endswith("}")]
 
 
 def open_log(path, rank, args, step):
@@ -750,6 +780,9 @@ def train_epoch(model, loader, losses_of, names_of, optimizer, scaler, lr_of, st
             bar.write(f"waiting for data {share:.0%} of the time: more --workers, or a faster disk, would help")
         window, waited, begun, first = [], 0.0, time.perf_counter(), step
     bar.close()
+    if not torch.stack([p.isfinite().all() for p in params]).all():    # a last update can do it; once per epoch
+        raise FloatingPointError(f"weights are not finite after step {step}; checkpoints in {args.out} are from before;"
+                                 " try a lower learning rate")
     return step, asked
 
 
@@ -882,9 +915,10 @@ def draw_attention(model, teacher, images, args, path):
     hiera = isinstance(model, HieraMaskedAutoencoder)
     ids = torch.arange(model.cells, device=images.device).expand(B, -1)
     features = encoder.forward_features(images, model.encoder_taps(), ids)
-    student = model.adapters[str(layer)](model.student_signal(features, layer).float())
-    truth = teacher_signals(teacher, images, ids, [teacher_layer(layer, encoder, teacher)])[0]
-    maps = [a.float().softmax(dim=-1).mean(dim=1).cpu() for a in (student, truth)]             # (B, T, T)
+    student, adapter = model.student_signal(features, layer).float(), model.adapters[str(layer)]
+    student = adapter(student.softmax(dim=-1)) if model.probs else adapter(student).softmax(dim=-1)
+    truth = teacher_signals(teacher, images, ids, [teacher_layer(layer, encoder, teacher)])[0].float().softmax(dim=-1)
+    maps = [a.mean(dim=1).cpu() for a in (student, truth)]                                     # (B, T, T)
     if hiera:    # unrolled -> raster tokens, for queries and for keys
         order = reroll(torch.arange(maps[0].shape[1]).view(1, -1, 1), encoder.unit_grid, 1).flatten()
         maps = [m[:, order][:, :, order] for m in maps]
@@ -927,6 +961,10 @@ def main(args):
     say(f"{args.method} on {args.model}: encoder {encoder_size / 1e6:.2f}M parameters, {trained / 1e6:.2f}M trained "
         f"with decoder and adapters; decoder on block {args.decoder_tap}; distilled: {args.distill_layers or 'none'}")
 
+    if not 0 < int(model.cells * (1 - args.mask_ratio)) < model.cells:
+        raise InputError(f"--mask-ratio {args.mask_ratio} of {model.cells} patches (Hiera: mask units) must leave at "
+                         "least one visible and one masked")
+
     # data
     train_set, val_set, said = make_data(args, model.cells)
     say(said)
@@ -946,7 +984,7 @@ def main(args):
         f"{device}, {dtype}")
     optimizer = torch.optim.AdamW(param_groups(model, args.weight_decay), args.lr, tuple(args.betas), fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    step, state = 0, resume(out / "last.pt", args)
+    step, state = 0, resume(out / "last.pt", args, len(train_set))
     if state:
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
@@ -983,7 +1021,7 @@ def main(args):
             about = dict(arch=model.encoder.arch, mean=list(args.mean), std=list(args.std), norm_pix=args.norm_pix,
                          args=json.loads(json.dumps(vars(args))), step=step)
             save_checkpoint(out / "last.pt", model=model.state_dict(), optimizer=optimizer.state_dict(),
-                            scaler=scaler.state_dict(), **about)
+                            scaler=scaler.state_dict(), images=len(train_set), **about)
             save_checkpoint(out / "encoder.pt", model=model.encoder.state_dict(), **about)
 
     def report(pictures):
@@ -1044,12 +1082,12 @@ if __name__ == "__main__":
             arguments = parse_args(**DEMO)
             if arguments.method != "mae" and not arguments.teacher:    # a teacher first, by an ordinary, shorter run
                 teacher = parse_args(**DEMO)
-                teacher.method, teacher.out = "mae", f"{arguments.out}/teacher"
+                teacher.method, teacher.out, teacher.decoder_tap = "mae", f"{arguments.out}/teacher", None
                 teacher.epochs = math.ceil(arguments.epochs / 2)
                 main(teacher)
                 arguments.teacher = f"{teacher.out}/encoder.pt"
         main(arguments)
-    except (InputError, FloatingPointError) as error:    # loader processes put their traceback before the sentence
+    except (InputError, FloatingPointError, OSError) as error:    # after a loader process's traceback, its last line
         sys.exit(f"\nerror: {str(error).strip().splitlines()[-1].removeprefix('models.InputError: ')}")
     finally:
         if dist.is_initialized():

@@ -128,7 +128,7 @@ def parse_args(argv=None, **defaults):
     add("--demo", action="store_true",
         help="defaults for a run without files: drawn scenes, from the encoder of pretrain_d2mae.py --demo if there")
     parser.set_defaults(**defaults)
-    return parser.parse_args(argv)
+    return check_numbers(parser.parse_args(argv), zero="workers seed warmup_iters")
 
 
 def resolve(args):
@@ -136,10 +136,11 @@ def resolve(args):
     if args.eval or args.predict:
         args.init = args.init or f"{args.out}/best.pt"
         file = read_file(args.init)
-        if not isinstance(file, dict) or "classes" not in file or not isinstance(file.get("args"), dict):
+        stored = file.get("args") if isinstance(file, dict) else None
+        keys = ("model", "image_size", "patch_size", "num_classes", "zero_is_class", "mean", "std")
+        if not isinstance(stored, dict) or any(key not in stored for key in keys):
             raise InputError(f"{args.init} is no segmentation model: give best.pt of this script as --init")
-        for key in ("model", "image_size", "patch_size", "num_classes", "zero_is_class", "mean", "std"):
-            setattr(args, key, file["args"][key])
+        vars(args).update({key: stored[key] for key in keys})
     state, info = load_state(args.init) if args.init else ({}, {})
     args.image_size = tuple(args.image_size) * (2 if len(args.image_size) == 1 else 1)
     args.patch_size = args.patch_size or (state["patch_embed.proj.weight"].shape[-1] if args.init else 16)
@@ -170,7 +171,7 @@ def read_image(path, upright=False):
             if image.mode.startswith("I"):                                     # 16-bit grey, which convert() would clip
                 image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
             return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
-    except (OSError, SyntaxError, ValueError) as error:
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise InputError(f"cannot read image {path} ({type(error).__name__}): remove or replace it") from None
 
 
@@ -190,8 +191,8 @@ def read_labels(path, table):
     """Label PNG (grey or palette) -> (H, W) uint8 classes by `label_table`. Raises InputError on an invalid number."""
     try:
         with Image.open(path) as image:
-            raw = np.asarray(image)
-    except (OSError, SyntaxError, ValueError) as error:
+            raw = np.asarray(image).astype(np.int64)    # also of a one-bit image, whose pixels are booleans
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise InputError(f"cannot read labels {path} ({type(error).__name__}): replace them, or remove them with "
                          "their image") from None
     if raw.ndim != 2:
@@ -229,7 +230,7 @@ def draw_scene(index, size=(96, 144)):
 def resized_shape(shape, short, long):
     """The largest (H, W) of the same ratio whose short side is at most `short` and whose long side at most `long`."""
     factor = min(short / min(shape), long / max(shape))
-    return [int(side * factor + 0.5) for side in shape]
+    return [max(1, int(side * factor + 0.5)) for side in shape]
 
 
 def uniform(low, high):
@@ -317,7 +318,7 @@ def resize_for_test(image, size, mode):
     if mode == "slide":
         return v2.functional.resize(image, resized_shape(shape, min(size), 4 * min(size)), antialias=False)
     factor = min(have / want for have, want in zip(size, shape))
-    return v2.functional.resize(image, [int(side * factor + 0.5) for side in shape], antialias=False)
+    return v2.functional.resize(image, [max(1, int(side * factor + 0.5)) for side in shape], antialias=False)
 
 
 def list_images(folder):
@@ -524,7 +525,8 @@ class EpochBatches:
         self.per_process = min(batch, n) // (accum_steps * world)
         if batch % (accum_steps * world) or not self.per_process:
             raise InputError(f"--batch-size {batch} cannot be dealt out evenly to {world} process(es) x --accum-steps "
-                             f"{accum_steps} from {n} images: choose a multiple of {accum_steps * world}")
+                             f"{accum_steps} from {n} images: choose a multiple of {accum_steps * world}, and at least "
+                             "as many images")
         self.batch = self.per_process * accum_steps * world
         self.steps, self.epoch, self.start = n // self.batch, 0, 0
 
@@ -537,6 +539,16 @@ class EpochBatches:
         for micro in range(self.start * self.accum_steps, self.steps * self.accum_steps):
             first = (micro * self.world + self.rank) * self.per_process
             yield [(self.epoch, i) for i in order[first:first + self.per_process]]
+
+
+def check_numbers(args, zero):
+    """Refuse integer options below 1 (those named in `zero`: below 0), negative and NaN ones -> args."""
+    for name, value in vars(args).items():
+        for v in value if isinstance(value, (list, tuple)) else [value]:
+            low = int(isinstance(v, int) and name not in zero.split())
+            if isinstance(v, (int, float)) and not isinstance(v, bool) and not v >= low:
+                raise InputError(f"--{name.replace('_', '-')} {v} must be at least {low}")
+    return args
 
 
 def param_groups(model, weight_decay, layer_decay=1.0, depth=12):
@@ -557,14 +569,18 @@ def save_checkpoint(path, **state):
     os.replace(f"{path}.tmp", path)
 
 
-def resume(path, args):
-    """State saved in `path`, or None. The options must be those of the interrupted run, but for the free ones."""
+def resume(path, args, images):
+    """State saved in `path`, or None. The options must be those of the interrupted run, but for the free ones, and so
+    must the number of training images."""
     free = "workers device compile max_steps log_every eval_every save_every no_resume eval predict mode stride".split()
     if args.no_resume or not Path(path).exists():
         return None
-    state = torch.load(path, map_location="cpu", weights_only=True)
+    state = read_file(path)
+    if not isinstance(state, dict) or not {"args", "images", "optimizer"} <= state.keys():
+        raise InputError(f"{path} is no checkpoint to go on from: give another --out, or --no-resume to start again")
     now, before = json.loads(json.dumps(vars(args))), state["args"]
     changed = [f"--{k.replace('_', '-')} {before.get(k)}" for k in now if k not in free and before.get(k) != now[k]]
+    changed += [f"{state['images']} training images, not {images}"] if state["images"] != images else []
     if changed:
         raise InputError(f"{path} was written with {', '.join(changed[:5])}: give the same options to go on, another "
                          "--out, or --no-resume to start again")
@@ -580,7 +596,8 @@ def log_line(path, rank, **values):
 
 
 def read_log(path):
-    return [json.loads(line) for line in Path(path).read_text().splitlines()]
+    """The objects in log.jsonl, but for a line that a killed run left unfinished."""
+    return [json.loads(line) for line in Path(path).read_text().splitlines() if line.endswith("}")]
 
 
 def open_log(path, rank, args, step):
@@ -671,6 +688,9 @@ def train_epoch(model, loader, losses_of, names_of, optimizer, scaler, lr_of, st
             bar.write(f"waiting for data {share:.0%} of the time: more --workers, or a faster disk, would help")
         window, waited, begun, first = [], 0.0, time.perf_counter(), step
     bar.close()
+    if not torch.stack([p.isfinite().all() for p in params]).all():    # a last update can do it; once per epoch
+        raise FloatingPointError(f"weights are not finite after step {step}; checkpoints in {args.out} are from before;"
+                                 " try a lower learning rate")
     return step, asked
 
 
@@ -765,6 +785,8 @@ def summarize(confusion):
     """Scores in per cent from the confusion matrix of the whole set -> dict. The mean IoU is over classes that occur in
     labels or predictions, `absent` counts the others. baseline_*: predicting the most frequent class everywhere."""
     confusion = confusion.cpu().double()
+    if not confusion.sum():
+        raise InputError("no pixel of the validation labels has a class: check --zero-is-class and the label files")
     iou, labelled = class_iou(confusion), confusion.sum(dim=1)
     share = (labelled.max() / labelled.sum()).item()
     return {"miou": 100 * iou.nanmean().item(), "pixel_accuracy": 100 * (confusion.trace() / confusion.sum()).item(),
@@ -939,7 +961,7 @@ def main(args):
         """Scores of the model on the validation images, with files and pictures -> mean IoU."""
         confusion, scores = evaluate(model, val_loader, args, rank, world, device)
         values = summarize(confusion)
-        log_line(out / "log.jsonl", rank, step=step, **values)
+        log_line(out / ("eval.jsonl" if args.eval else "log.jsonl"), rank, step=step, **values)
         stride = f", stride {args.stride}" if args.mode == "slide" else ""
         say(f"step {step}: mIoU {values['miou']:.2f} over {args.num_classes - values['absent']} classes "
             f"({values['absent']} absent), pixel accuracy {values['pixel_accuracy']:.2f}, {len(val_set)} images; "
@@ -965,12 +987,13 @@ def main(args):
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     say(f"{batches.per_process} images x {world} process(es) x {args.accum_steps} accumulation = batch "
         f"{batches.batch}; {total} steps, {batches.steps} per epoch; {device}, {dtype}")
-    embedding, *blocks, rest = [f"{args.lr * scale:.2g}" for scale in sorted({group["lr_scale"] for group in groups})]
+    scales = dict(sorted((group["layer"], group["lr_scale"]) for group in groups)).values()
+    embedding, *blocks, rest = [f"{args.lr * scale:.2g}" for scale in (scales if len(scales) > 1 else [1.0, 1.0])]
     decayed, others = (sum(len(g["params"]) for g in groups if bool(g["weight_decay"]) == w) for w in (True, False))
     say(f"peak learning rates: embeddings {embedding}, blocks {' '.join(blocks)}, pyramid and head {rest}; weight "
         f"decay {args.weight_decay} on {decayed} tensors, none on {others} biases, norms, tokens and position tables")
 
-    step, best, state = 0, -1.0, resume(out / "last.pt", args)
+    step, best, state = 0, -1.0, resume(out / "last.pt", args, len(train_set))
     if state:
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
@@ -1000,6 +1023,16 @@ def main(args):
             save_checkpoint(path, model=model.state_dict(), arch=model.encoder.arch, classes=names, step=step,
                             best=best, mean=list(args.mean), std=list(args.std), args=plain, **more)
 
+    def save_last():
+        save(out / "last.pt", optimizer=optimizer.state_dict(), scaler=scaler.state_dict(), images=len(train_set))
+
+    def judge():
+        nonlocal best
+        miou = report(step)
+        if miou > best:
+            best = miou
+            save(out / "best.pt")
+
     # training
     stop = threading.Event()
     signal.signal(signal.SIGTERM, lambda *_: stop.set())
@@ -1008,15 +1041,15 @@ def main(args):
         pause = min(until, *((step // every + 1) * every for every in (args.save_every, args.eval_every)))
         step, stopped = train_epoch(student, loader, losses_of, names_of, optimizer, scaler, lr_of, step, pause, total,
                                     args, rank, world, device, stop)
-        if not stopped and (step % args.eval_every == 0 or step == until):
-            miou = report(step)
-            if miou > best:
-                best = miou
-                save(out / "best.pt")
-        if stopped or step == pause:
-            save(out / "last.pt", optimizer=optimizer.state_dict(), scaler=scaler.state_dict())
+        save_last()
         if stopped:
             raise SystemExit(f"stopped by SIGTERM after step {step}; the same command goes on from {out}/last.pt")
+        if step < until and step % args.eval_every == 0:
+            judge()
+            save_last()
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)    # nothing left to save
+    judge()
+    save_last()
 
     if rank == 0:
         lines = read_log(out / "log.jsonl")
@@ -1036,9 +1069,10 @@ if __name__ == "__main__":
         arguments = parse_args()
         if arguments.demo:
             made = "out/demo/encoder.pt"
-            arguments = parse_args(**DEMO, init=made if Path(made).exists() else None)
+            trains = not (arguments.eval or arguments.predict)
+            arguments = parse_args(**DEMO, init=made if trains and Path(made).exists() else None)
         main(arguments)
-    except (InputError, FloatingPointError) as error:    # loader processes put their traceback before the sentence
+    except (InputError, FloatingPointError, OSError) as error:    # after a loader process's traceback, its last line
         sys.exit(f"\nerror: {str(error).strip().splitlines()[-1].removeprefix('models.InputError: ')}")
     finally:
         if dist.is_initialized():

@@ -96,8 +96,8 @@ def parse_args(argv=None, **defaults):
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0],
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument_group("method (OSTrack-256, paper Sec. 'LaSOT')").add_argument
-    add("--model", choices=[m for m in MODELS if not m.startswith("hiera")], default="vit_tiny",
-        help="encoder if there is no --init to tell; the paper's has 12 heads")
+    add("--model", choices=["auto", *(m for m in MODELS if not m.startswith("hiera"))], default="auto",
+        help="encoder; auto: that of --init, or the paper's vit_tiny (12 heads); DeiT-Tiny has 3: deit_tiny")
     add("--init", help="training: encoder to start from, any file of README 'Checkpoints'; "
                        "with --frames: box x,y,w,h of the target in the first frame")
     add("--patch-size", type=int, default=16, help="side of a patch in pixels, if there is no --init to tell")
@@ -163,7 +163,7 @@ def parse_args(argv=None, **defaults):
     add("--eval-every", type=int, default=5, help="epochs between validations; the last epoch always")
     add("--demo", action="store_true", help="defaults for a run without files: train, evaluate, track on drawn videos")
     parser.set_defaults(**defaults)
-    return parser.parse_args(argv)
+    return check_numbers(parser.parse_args(argv), zero="workers seed eliminate_from eliminate_to lr_drop")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -193,6 +193,8 @@ class Videos:
 
 def to_tensor(image):
     """Pillow image of any mode -> (3, H, W) uint8."""
+    if image.mode.startswith("I"):    # 16-bit grey, which convert() would clip
+        image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
     return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
 
 
@@ -204,14 +206,18 @@ def read_frame(file):
     try:
         with Image.open(file) as image:
             return to_tensor(image)
-    except (OSError, SyntaxError) as error:
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise InputError(f"cannot read frame {file} ({type(error).__name__}): replace it by a good copy") from None
 
 
 def read_numbers(path, columns):
     """Text file of numbers divided by commas, tabs, spaces or lines -> (N, columns) float64."""
     try:
-        return np.array(Path(path).read_text().replace(",", " ").split(), dtype=np.float64).reshape(-1, columns)
+        rows = [line.replace(",", " ").split() for line in Path(path).read_text("utf-8-sig").splitlines()]
+        rows = [row for row in rows if row]
+        if columns > 1 and any(len(row) != columns for row in rows):
+            raise ValueError
+        return np.array(sum(rows, []), dtype=np.float64).reshape(-1, columns)
     except FileNotFoundError:
         raise InputError(f"{path} does not exist: is the data set unpacked completely?") from None
     except ValueError:
@@ -241,6 +247,8 @@ def read_got10k(folder):
     folder = Path(folder)
     boxes = read_numbers(folder / "groundtruth.txt", 4)
     absent, cover = (read_numbers(folder / f"{label}.label", 1)[:, 0] for label in ("absence", "cover"))
+    if len(absent) != len(cover):
+        raise InputError(f"{folder}: absence.label and cover.label differ in length: get the files again")
     frames = [f"{folder}/{i + 1:08}.jpg" for i in range(len(boxes))]
     return make_sequence(folder.name, frames, boxes, (absent == 0) & (cover > 0))
 
@@ -264,9 +272,13 @@ def list_coco(folder):
         split = file.stem.removeprefix("instances_")
         for images in (folder / split, folder / "images" / split):
             if images.is_dir():
-                rows = [(a["image_id"], *a["bbox"]) for a in json.loads(file.read_text())["annotations"]
-                        if not a["iscrowd"] and min(a["bbox"][2:]) > 0]
-                return np.array(rows, dtype=np.float64), images
+                try:
+                    rows = [(a["image_id"], *a["bbox"]) for a in json.loads(file.read_text())["annotations"]
+                            if not a.get("iscrowd") and min(a["bbox"][2:]) > 0]
+                    return np.array(rows, dtype=np.float64).reshape(-1, 5), images
+                except (ValueError, KeyError, TypeError) as error:
+                    raise InputError(f"{file} is no COCO annotation of boxes ({type(error).__name__}: {error}): get it "
+                                     "again") from None
     return [], folder
 
 
@@ -309,9 +321,10 @@ def open_sets(text):
     """--data or --val-data -> {name: Videos}."""
     if text == "shapes":
         return {"shapes": Videos(range(400), draw_sequence)}
-    pairs = [entry.partition("=") for entry in text.split(",")]
-    if any(not folder for _, _, folder in pairs):
-        raise InputError(f"'{text}' is not a list of data sets: write NAME=FOLDER,NAME=FOLDER,... or shapes")
+    pairs = [entry.strip().partition("=") for entry in text.split(",")]
+    if any(not folder for _, _, folder in pairs) or len({name for name, _, _ in pairs}) < len(pairs):
+        raise InputError(f"'{text}' is not a list of data sets: write NAME=FOLDER,NAME=FOLDER,... (each name once), or "
+                         "shapes")
     return {name: open_set(name, folder) for name, _, folder in pairs}
 
 
@@ -451,9 +464,10 @@ class Pairs(Dataset):
 
 
 def intersects(box, image):
-    """Whether a box (x, y, w, h) has area inside an image (3, H, W)."""
+    """Whether a box (x, y, w, h) has area inside an image (3, H, W), and is not of another scale than it."""
     H, W = image.shape[1:]
-    return box[0] < W and box[1] < H and box[0] + box[2] > 0 and box[1] + box[3] > 0 and min(box[2:]) > 0
+    return (box[0] < W and box[1] < H and box[0] + box[2] > 0 and box[1] + box[3] > 0 and min(box[2:]) > 0
+            and max(box[2:]) < 4 * max(H, W))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -551,6 +565,8 @@ class CenterHead(nn.Module):
 
     def __init__(self, dim, channels=256):
         super().__init__()
+        if channels < 8:
+            raise InputError(f"--head-channels {channels} must be at least 8: three layers halve them")
         widths = [dim, channels, channels // 2, channels // 4, channels // 8]
         for branch, outputs in (("ctr", 1), ("size", 2), ("offset", 2)):
             for i in range(1, 5):
@@ -673,7 +689,7 @@ def tracking_losses(score, size, offset, boxes):
     """L = L_focal + 2 L_GIoU + 5 L_1 of head maps against boxes (B, 4), x, y, w, h in the crop -> dict of scalars."""
     focal = focal_loss(score, gaussian_target(boxes, score.shape[-1])[:, None])
     pred = to_xywh(decode(score, size, offset))
-    a, b = corners(pred), corners(boxes).clamp(0, 1)
+    a, b = corners(pred), corners(boxes).clamp(0, 1)    # what reaches out of the crop cannot be seen
     giou, l1 = torchvision.ops.generalized_box_iou_loss(a, b, reduction="mean"), F.l1_loss(a, b)
     iou = box_iou(pred.detach(), boxes).mean()
     return {"loss": focal + 2 * giou + 5 * l1, "focal": focal, "giou": giou, "l1": l1, "iou": iou}
@@ -751,21 +767,26 @@ class OnePassTracker:
 
 def build_tracker(args):
     """Tracker on a fresh encoder, or on that of --init -> tracker, mean, std that the encoder was trained with."""
-    name, patch, info = args.model, args.patch_size, {}
+    name, patch, info, side = "vit_tiny", args.patch_size, {}, 14 * args.patch_size
     if args.init:
+        state, info = load_state(args.init)
         name, patch = infer_model(args.init)
-        info = load_state(args.init)[1]
-    arch = info.get("arch", {})
+        side = patch * round((state["pos_embed"].shape[1] - 1) ** 0.5)    # of a square grid; own files tell, see below
+    name, arch = name if args.model == "auto" else args.model, info.get("arch", {})
     if name.startswith("hiera") or arch.get("rel_pos_bias"):
         kind = "a Hiera" if name.startswith("hiera") else "an encoder with relative position bias"
         raise InputError(f"--init {args.init} is {kind}: template and search tokens go through the blocks together, "
                          "which needs a plain ViT")
-    encoder = MODELS[name](img_size=arch.get("img_size", 14 * patch), patch_size=patch, drop_path=args.drop_path,
+    encoder = MODELS[name](img_size=arch.get("img_size", side), patch_size=patch, drop_path=args.drop_path,
                            layer_scale=arch.get("layer_scale"))
     if args.init:
         load_encoder(encoder, args.init)
     if args.blocks:
+        if args.blocks > encoder.depth:
+            raise InputError(f"--blocks {args.blocks}: the encoder has {encoder.depth}")
         encoder.blocks = encoder.blocks[:args.blocks]
+        for i, block in enumerate(encoder.blocks):
+            block.drop_path.rate = args.drop_path * i / max(1, args.blocks - 1)
         encoder.depth = encoder.arch["depth"] = len(encoder.blocks)
     return Tracker(encoder, **vars(args)), info.get("mean", IMAGENET_MEAN), info.get("std", IMAGENET_STD)
 
@@ -774,13 +795,16 @@ def load_tracker(args, device):
     """The trained tracker of --checkpoint, ready to follow."""
     path = args.checkpoint or Path(args.out) / "best.pt"
     file = read_file(path)
-    arch = file.get("arch", {}) if isinstance(file, dict) else {}
-    if "search_size" not in arch:
+    arch = file.get("arch") if isinstance(file, dict) else None
+    if not isinstance(arch, dict) or "search_size" not in arch:
         raise InputError(f"checkpoint {path} is no tracker: train one, and give its best.pt by --checkpoint")
-    names = ("img_size", "patch_size", "embed_dim", "depth", "num_heads", "layer_scale")
-    model = Tracker(VisionTransformer(**{k: arch[k] for k in names}), **arch)
-    model.load_state_dict(file["model"])
-    return OnePassTracker(model, file["mean"], file["std"], device, amp_dtype(args.dtype, device))
+    try:
+        names = ("img_size", "patch_size", "embed_dim", "depth", "num_heads", "layer_scale")
+        model = Tracker(VisionTransformer(**{k: arch[k] for k in names}), **arch)
+        model.load_state_dict(file["model"])
+        return OnePassTracker(model, file["mean"], file["std"], device, amp_dtype(args.dtype, device))
+    except (KeyError, RuntimeError) as error:
+        raise InputError(f"checkpoint {path} is no complete tracker: {str(error).splitlines()[0]}") from None
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -823,7 +847,8 @@ class EpochBatches:
         self.per_process = min(batch, n) // (accum_steps * world)
         if batch % (accum_steps * world) or not self.per_process:
             raise InputError(f"--batch-size {batch} cannot be dealt out evenly to {world} process(es) x --accum-steps "
-                             f"{accum_steps} from {n} images: choose a multiple of {accum_steps * world}")
+                             f"{accum_steps} from {n} images: choose a multiple of {accum_steps * world}, and at least "
+                             "as many images")
         self.batch = self.per_process * accum_steps * world
         self.steps, self.epoch, self.start = n // self.batch, 0, 0
 
@@ -836,6 +861,16 @@ class EpochBatches:
         for micro in range(self.start * self.accum_steps, self.steps * self.accum_steps):
             first = (micro * self.world + self.rank) * self.per_process
             yield [(self.epoch, i) for i in order[first:first + self.per_process]]
+
+
+def check_numbers(args, zero):
+    """Refuse integer options below 1 (those named in `zero`: below 0), negative and NaN ones -> args."""
+    for name, value in vars(args).items():
+        for v in value if isinstance(value, (list, tuple)) else [value]:
+            low = int(isinstance(v, int) and name not in zero.split())
+            if isinstance(v, (int, float)) and not isinstance(v, bool) and not v >= low:
+                raise InputError(f"--{name.replace('_', '-')} {v} must be at least {low}")
+    return args
 
 
 def param_groups(model, weight_decay, layer_decay=1.0, depth=12):
@@ -856,14 +891,18 @@ def save_checkpoint(path, **state):
     os.replace(f"{path}.tmp", path)
 
 
-def resume(path, args):
-    """State saved in `path`, or None. The options must be those of the interrupted run, but for the free ones."""
+def resume(path, args, images):
+    """State saved in `path`, or None. The options must be those of the interrupted run, but for the free ones, and so
+    must the number of training images."""
     free = "workers device compile max_steps log_every eval_every save_every no_resume eval predict mode stride".split()
     if args.no_resume or not Path(path).exists():
         return None
-    state = torch.load(path, map_location="cpu", weights_only=True)
+    state = read_file(path)
+    if not isinstance(state, dict) or not {"args", "images", "optimizer"} <= state.keys():
+        raise InputError(f"{path} is no checkpoint to go on from: give another --out, or --no-resume to start again")
     now, before = json.loads(json.dumps(vars(args))), state["args"]
     changed = [f"--{k.replace('_', '-')} {before.get(k)}" for k in now if k not in free and before.get(k) != now[k]]
+    changed += [f"{state['images']} training images, not {images}"] if state["images"] != images else []
     if changed:
         raise InputError(f"{path} was written with {', '.join(changed[:5])}: give the same options to go on, another "
                          "--out, or --no-resume to start again")
@@ -879,7 +918,8 @@ def log_line(path, rank, **values):
 
 
 def read_log(path):
-    return [json.loads(line) for line in Path(path).read_text().splitlines()]
+    """The objects in log.jsonl, but for a line that a killed run left unfinished."""
+    return [json.loads(line) for line in Path(path).read_text().splitlines() if line.endswith("}")]
 
 
 def open_log(path, rank, args, step):
@@ -970,6 +1010,9 @@ def train_epoch(model, loader, losses_of, names_of, optimizer, scaler, lr_of, st
             bar.write(f"waiting for data {share:.0%} of the time: more --workers, or a faster disk, would help")
         window, waited, begun, first = [], 0.0, time.perf_counter(), step
     bar.close()
+    if not torch.stack([p.isfinite().all() for p in params]).all():    # a last update can do it; once per epoch
+        raise FloatingPointError(f"weights are not finite after step {step}; checkpoints in {args.out} are from before;"
+                                 " try a lower learning rate")
     return step, asked
 
 
@@ -1074,8 +1117,8 @@ def read_ahead(items, read):
 
 
 def write_boxes(path, boxes, whole=False):
-    """One x,y,w,h per line and frame."""
-    text = "\n".join(",".join(f"{v:.0f}" if whole else f"{v:.2f}" for v in box) for box in boxes) + "\n"
+    """One x,y,w,h per line and frame; whole: without decimals, cut off as OSTrack does."""
+    text = "\n".join(",".join(f"{int(v)}" if whole else f"{v:.2f}" for v in box) for box in boxes) + "\n"
     Path(f"{path}.tmp").write_text(text)
     os.replace(f"{path}.tmp", path)
 
@@ -1102,6 +1145,8 @@ def evaluate(args):
     for i in tqdm(range(rank, len(chosen), world), desc="sequences", disable=rank != 0):
         sequence, file = found[chosen[i]](), folder / f"{chosen[i]}.txt"
         n = len(sequence.boxes)
+        if not n or not sequence.boxes[0, 2:].min() > 0:
+            raise InputError(f"sequence {chosen[i]} has no box with area in its first frame: get its files again")
         if not args.results:
             following = tracker.follow(read_ahead(sequence.frames, sequence.read), sequence.boxes[0])
             bar = tqdm(following, total=n, desc=sequence.name, leave=False, disable=rank != 0)
@@ -1148,14 +1193,19 @@ def evaluate(args):
 # Your own frames, frames per second
 # ----------------------------------------------------------------------------------------------------------------------
 def read_gif(path):
-    with Image.open(path) as gif:
-        return [to_tensor(frame) for frame in ImageSequence.Iterator(gif)]
+    try:
+        with Image.open(path) as gif:
+            return [to_tensor(frame) for frame in ImageSequence.Iterator(gif)]
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise InputError(f"cannot read --frames {path} ({type(error).__name__}): is it a complete GIF?") from None
 
 
 def track_frames(args):
     """--frames: boxes.txt, one x,y,w,h per frame, and overlay.gif."""
     _, _, device = init_distributed(args.device)
     path, out = Path(args.frames), Path(args.out)
+    if not 0.1 <= args.fps <= 1000:
+        raise InputError(f"--fps {args.fps} must lie between 0.1 and 1000")
     try:
         box = [float(v) for v in (args.init or "").split(",")]
         x, y, w, h = box
@@ -1190,9 +1240,10 @@ def draw_overlay(path, items, read, found, fps, most=150):
     for item, (box, score) in list(zip(items, found))[::every]:
         frame = to_image(read(item))
         zoom = min(480 / max(frame.size), 3)
-        frame = frame.resize([round(v * zoom) for v in frame.size], Image.Resampling.BOX)
+        frame = frame.resize([max(1, round(v * zoom)) for v in frame.size], Image.Resampling.BOX)
         frame = frame.quantize(128, dither=Image.Dither.NONE)
-        frame.putpalette(frame.getpalette()[:3 * 128] + [255, 32, 32, 255, 255, 255, 0, 0, 0])    # red, white, black
+        used = (frame.getpalette() + [0] * 3 * 128)[:3 * 128]
+        frame.putpalette(used + [255, 32, 32, 255, 255, 255, 0, 0, 0])                             # red, white, black
         draw, (x, y, w, h) = ImageDraw.Draw(frame), box * zoom
         draw.rectangle([x - 2, y - 2, x + w + 1, y + h + 1], outline=128, width=3)
         draw.text((6, 4), f"score {score:.2f}", 129, ImageFont.load_default(16), stroke_width=2, stroke_fill=130)
@@ -1293,7 +1344,7 @@ def train(args):
               for group in param_groups(part, args.weight_decay)]
     optimizer = torch.optim.AdamW(groups, lr=args.lr, fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    step, best, state = 0, -1.0, resume(out / "last.pt", args)
+    step, best, state = 0, -1.0, resume(out / "last.pt", args, len(train_set))
     if state:
         raw.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
@@ -1308,7 +1359,7 @@ def train(args):
 
     def losses_of(model, batch):
         template, search = (normalize(x.to(device, non_blocking=True), args.mean, args.std) for x in batch[:2])
-        maps = model(template, search, keep_rate_at(batches.epoch, args))
+        maps = model(template, search, keep_rate_at(batches.epoch + 1, args))    # OSTrack counts epochs from 1
         with torch.autocast(device.type, enabled=False):
             return tracking_losses(*maps, batch[2].to(device, non_blocking=True))
 
@@ -1318,14 +1369,22 @@ def train(args):
     def lr_of(step):
         return args.lr * (0.1 if step // batches.steps >= args.lr_drop else 1)
 
-    def save():
+    def save(name, **training):
         if rank == 0:
-            plain = json.loads(json.dumps(vars(args)))
-            common = dict(model=raw.state_dict(), arch=raw.arch, mean=list(args.mean), std=list(args.std), args=plain,
-                          step=step, best=best)
-            if improved:
-                save_checkpoint(out / "best.pt", **common)
-            save_checkpoint(out / "last.pt", optimizer=optimizer.state_dict(), scaler=scaler.state_dict(), **common)
+            save_checkpoint(out / name, model=raw.state_dict(), arch=raw.arch, mean=list(args.mean), std=list(args.std),
+                            args=json.loads(json.dumps(vars(args))), step=step, best=best, **training)
+
+    def save_last():
+        save("last.pt", optimizer=optimizer.state_dict(), scaler=scaler.state_dict(), images=len(train_set))
+
+    def judge():
+        nonlocal best
+        values = validate(raw, val_loader, args, world, device)
+        log_line(out / "log.jsonl", rank, step=step, **values)
+        say(f"step {step}: held-out IoU {values['val_iou']:.3f}, score {values['val_score']:.2f}")
+        if values["val_iou"] > best:
+            best = values["val_iou"]
+            save("best.pt")
 
     # training
     stop = threading.Event()
@@ -1334,15 +1393,15 @@ def train(args):
         batches.epoch, batches.start = divmod(step, batches.steps)
         step, stopped = train_epoch(model, loader, losses_of, names_of, optimizer, scaler, lr_of, step, until, total,
                                     args, rank, world, device, stop)
-        epoch, improved = step // batches.steps, False
-        if not stopped and (step >= until or step % batches.steps == 0 and epoch % args.eval_every == 0):
-            values = validate(raw, val_loader, args, world, device)
-            improved, best = values["val_iou"] > best, max(best, values["val_iou"])
-            log_line(out / "log.jsonl", rank, step=step, **values)
-            say(f"step {step}: held-out IoU {values['val_iou']:.3f}, score {values['val_score']:.2f}")
-        save()
+        save_last()
         if stopped:
             raise SystemExit(f"stopped by SIGTERM after step {step}; the same command goes on from {out}/last.pt")
+        if step < until and step % (batches.steps * args.eval_every) == 0:
+            judge()
+            save_last()
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)    # nothing left to save
+    judge()
+    save_last()
 
     if rank == 0:
         lines = read_log(out / "log.jsonl")
@@ -1378,7 +1437,7 @@ if __name__ == "__main__":
     try:
         arguments = parse_args()
         demo() if arguments.demo else main(arguments)
-    except (InputError, FloatingPointError) as error:    # loader processes put their traceback before the sentence
+    except (InputError, FloatingPointError, OSError) as error:    # after a loader process's traceback, its last line
         sys.exit(f"error: {str(error).strip().splitlines()[-1].removeprefix('models.InputError: ')}")
     finally:
         if dist.is_initialized():

@@ -196,9 +196,11 @@ def test_representations_and_pixels_of_a_file(files):
     assert args.image_size == (48, 48) and a.mean == [0.5] * 3 and random.model.patch_size == 8
     assert rpe.model.patch_size == 16 and rpe.model.rel_pos_index is not None
     torch.save(a.model.state_dict(), files / "bare.pth")    # a public file does not say how many heads it has
-    named = analyze.load_models(analyze.parse_args(["cka", f"deit_tiny:{files}/bare.pth", f"{files}/bare.pth", "--device", "cpu"]))
+    named = analyze.load_models(analyze.parse_args(["cka", f"deit_tiny:{files}/bare.pth", f"ours={files}/bare.pth", "--device", "cpu"]))
     assert [e.model.arch["num_heads"] for e in named] == [3, 12] and named[0].label.endswith("/bare")
     assert torch.equal(named[0].model.blocks[3].attn.qkv.weight, a.model.blocks[3].attn.qkv.weight)
+    with pytest.raises(InputError, match="labelled .*/bare"):
+        analyze.load_models(analyze.parse_args(["cka", f"deit_tiny:{files}/bare.pth", f"{files}/bare.pth"]))
     with pytest.raises(InputError, match="num_heads"):
         analyze.load_models(analyze.parse_args(["cka", f"deit_tiny:{files}/a.pt", "--device", "cpu"]))
     images = torch.zeros(2, 3, 48, 48, dtype=torch.uint8)
@@ -318,7 +320,7 @@ def test_bad_input(files, tmp_path):
             (["probe", files / "a.pt", "--shots", "10", *images], "leaves none to test"),
             (["layers", tmp_path / "nothing.csv"], "does not exist"),
             (["layers", tmp_path / "wrong.csv"], "lacks the column.*keep_blocks, data_fraction, top1"),
-            (["curves", tmp_path / "wrong.jsonl"], "line 1, is not JSON")):
+            (["curves", tmp_path / "wrong.jsonl"], "line 1, is no JSON")):
         with pytest.raises(InputError, match=message):
             commanded(*argv)
 

@@ -263,6 +263,33 @@ def test_torchvision_sets(tmp_path):
 
 
 # ---- probes ----
+def test_bad_options_are_told_before_the_work(folder, tmp_path):
+    for options, message in (
+            (["--crop-scale", 1, 0.5], "a range within"),
+            (["--image-size", 32, 32, 32], "one number, or height and width"),
+            (["--epochs", 0], "--epochs 0 must be at least 1"),
+            (["--init", folder / "nothing.pt", "--sweep-keep-blocks", 0, 1], "does not exist")):
+        with pytest.raises(models.InputError, match=message):
+            main("--data", folder, "--out", tmp_path, "--device", "cpu", *options)
+
+
+def test_resume_refuses_other_images_or_classes(tmp_path):
+    rng = np.random.default_rng(0)
+    for split, name, k in ((s, n, k) for s in ("train", "val") for n in "ab" for k in range(3)):
+        (tmp_path / "data" / split / name).mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)).save(tmp_path / "data" / split / name / f"{k}.png")
+    options = ["--data", tmp_path / "data", "--out", tmp_path / "out", "--image-size", 32, "--batch-size", 2, "--epochs", 2, "--workers", 0,
+               "--device", "cpu", "--warmup-epochs", 0]
+    main(*options, "--max-steps", 1)
+    for split in ("train", "val"):
+        (tmp_path / "data" / split / "b").rename(tmp_path / "data" / split / "c")
+    with pytest.raises(models.InputError, match="other classes"):
+        main(*options)
+    (tmp_path / "data" / "train" / "c" / "0.png").unlink()
+    with pytest.raises(models.InputError, match="6 training images, not 5"):
+        main(*options)
+
+
 def test_knn_equals_a_loop():
     torch.manual_seed(0)
     x, y = F.normalize(torch.randn(7, 5), dim=1), F.normalize(torch.randn(11, 5), dim=1)
@@ -270,7 +297,7 @@ def test_knn_equals_a_loop():
     for i in range(7):
         near = sorted(((x[i] @ y[j]).item(), j) for j in range(11))[-4:]
         for cosine, j in near:
-            scores[i, labels[j]] += math.exp(cosine / 0.07)
+            scores[i, labels[j]] += math.exp((cosine - 1) / 0.07)
     for chunk in (1, 3, 512):
         assert torch.allclose(finetune.knn_scores(x, y, labels, 3, 4, 0.07, chunk), scores, rtol=1e-4)
 

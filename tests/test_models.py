@@ -189,7 +189,7 @@ FORMATS = {
                                                "module.model.blocks.3.norm1.weight": torch.ones(24),
                                                "module.attn_adapter.adapter12.weight": torch.ones(3, 3, 1, 1)}},
     "ddp and compile": lambda s: {"model": prefixed(s, "module._orig_mod.")},
-    "moco-v3": lambda s: {"state_dict": {**prefixed(s, "module.base_encoder."), **prefixed(s, "module.momentum_encoder.")}},
+    "moco-v3": lambda s: {"arch": "vit_base", "epoch": 300, "state_dict": {**prefixed(s, "module.base_encoder."), **prefixed(s, "module.momentum_encoder.")}},
     "timm pooled": lambda s: {k.replace("norm.", "fc_norm.") if k.startswith("norm.") else k: v for k, v in s.items()},
     "hugging face": hugging_face_names,
     "hugging face pre-training": lambda s: {**prefixed(hugging_face_names(s), "vit."), "decoder.mask_token": torch.zeros(1)},
@@ -254,7 +254,10 @@ def test_files_that_must_be_refused(tmp_path):
     refused({"model": state, "extra": Arbitrary()}, "Arbitrary.*re-save")
     refused(b"version https://git-lfs.github.com/spec/v1\noid", "Git LFS")
     refused(b"<!DOCTYPE html><html>", "web page")
-    refused(b"PK\x03\x04 but cut short", "not a readable PyTorch file")
+    for damaged in (b"PK\x03\x04 but cut short", b"", b"\x89PNG\r\n", b"plain text"):
+        refused(damaged, "not a readable PyTorch file")
+    refused({k: v for k, v in hugging_face_names(state).items() if "layer.1.attention.attention.key.weight" not in k},
+            "blocks.1.attn.qkv.weight")
     refused({"model": state, "arch": {**small_vit().arch, "num_heads": 6}}, "num_heads = 6, the model num_heads = 3")
     refused({**state, "cls_token": torch.zeros(1, 1, 32)}, r"cls_token is \(1, 1, 32\)")
     refused(VisionTransformer(**{**SMALL, "depth": 6}).state_dict(), "6 blocks, the model 3")

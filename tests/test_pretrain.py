@@ -284,7 +284,7 @@ def dataset(folder, **kwargs):
     return P.Images(P.list_images(folder), P.read_image, (32, 32), 16, **kwargs)
 
 
-def test_corrupt_files_are_named_or_skipped(folder):
+def test_corrupt_files_are_named_or_skipped(folder, tmp_path):
     data = dataset(folder)
     assert len(data) == 12
     bad = next(i for i, name in enumerate(data.items) if name.endswith("cut.jpg"))
@@ -292,6 +292,12 @@ def test_corrupt_files_are_named_or_skipped(folder):
         data[0, bad]
     image, _, index, replaced = dataset(folder, skip_corrupt=True)[0, bad]
     assert image.shape == (3, 32, 32) and index != bad and replaced == 1
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (60, 60, 3), dtype=np.uint8)).save(tmp_path / "a.png")
+    damaged = bytearray((tmp_path / "a.png").read_bytes())
+    damaged[3000] ^= 255    # crashes the PNG decoder of torchvision and with it the process
+    (tmp_path / "a.png").write_bytes(damaged)
+    with pytest.raises((OSError, SyntaxError)):
+        P.read_image(tmp_path / "a.png")
 
 
 def test_crops_and_masks_depend_on_seed_epoch_and_image_alone(folder):
@@ -407,6 +413,10 @@ def test_non_finite_loss_stops_every_process(tmp_path):
                "--log-every", 3, "--out", tmp_path, torchrun=2, check=False)
     assert done.returncode != 0 and re.search(r"error: the loss is \S+ at step \d+, lr", done.stderr)
     assert "images: " in done.stderr and not (tmp_path / "last.pt").exists()
+    with pytest.raises(FloatingPointError, match="weights are not finite"):    # of the last update, which no loss has seen
+        P.main(P.parse_args([*map(str, QUICK), "--method", "mae", "--warmup-epochs", "0", "--base-lr", "1e39", "--max-steps", "1",
+                             "--out", str(tmp_path)]))
+    assert not (tmp_path / "last.pt").exists()
 
 
 @pytest.mark.parametrize("options", [["--model", "hiera_tiny", "--image-size", "64", "--patch-size", "16"],
@@ -461,6 +471,12 @@ def test_training_replays_the_shipped_log(tmp_path):
     (["--teacher", "N", "--method", "d-mae", "--distill", "hidden"], "no final norm"),
     (["--method", "mae", "--batch-size", "6", "--accum-steps", "4"], "choose a multiple of 4"),
     (["--method", "mae", "--device", "mps"], "--device mps is not available"),
+    (["--method", "mae", "--accum-steps", "0"], "--accum-steps 0 must be at least 1"),
+    (["--method", "mae", "--base-lr", "nan"], "--base-lr nan must be at least 0"),
+    (["--method", "mae", "--mask-ratio", "0.99"], "at least one visible"),
+    (["--method", "mae", "--crop-scale", "1", "0.5"], "a range within"),
+    (["--method", "mae", "--decoder-dim", "90"], "multiple of 4"),
+    (["--method", "mae", "--image-size", "32", "32", "32"], "one number, or height and width"),
 ])
 def test_bad_options_end_in_one_sentence(options, match, tmp_path, teacher):
     state = torch.load(teacher, weights_only=True)

@@ -61,6 +61,8 @@ def test_labels_are_shifted_once(tmp_path):
     for classes, zero in ((149, False), (150, True)):
         with pytest.raises(InputError, match="grey.png hold the number 150; classes are"):
             segment.read_labels(tmp_path / "grey.png", segment.label_table(classes, zero))
+    Image.fromarray(raw > 1).save(tmp_path / "bits.png")
+    assert segment.read_labels(tmp_path / "bits.png", ade).tolist() == [[255, 255, 0, 0], [0, 255, 255, 0]]
     Image.fromarray(np.zeros((4, 4, 3), np.uint8)).save(tmp_path / "colour.png")
     with pytest.raises(InputError, match="one class number per pixel"):
         segment.read_labels(tmp_path / "colour.png", ade)
@@ -140,6 +142,8 @@ def test_images_are_scaled_as_in_the_paper():
     assert segment.resize_for_test(image, (512, 512), "slide").shape[1:] == (512, 2048)
     assert segment.resize_for_test(image, (512, 512), "whole").shape[1:] == (128, 512)
     assert segment.resize_for_test(image, (640, 480), "whole").shape[1:] == (120, 480)
+    thin = torch.zeros(3, 1, 5000, dtype=torch.uint8)
+    assert [segment.resize_for_test(thin, (512, 512), mode).shape[1] for mode in ("slide", "whole")] == [1, 1]
 
 
 # Network --------------------------------------------------------------------------------------------------------------
@@ -282,8 +286,8 @@ def options(data, out, *more):
             "--log-every", "1", "--device", "cpu", *map(str, more)]
 
 
-def lines(out):
-    return [json.loads(line) for line in open(out / "log.jsonl")]
+def lines(out, name="log.jsonl"):
+    return [json.loads(line) for line in open(out / name)]
 
 
 @pytest.fixture(scope="module")
@@ -320,6 +324,10 @@ def test_killed_run_resumes_bit_for_bit(data, trained, tmp_path):
     straight, resumed = (torch.load(folder / "last.pt", weights_only=True) for folder in (trained, tmp_path))
     assert straight["step"] == resumed["step"] == 24 and straight["best"] == resumed["best"]
     assert all(torch.equal(v, resumed["model"][k]) for k, v in straight["model"].items())
+    (tmp_path / "best.pt").unlink()    # as if the run had been stopped before its last evaluation
+    torch.save({**resumed, "best": -1.0}, tmp_path / "last.pt")
+    segment.main(segment.parse_args(options(data, tmp_path)))
+    assert torch.load(tmp_path / "best.pt", weights_only=True)["best"] == pytest.approx(lines(tmp_path)[-1]["miou"], abs=1e-3)
     assert [v["loss"] for v in lines(trained) if "loss" in v] == [v["loss"] for v in lines(tmp_path) if "loss" in v]
 
 
@@ -329,7 +337,7 @@ def test_two_processes(data, tmp_path):
     assert "2 images x 2 process(es)" in done.stdout and "slide, window 32x32, stride 21" in done.stdout
     assert [v["step"] for v in lines(tmp_path / "two") if "loss" in v] == list(range(1, 13))
     segment.main(segment.parse_args(options(data, tmp_path / "one", "--eval", "--init", tmp_path / "two" / "best.pt")))
-    assert lines(tmp_path / "one")[-1] == lines(tmp_path / "two")[-1]
+    assert lines(tmp_path / "one", "eval.jsonl")[-1] == lines(tmp_path / "two")[-1]
     table = [(tmp_path / name / "classes.csv").read_text() for name in ("one", "two")]
     assert table[0] == table[1] and sum(float(line.split(",")[2]) > 0 for line in table[0].splitlines()[1:]) > 1    # no constant
 
@@ -338,7 +346,7 @@ def test_eval_of_the_best(data, trained, tmp_path, capsys):
     scores = {}
     for mode in ("slide", "whole"):
         segment.main(segment.parse_args(options(data, tmp_path / mode, "--eval", "--init", trained / "best.pt", "--mode", mode)))
-        scores[mode] = lines(tmp_path / mode)[-1]["miou"]
+        scores[mode] = lines(tmp_path / mode, "eval.jsonl")[-1]["miou"]
     best = torch.load(trained / "best.pt", weights_only=True)
     assert scores["slide"] == [v["miou"] for v in lines(trained) if "miou" in v and v["step"] == best["step"]][0] != scores["whole"]
     printed = capsys.readouterr().out
@@ -387,6 +395,8 @@ def test_bad_files(data, trained, tmp_path):
     Image.new("L", (30, 40)).save(tmp_path / "annotations" / "training" / "a.png")
     with pytest.raises(InputError, match="40x40 pixels, its labels .* 30x40"):
         segment.read_pair(segment.list_pairs(tmp_path, "training")[0], segment.label_table(5, False))
+    with pytest.raises(InputError, match="no pixel of the validation labels has a class"):
+        segment.summarize(torch.zeros(5, 5))
     (tmp_path / "broken.jpg").write_bytes(b"\xff\xd8\xff")
     with pytest.raises(InputError, match="cannot read image .*broken.jpg"):
         segment.read_image(tmp_path / "broken.jpg")

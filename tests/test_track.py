@@ -328,6 +328,9 @@ def test_evaluates_and_tracks(trained, tmp_path, capsys):
     assert {"sequences.csv", "curves.csv", "curves.png"} <= {p.name for p in (tmp_path / "c").iterdir()}
     with pytest.raises(models.InputError, match="279 of 280 sequences are missing"):
         start("--eval", f"lasot={flat}", "--results", results, "--out", tmp_path / "c")
+    (results / "airplane-1.txt").write_text(text.replace("\n", ",0.9\n"))
+    with pytest.raises(models.InputError, match="does not hold 4 number"):    # not five columns read as four
+        start("--eval", f"lasot={flat}", "--results", results, "--out", tmp_path / "c", "--allow-partial")
     (results / "airplane-1.txt").write_text("\n".join(text.splitlines()[:7]))
     with pytest.raises(models.InputError, match="has 7 boxes, the sequence 8 frames"):
         start("--eval", f"lasot={flat}", "--results", results, "--out", tmp_path / "c", "--allow-partial")
@@ -335,7 +338,8 @@ def test_evaluates_and_tracks(trained, tmp_path, capsys):
     frames = flat / "airplane-1" / "img"
     start("--frames", frames, "--init", "5,8,14,10", "--out", tmp_path / "mine", *common[:4])
     assert (tmp_path / "mine" / "boxes.txt").read_text() == text    # the same tracker on the same frames
-    assert Image.open(tmp_path / "mine" / "overlay.gif").n_frames > 1 and "real time" in capsys.readouterr().out
+    picture = Image.open(tmp_path / "mine" / "overlay.gif")
+    assert picture.n_frames > 1 and (255, 32, 32) in {color for _, color in picture.convert("RGB").getcolors(10 ** 6)} and "real time" in capsys.readouterr().out
     images = [Image.open(p) for p in sorted(frames.iterdir())]
     images[0].save(tmp_path / "video.gif", save_all=True, append_images=images[1:])
     start("--frames", tmp_path / "video.gif", "--init", "5,8,14,10", "--out", tmp_path / "gif", "--int", *common[:4])
@@ -383,6 +387,11 @@ def test_killed_run_resumes_bit_for_bit(trained, tmp_path):
     ours, straight = (torch.load(p / "last.pt", weights_only=True) for p in (tmp_path, trained / "out"))
     assert ours["step"] == straight["step"] == 4 and ours["best"] == straight["best"]
     assert all(torch.equal(ours["model"][k], v) for k, v in straight["model"].items())
+    (tmp_path / "best.pt").unlink()    # as if the run had been stopped before its last validation
+    torch.save({**ours, "best": -1.0}, tmp_path / "last.pt")
+    start("--data", f"lasot={trained / 'lasot'}", "--out", tmp_path, *SMALL)
+    best = torch.load(tmp_path / "best.pt", weights_only=True)["best"]
+    assert best == pytest.approx(track.read_log(tmp_path / "log.jsonl")[-1]["val_iou"], abs=1e-4)
 
 
 def test_encoder_hand_over(tmp_path):
@@ -396,6 +405,10 @@ def test_encoder_hand_over(tmp_path):
     assert len(tracker.encoder.blocks) == tracker.arch["depth"] == 4
     assert mean == [0.5] * 3 and std == [0.2] * 3 and (tracker.template_side, tracker.search_side) == (4, 8)
     assert torch.equal(tracker.encoder.blocks[2].mlp.fc1.weight, encoder.blocks[2].mlp.fc1.weight)
+    torch.save({"model": models.MODELS["deit_tiny"]().state_dict()}, tmp_path / "deit.pth")    # does not tell its heads
+    heads = [track.build_tracker(track.parse_args(["--init", str(tmp_path / "deit.pth"), *more]))[0].arch["num_heads"]
+             for more in ([], ["--model", "deit_tiny"])]
+    assert heads == [12, 3]
     hiera = models.MODELS["hiera_tiny"](q_pool=2)
     torch.save({"model": hiera.state_dict(), "arch": hiera.arch}, tmp_path / "h.pt")
     with pytest.raises(models.InputError, match="plain ViT"):
@@ -421,6 +434,10 @@ def test_bad_input_is_told_in_one_sentence(trained, tmp_path):
             (["--data", f"lasot={tmp_path / 'empty'}"], "holds no training sequence"),
             (["--data", "imagenet=x"], "data sets are lasot"),
             (["--data", "nonsense"], "NAME=FOLDER"),
+            (["--data", f"{data},{data}"], "each name once"),
+            (["--data", data, "--blocks", 13], "the encoder has 12"),
+            (["--data", data, "--log-every", 0], "--log-every 0 must be at least 1"),
+            (["--data", data, "--drop-path", 1], "must lie in"),
             (["--data", f"lasot={broken}"], "lacks its frame"),
             (["--data", data, "--data-weights", 1, 2], "shares"),
             (["--data", data, "--init", tmp_path / "no.pt"], "does not exist"),
@@ -434,6 +451,9 @@ def test_bad_input_is_told_in_one_sentence(trained, tmp_path):
             (["--frames", frames, "--checkpoint", best, "--init", "1,2,3"], "needs --init x,y,w,h"),
             (["--frames", frames, "--checkpoint", best, "--init", "10,10,0,5"], "has no area inside the frame"),
             (["--frames", frames, "--checkpoint", best, "--init", "900,10,20,5"], "has no area inside the frame"),
+            (["--frames", frames, "--checkpoint", best, "--init", "1,1,inf,5"], "has no area inside the frame"),
+            (["--frames", frames, "--checkpoint", best, "--init", "0,0,1e5,1e5"], "has no area inside the frame"),
+            (["--frames", frames, "--checkpoint", best, "--init", "1,2,3,4", "--fps", 0], "--fps"),
             (["--frames", tmp_path / "empty", "--checkpoint", best, "--init", "1,2,3,4"], "neither a folder with")):
         with pytest.raises(models.InputError, match=message):
             start("--out", tmp_path / "out", "--device", "cpu", *options)
