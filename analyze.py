@@ -159,6 +159,8 @@ def architecture(source):
     if name.endswith("+rpe") and name.startswith(("vit", "deit")) and name[:-4] in MODELS:
         return name[:-4], dict(rel_pos_bias=True), None, None
     name, file = (name, file) if name in MODELS else (None, source)
+    if not Path(file).exists():
+        raise InputError(f"{file} does not exist, and is none of {', '.join(MODELS)} (ViTs also with +rpe)")
     (inferred, patch), (state, info) = infer_model(file), load_state(file)
     name = name or inferred
     if name.startswith("hiera"):    # a classifier pools three times, an encoder is analysed as it was pre-trained

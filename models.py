@@ -658,7 +658,8 @@ def load_encoder(model, path, keep_blocks=None):
         fresh, ignored = ({re.sub(r"\.?\d.*|\.(weight|bias|proj)+$", "", k) for k in keys} for keys in
                           (set(own) - set(load), set(state) - set(load)))
         print(f"{path}: loaded {len(load)} tensors, fresh: {', '.join(sorted(fresh)) or 'none'}, "
-              f"ignored {len(set(state) - set(load))}: {', '.join(sorted(ignored)) or 'none'}")
+              f"ignored {len(set(state) - set(load))}: {', '.join(sorted(ignored)) or 'none'}"
+              + (f"; {model.arch['num_heads']} heads assumed, which weights do not tell" if extra and not arch else ""))
     return info
 
 

@@ -143,7 +143,8 @@ def resolve(args):
         vars(args).update({key: stored[key] for key in keys})
     state, info = load_state(args.init) if args.init else ({}, {})
     args.image_size = tuple(args.image_size) * (2 if len(args.image_size) == 1 else 1)
-    args.patch_size = args.patch_size or (state["patch_embed.proj.weight"].shape[-1] if args.init else 16)
+    vit_file = args.init and "cls_token" in state    # the kernel of a Hiera is not its patch
+    args.patch_size = args.patch_size or (state["patch_embed.proj.weight"].shape[-1] if vit_file else 16)
     args.mean, args.std = (tuple(own or info.get(key) or default) for key, own, default in
                            (("mean", args.mean, IMAGENET_MEAN), ("std", args.std, IMAGENET_STD)))
     args.stride = args.stride or min(args.image_size) * 2 // 3
