@@ -2,6 +2,7 @@
 import argparse
 import ast
 import copy
+import importlib
 import sys
 
 import pytest
@@ -327,3 +328,10 @@ def test_common_parts_are_the_same_text():
     assert "pretrain_d2mae.py" in parts and len(set(parts.values())) == 1, list(parts)
     schedules = {name: text[text.index("def lr_at("):].split("\n\n\n")[0] for name, text in texts.items() if "def lr_at(" in text}
     assert len(set(schedules.values())) == 1, list(schedules)
+
+
+@pytest.mark.parametrize("script", ["pretrain_d2mae", "finetune", "segment", "track"])
+def test_defaults_pass_their_own_checks(script):
+    module = importlib.import_module(script)
+    module.parse_args([])
+    module.parse_args([], **module.DEMO)
