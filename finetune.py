@@ -109,8 +109,8 @@ DATASETS = {
 }
 
 # --demo: 30 pictures of each of 4 shapes, at the size of the encoder that `pretrain_d2mae.py --demo` leaves
-DEMO = dict(dataset="toy", out="out/demo/finetune", shots=30, epochs=20, warmup_epochs=2, batch_size=24, base_lr=8e-3,
-            rand_augment=0.0, mixup=0.0, crop_scale=(0.5, 1.0), eval_every=10, workers=2, log_every=10)
+DEMO = dict(dataset="toy", out="out/demo/finetune", shots=50, epochs=16, warmup_epochs=2, batch_size=25, base_lr=8e-3,
+            rand_augment=0.0, mixup=0.0, crop_scale=(0.5, 1.0), eval_every=8, workers=2, log_every=10)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
