@@ -213,11 +213,11 @@ def read_frame(file):
 def read_numbers(path, columns):
     """Text file of numbers divided by commas, tabs, spaces or lines -> (N, columns) float64."""
     try:
-        rows = [line.replace(",", " ").split() for line in Path(path).read_text("utf-8-sig").splitlines()]
-        rows = [row for row in rows if row]
-        if columns > 1 and any(len(row) != columns for row in rows):
+        text = Path(path).read_text("utf-8-sig").replace(",", " ")
+        numbers, lines = text.split(), sum(not line.isspace() for line in text.splitlines() if line)
+        if columns > 1 and len(numbers) != columns * lines:
             raise ValueError
-        return np.array(sum(rows, []), dtype=np.float64).reshape(-1, columns)
+        return np.array(numbers, dtype=np.float64).reshape(-1, columns)
     except FileNotFoundError:
         raise InputError(f"{path} does not exist: is the data set unpacked completely?") from None
     except ValueError:
@@ -1241,12 +1241,12 @@ def draw_overlay(path, items, read, found, fps, most=150):
         frame = to_image(read(item))
         zoom = min(480 / max(frame.size), 3)
         frame = frame.resize([max(1, round(v * zoom)) for v in frame.size], Image.Resampling.BOX)
-        frame = frame.quantize(128, dither=Image.Dither.NONE)
-        used = (frame.getpalette() + [0] * 3 * 128)[:3 * 128]
+        frame = frame.quantize(253, Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE)    # keeps rare colours
+        used = (frame.getpalette() + [0] * 3 * 253)[:3 * 253]
         frame.putpalette(used + [255, 32, 32, 255, 255, 255, 0, 0, 0])                             # red, white, black
         draw, (x, y, w, h) = ImageDraw.Draw(frame), box * zoom
-        draw.rectangle([x - 2, y - 2, x + w + 1, y + h + 1], outline=128, width=3)
-        draw.text((6, 4), f"score {score:.2f}", 129, ImageFont.load_default(16), stroke_width=2, stroke_fill=130)
+        draw.rectangle([x - 2, y - 2, x + w + 1, y + h + 1], outline=253, width=3)
+        draw.text((6, 4), f"score {score:.2f}", 254, ImageFont.load_default(16), stroke_width=2, stroke_fill=255)
         pictures.append(frame)
     pace = max(20, round(1000 * every / fps))
     pictures[0].save(path, save_all=True, append_images=pictures[1:], duration=pace, loop=0)
