@@ -388,10 +388,10 @@ def test_killed_run_resumes_bit_for_bit(tmp_path, teacher, capsys):
     lines = P.read_log(tmp_path / "straight" / "log.jsonl")
     assert lines[0]["args"]["lr"] == pytest.approx(0.05 * 5 / 256)
     assert {"rec", "attn", "lr", "grad_norm", "img_s", "data_share", "memory_gb", "eta_h"} <= lines[2].keys()
-    with pytest.raises(InputError, match="--epochs 4"):
+    with pytest.raises(InputError, match="--epochs 4, 40 training images, not 39"):
         args = P.resolve(P.parse_args([str(c) for c in command[1:]] + ["--epochs", "5", "--out", str(tmp_path / "straight")]))
         args.lr = lines[0]["args"]["lr"]
-        P.resume(tmp_path / "straight" / "last.pt", args)
+        P.resume(tmp_path / "straight" / "last.pt", args, 39)
 
 
 def test_two_processes_equal_one_with_accumulation(tmp_path, teacher):
