@@ -734,12 +734,14 @@ def window_starts(length, window, stride):
 
 
 @torch.no_grad()
-def sliding_logits(model, images, stride, at_once=16):
+def sliding_logits(model, images, stride, at_once=None):
     """Class logits averaged over overlapping windows: list of (3, H, W) of any sizes -> list of (K, H, W) float32.
 
     images: normalised, on the model's device. A window has the size that the encoder is built for; smaller images are
-    padded. Windows of all images pass the network together, `at_once` at a time.
+    padded. Windows of all images pass the network together, `at_once` at a time: 16 if absent, on a CPU one, which
+    fills it and stays in its caches.
     """
+    at_once = at_once or (1 if images[0].device.type == "cpu" else 16)
     (h, w), windows, places = model.encoder.img_size, [], []
     for i, image in enumerate(images):
         H, W = image.shape[1:]
