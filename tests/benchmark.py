@@ -254,8 +254,11 @@ def bench_track():
             return track.to_xywh(track.decode(score * tracker.window, size, offset))[0].tolist()
 
         assert np.allclose(plain(), tracker.locate(search)[:4], atol=1e-4)
-        fast, slow = race(lambda: tracker.locate(search), plain, rounds=60)
-        print(f"tracker, keep rate {keep_rate}: {1 / fast:.1f} frames/s, plain {1 / slow:.1f}: {slow / fast:.2f}x")
+        halves = track.OnePassTracker(model, tracker.mean, tracker.std, tracker.device, torch.bfloat16)
+        halves.template = tracker.template
+        fast, slow, half = race(lambda: tracker.locate(search), plain, lambda: halves.locate(search), rounds=60)
+        print(f"tracker, keep rate {keep_rate}: {1 / fast:.1f} frames/s, plain {1 / slow:.1f}: {slow / fast:.2f}x; with --dtype bf16 "
+              f"{1 / half:.1f} frames/s")
 
 
 def bench_analyze(layers=13, batch=128):
