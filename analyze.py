@@ -60,12 +60,14 @@ IMAGE_TYPES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"
 # Arguments
 # ----------------------------------------------------------------------------------------------------------------------
 def parse_args(argv=None):
+    """A command with its options; each command is the function of that name below."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--demo", action="store_true", help="every command on drawn images, with the encoders that the "
                         "--demo of the other scripts left in out/demo, else untrained ones")
     commands = parser.add_subparsers(title="commands (each has its own --help)", metavar="COMMAND")
 
     def command(run, help, *, inputs="models", data=False):
+        """Subparser that calls `run`, with the options that commands share -> its add_argument."""
         sub = commands.add_parser(run.__name__, help=help, description=help,
                                   formatter_class=argparse.ArgumentDefaultsHelpFormatter)
         sub.set_defaults(run=run)

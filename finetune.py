@@ -117,6 +117,7 @@ DEMO = dict(dataset="toy", out="out/demo/finetune", shots=50, epochs=16, warmup_
 # Arguments: the defaults are the paper's recipes
 # ----------------------------------------------------------------------------------------------------------------------
 def parse_args(argv=None, **defaults):
+    """Options of the command line, or of the list `argv`; `defaults` stand in for the paper's values (DEMO)."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0],
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     cores = (os.cpu_count() or 2) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))

@@ -99,7 +99,7 @@ class DropPath(nn.Module):
     def __init__(self, rate):
         super().__init__()
         if not 0 <= rate < 1:
-            raise InputError(f"--drop-path {rate} must lie in [0, 1): it is the share of skipped blocks")
+            raise InputError(f"--drop-path {rate} must lie in [0, 1): it is the share of samples that skip a branch")
         self.rate = rate
 
     def forward(self, x):

@@ -68,6 +68,7 @@ DEMO = dict(data="shapes", out="out/demo", image_size=[64], patch_size=8, crop_s
 
 
 def parse_args(argv=None, **defaults):
+    """Options of the command line, or of the list `argv`; `defaults` stand in for the paper's values (DEMO)."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0],
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument_group("method (paper Sec. 'distillation')").add_argument

@@ -74,6 +74,7 @@ DEMO = dict(data="shapes", out="out/demo_segment", num_classes=5, image_size=[64
 
 
 def parse_args(argv=None, **defaults):
+    """Options of the command line, or of the list `argv`; `defaults` stand in for the paper's values (DEMO)."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0],
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument_group("model (with --eval and --predict, that of the checkpoint)").add_argument

@@ -93,6 +93,7 @@ DEMO = dict(data="shapes", out="out/demo/track", patch_size=8, template_size=40,
 
 
 def parse_args(argv=None, **defaults):
+    """Options of the command line, or of the list `argv`; `defaults` stand in for the paper's values (DEMO)."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0],
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument_group("method (OSTrack-256, paper Sec. 'LaSOT')").add_argument
