@@ -1,47 +1,55 @@
-"""ViT and Hiera encoders, written out, and the loading of every public checkpoint of them (paper Sec. 3 and appendix).
+"""ViT and Hiera encoders, written out, and what the scripts beside this file must agree on (Sec. 3).
 
-Every script of this repository imports this file and nothing else of it. Read it for the two things that differ from
-an ordinary ViT: `forward_features` embeds and encodes **only the visible patches** it is given, and `attention_map`
-returns the pre-softmax map that the distillation reads, projecting q and k alone.
+Every script imports this file and no other. Read it for the two things that differ from an ordinary
+ViT: `forward_features` embeds and encodes **only the visible patches** that it is given, and
+`attention_map` returns the pre-softmax map that the distillation reads, projecting q and k alone.
 
-    vit = MODELS["vit_tiny"](num_classes=1000)                       # 5,717,416 parameters, random weights
-    load_encoder(vit, "out/encoder.pt")                              # any file of README, "Checkpoints"
-    logits = vit(normalize(uint8_images))                            # (B, 1000)
-    tokens = vit.forward_features(images, taps=(8, 12))              # {8: (B, 197, 192), 12: (B, 197, 192)}
+    vit = MODELS["vit_tiny"](num_classes=1000)               # 5,717,416 parameters, random weights
+    load_encoder(vit, "out/encoder.pt")                      # any file of README, "Checkpoints"
+    logits = vit(normalize(uint8_images))                    # (B, 1000)
+    tokens = vit.forward_features(images, taps=(8, 12))      # {8: (B, 197, 192), 12: (B, 197, 192)}
 
-Shapes: B images, h x w patch grid, N = h * w patches, V visible patches, T tokens (1 + V with the class token),
-        D width, H heads, d = D / H, U mask units of Hiera. Blocks count from 1, as in the paper; 0 is the embedding.
-Masks:  `ids_keep` (B, V) holds raster indices of visible patches (Hiera: of visible mask units). A boolean mask is
-        called `masked` and is True where a patch was removed, in every file.
+Shapes: B images, h x w patch grid, N = h * w patches, V visible patches, T tokens (1 + V with the
+        class token), D width, H heads, d = D / H, U mask units of Hiera. Blocks count from 1, as in
+        the paper; 0 is the embedding.
+Masks:  `ids_keep` (B, V) holds raster indices of visible patches (Hiera: of visible mask units). A
+        boolean mask is called `masked` and is True where a patch was removed, in every file.
 """
 import argparse
+import contextlib
+import functools
 import importlib
+import json
+import math
 import os
 import pickle
 import re
+import subprocess
+import sys
 from collections import OrderedDict
-from functools import lru_cache, partial
 from pathlib import Path
 
+import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
+from PIL import Image, ImageOps
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torchvision.transforms import InterpolationMode, RandomResizedCrop
 
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-LayerNorm = partial(nn.LayerNorm, eps=1e-6)    # everywhere, decoders included
-
-
-class InputError(ValueError):
-    """Something the user gave cannot be used. The message is one sentence; scripts print it without a traceback."""
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+LayerNorm = functools.partial(nn.LayerNorm, eps=1e-6)    # everywhere, decoders included
 
 
 def normalize(images, mean=IMAGENET_MEAN, std=IMAGENET_STD):
-    """(B, 3, H, W) uint8 -> float32 of about zero mean and unit variance, on whatever device the images are."""
+    """(B, 3, H, W) uint8 -> float32 of about zero mean and unit variance, on the images' device."""
     mean, std = channel_constants(tuple(mean), tuple(std), images.device)
     return (images - mean) / std
 
 
-@lru_cache(maxsize=8)    # a copy to the device in every step would make the host wait for it
+@functools.lru_cache(maxsize=8)    # a copy to the device in every step would make the host wait
 def channel_constants(mean, std, device):
     return [255 * torch.tensor(c, device=device).view(3, 1, 1) for c in (mean, std)]
 
@@ -50,56 +58,67 @@ def pair(size):
     return (size, size) if isinstance(size, int) else tuple(size)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Position tables
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 def sincos_2d(dim, grid, class_token=True):
     """Fixed 2-D sin-cos position embedding of MAE -> (1, N [+ 1], dim), the class row zero.
 
-    The first half of the channels encodes the column, the second the row; in each half all sines stand before all
-    cosines, at frequencies omega_i = 10000^(-i / (dim / 4)).
+    The first half of the channels encodes the column, the second the row; in each half all sines
+    stand before all cosines, at frequencies omega_i = 10000^(-i / (dim / 4)).
     """
-    omega = 10000 ** -(torch.arange(dim // 4, dtype=torch.float64) / (dim / 4))    # float64, on the host only
-    rows, cols = torch.meshgrid(*(torch.arange(n, dtype=torch.float64) for n in grid), indexing="ij")
-    angles = [axis.flatten()[:, None] * omega for axis in (cols, rows)]            # 2 x (N, dim / 4)
-    table = torch.cat([f(a) for a in angles for f in (torch.sin, torch.cos)], dim=1).float()
-    return torch.cat([table.new_zeros(int(class_token), dim), table])[None]
+    h, w = grid
+    omega = 10000 ** -(torch.arange(dim // 4, dtype=torch.float64) / (dim / 4))    # on the host only
+    y, x = torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij")
+    halves = []
+    for axis in (x, y):
+        angles = axis.flatten()[:, None] * omega                                   # (N, dim / 4)
+        halves += [angles.sin(), angles.cos()]
+    table = torch.cat(halves, dim=1).float()
+    if class_token:
+        table = torch.cat([table.new_zeros(1, dim), table])
+    return table[None]
 
 
 def resize_grid(table, old, new):
-    """Bicubic resize of a raster table, no antialiasing, corners not aligned: (1, old_h * old_w, D) -> (1, N, D)."""
+    """Bicubic resize of a raster table, not antialiased: (1, old_h * old_w, D) -> (1, N, D)."""
     if tuple(old) == tuple(new):
         return table
     x = table.float().reshape(1, *old, -1).permute(0, 3, 1, 2)
-    return F.interpolate(x, size=tuple(new), mode="bicubic", align_corners=False).flatten(2).transpose(1, 2)
+    x = F.interpolate(x, size=tuple(new), mode="bicubic", align_corners=False)
+    return x.flatten(2).transpose(1, 2)
 
 
 def relative_position_index(grid):
-    """Row of the bias table for every (query, key) pair, as in BEiT -> (N + 1, N + 1) int64, class token first.
+    """Row of the bias table for every (query, key) pair, as in BEiT -> (N + 1, N + 1) int64.
 
-    Patch to patch: (dy + h - 1) * (2w - 1) + dx + w - 1, with (dy, dx) = query minus key. The last three rows of the
-    table are class -> patch, patch -> class and class -> class.
+    Patch to patch: (dy + h - 1) * (2w - 1) + dx + w - 1, with (dy, dx) = query minus key. The last
+    three rows of the table are class -> patch, patch -> class and class -> class.
     """
     h, w = grid
     y, x = torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij")
-    y, x = y.flatten(), x.flatten()
+    dy = y.flatten()[:, None] - y.flatten()
+    dx = x.flatten()[:, None] - x.flatten()
     rows = (2 * h - 1) * (2 * w - 1)
     index = torch.empty(h * w + 1, h * w + 1, dtype=torch.long)
-    index[1:, 1:] = (y[:, None] - y + h - 1) * (2 * w - 1) + (x[:, None] - x + w - 1)
-    index[0, :], index[:, 0], index[0, 0] = rows, rows + 1, rows + 2
+    index[1:, 1:] = (dy + h - 1) * (2 * w - 1) + dx + w - 1
+    index[0, :] = rows
+    index[:, 0] = rows + 1
+    index[0, 0] = rows + 2
     return index
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Parts shared by ViT and Hiera
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 class DropPath(nn.Module):
-    """Stochastic depth: a residual branch is dropped for whole samples, the others are scaled by 1 / keep."""
+    """Stochastic depth: a residual branch is dropped for whole samples, the others are scaled by
+    1 / (1 - rate), 0 <= rate < 1."""
 
     def __init__(self, rate):
         super().__init__()
         if not 0 <= rate < 1:
-            raise InputError(f"--drop-path {rate} must lie in [0, 1): it is the share of samples that skip a branch")
+            raise ValueError(f"drop path rate {rate} must lie in [0, 1)")
         self.rate = rate
 
     def forward(self, x):
@@ -131,14 +150,15 @@ class Mlp(nn.Module):
 def attention_logits(q, k):
     """Pre-softmax attention map A = q k^T / sqrt(d): two (..., T, d) -> (..., T, T).
 
-    In float32 also under autocast: the distillation loss squares differences of these logits, which can be large.
+    In float32 also under autocast: the distillation loss squares differences of these logits, which
+    can be large.
     """
     with torch.autocast(q.device.type, enabled=False):
         return (q.float() * q.shape[-1] ** -0.5) @ k.float().transpose(-2, -1)
 
 
 def init_mae(module):
-    """Weights as in MAE: Xavier-uniform linear layers with zero biases, norms that start as the identity."""
+    """Weights as in MAE: Xavier-uniform linear layers, zero biases, norms that start as identity."""
     if isinstance(module, nn.Linear):
         nn.init.xavier_uniform_(module.weight)
         nn.init.zeros_(module.bias)
@@ -152,11 +172,11 @@ def init_patch_embed(proj):
     nn.init.xavier_uniform_(proj.weight.view(proj.weight.shape[0], -1))
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # ViT
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 class Attention(nn.Module):
-    """Multi-head self-attention; `rel_pos_rows` > 0 adds a BEiT relative position bias table of so many rows."""
+    """Multi-head self-attention; rel_pos_rows > 0 adds a BEiT position bias table of so many rows."""
 
     def __init__(self, dim, num_heads, rel_pos_rows=0):
         super().__init__()
@@ -170,27 +190,31 @@ class Attention(nn.Module):
         """Relative position bias of each head, (H, T, T), or None for a model without one."""
         if index is None:
             return None
-        table = self.relative_position_bias_table.t().contiguous()    # heads first, as attention reads it
+        table = self.relative_position_bias_table.t().contiguous()    # heads first, as it is read
         return table.index_select(1, index.flatten()).view(-1, *index.shape)
 
     def forward(self, x, rel_pos_index=None):
         B, T, D = x.shape
-        q, k, v = self.qkv(x).view(B, T, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)           # 3 x (B, H, T, d)
+        qkv = self.qkv(x).view(B, T, 3, self.num_heads, -1)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)                                  # 3 x (B, H, T, d)
         bias = self.bias(rel_pos_index)
-        x = F.scaled_dot_product_attention(q, k, v, None if bias is None else bias[None].to(q.dtype))
+        if bias is not None:
+            bias = bias[None].to(q.dtype)
+        x = F.scaled_dot_product_attention(q, k, v, bias)
         return self.proj(x.transpose(1, 2).reshape(B, T, D))
 
     def logits(self, x, rel_pos_index=None):
-        """Pre-softmax map (B, H, T, T) in float32 of the tokens (B, T, D). Only q and k are projected."""
+        """Pre-softmax map (B, H, T, T) in float32 of the tokens (B, T, D). Projects only q and k."""
         B, T, D = x.shape
         qk = F.linear(x, self.qkv.weight[:2 * D], self.qkv.bias[:2 * D])
-        q, k = qk.view(B, T, 2, self.num_heads, -1).permute(2, 0, 3, 1, 4)                       # 2 x (B, H, T, d)
+        q, k = qk.view(B, T, 2, self.num_heads, -1).permute(2, 0, 3, 1, 4)    # 2 x (B, H, T, d)
+        logits = attention_logits(q, k)
         bias = self.bias(rel_pos_index)
-        return attention_logits(q, k) if bias is None else attention_logits(q, k) + bias.float()
+        return logits if bias is None else logits + bias.float()
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block; `layer_scale` is None or the initial value of its two gammas."""
+    """Pre-norm transformer block; layer_scale is None or the initial value of its two gammas."""
 
     def __init__(self, dim, num_heads, drop_path=0.0, layer_scale=None, rel_pos_rows=0):
         super().__init__()
@@ -213,48 +237,56 @@ class PatchEmbed(nn.Module):
     def __init__(self, patch_size, dim):
         super().__init__()
         self.patch_size = patch_size
-        self.proj = nn.Conv2d(3, dim, patch_size, patch_size)    # a convolution for the name and shape of its weight
+        self.proj = nn.Conv2d(3, dim, patch_size, patch_size)    # for its weight's name and shape
 
     def forward(self, images, ids_keep=None):
         """(B, 3, H, W) -> (B, N, D) in raster order, or (B, V, D) in the order of ids_keep (B, V)."""
         B, p = images.shape[0], self.patch_size
         h, w = images.shape[2] // p, images.shape[3] // p
-        patches = images.view(B, 3, h, p, w, p).permute(0, 2, 4, 1, 3, 5)                        # (B, h, w, 3, p, p)
+        patches = images.view(B, 3, h, p, w, p).permute(0, 2, 4, 1, 3, 5)     # (B, h, w, 3, p, p)
         if ids_keep is None:
             patches = patches.flatten(1, 2)
         else:    # indexing a view copies the visible patches and never touches the others
-            patches = patches[torch.arange(B, device=images.device)[:, None], ids_keep // w, ids_keep % w]
+            batch = torch.arange(B, device=images.device)[:, None]
+            patches = patches[batch, ids_keep // w, ids_keep % w]             # (B, V, 3, p, p)
         return F.linear(patches.flatten(2), self.proj.weight.flatten(1), self.proj.bias)
 
 
 class VisionTransformer(nn.Module):
-    """Plain ViT with a class token. The classifier reads the mean patch token: head(fc_norm(mean)) (Sec. 3).
+    """Plain ViT with a class token. The classifier reads head(fc_norm(mean patch token)) (Sec. 3).
 
-    img_size: int or (H, W), multiples of patch_size. num_classes=0 builds an encoder that ends in `norm` instead.
-    fixed_pos_embed: sin-cos table that is not trained (pre-training); else a trained table.
-    rel_pos_bias: BEiT relative position bias in every block. layer_scale: None or the gammas' initial value.
-    drop_path: rate of the last block; the rates grow linearly from 0.
+    img_size: int or (H, W), multiples of patch_size. num_classes=0 builds an encoder that ends in
+    `norm` instead. fixed_pos_embed: sin-cos table that is not trained (pre-training); else trained.
+    rel_pos_bias: BEiT relative position bias in every block. layer_scale: None or the gammas'
+    initial value. drop_path: rate of the last block; the rates grow linearly from 0.
     """
 
-    def __init__(self, img_size=224, patch_size=16, embed_dim=192, depth=12, num_heads=12, num_classes=0,
-                 drop_path=0.0, rel_pos_bias=False, layer_scale=None, fixed_pos_embed=False):
+    def __init__(self, img_size=224, patch_size=16, embed_dim=192, depth=12, num_heads=12,
+                 num_classes=0, drop_path=0.0, rel_pos_bias=False, layer_scale=None,
+                 fixed_pos_embed=False):
         super().__init__()
-        self.img_size, self.patch_size, self.embed_dim, self.depth = pair(img_size), patch_size, embed_dim, depth
+        self.img_size = pair(img_size)
+        self.patch_size = patch_size
+        self.embed_dim = embed_dim
+        self.depth = depth
         if any(s % patch_size or s < patch_size for s in self.img_size):
-            raise InputError(f"image size {'x'.join(map(str, self.img_size))} is not a multiple of the patch size "
-                             f"{patch_size}: choose multiples of {patch_size}")
-        self.grid = tuple(s // patch_size for s in self.img_size)
-        self.arch = dict(kind="vit", img_size=list(self.img_size), patch_size=patch_size, embed_dim=embed_dim,
-                         depth=depth, num_heads=num_heads, rel_pos_bias=rel_pos_bias, layer_scale=layer_scale)
+            raise ValueError(f"image size {self.img_size} is not a multiple of the patch size "
+                             f"{patch_size}")
+        h, w = self.grid = tuple(s // patch_size for s in self.img_size)
+        self.arch = dict(kind="vit", img_size=list(self.img_size), patch_size=patch_size,
+                         embed_dim=embed_dim, depth=depth, num_heads=num_heads,
+                         rel_pos_bias=rel_pos_bias, layer_scale=layer_scale)
 
         self.patch_embed = PatchEmbed(patch_size, embed_dim)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
-        self.pos_embed = nn.Parameter(sincos_2d(embed_dim, self.grid), requires_grad=not fixed_pos_embed)
-        rel_pos_rows = (2 * self.grid[0] - 1) * (2 * self.grid[1] - 1) + 3 if rel_pos_bias else 0
+        position_table = sincos_2d(embed_dim, self.grid)
+        self.pos_embed = nn.Parameter(position_table, requires_grad=not fixed_pos_embed)
+        rel_pos_rows = (2 * h - 1) * (2 * w - 1) + 3 if rel_pos_bias else 0
         rates = [drop_path * i / max(1, depth - 1) for i in range(depth)]
-        self.blocks = nn.ModuleList([Block(embed_dim, num_heads, r, layer_scale, rel_pos_rows) for r in rates])
-        self.register_buffer("rel_pos_index", relative_position_index(self.grid) if rel_pos_bias else None,
-                             persistent=False)
+        self.blocks = nn.ModuleList(
+            [Block(embed_dim, num_heads, rate, layer_scale, rel_pos_rows) for rate in rates])
+        index = relative_position_index(self.grid) if rel_pos_bias else None
+        self.register_buffer("rel_pos_index", index, persistent=False)
         if num_classes:
             self.fc_norm = LayerNorm(embed_dim)
             self.head = nn.Linear(embed_dim, num_classes)
@@ -267,115 +299,133 @@ class VisionTransformer(nn.Module):
         if not fixed_pos_embed:
             nn.init.trunc_normal_(self.pos_embed, std=0.02)
         if num_classes:
-            nn.init.trunc_normal_(self.head.weight, std=2e-5)    # as MAE fine-tunes: logits start at zero
+            nn.init.trunc_normal_(self.head.weight, std=2e-5)    # as in MAE: logits start at zero
 
     def embed(self, images, ids_keep=None):
-        """(B, 3, H, W) -> (B, 1 + V, D): class token, then the patches of ids_keep (all in raster order if None)."""
+        """(B, 3, H, W) -> (B, 1 + V, D): class token, then the patches of ids_keep (None: all)."""
         if tuple(images.shape[2:]) != self.img_size:
-            raise ValueError(f"images of {tuple(images.shape[2:])} given to a ViT built for {self.img_size}")
+            raise ValueError(f"images of {tuple(images.shape[2:])} given to a ViT built for "
+                             f"{self.img_size}")
         if ids_keep is not None and self.rel_pos_index is not None:
-            raise ValueError("relative position bias needs all patches: build the model without it to use ids_keep")
+            raise ValueError("relative position bias needs all patches: build the model without it "
+                             "to use ids_keep")
         pos = self.pos_embed[:, 1:] if ids_keep is None else self.pos_embed[0, 1:][ids_keep]
         x = self.patch_embed(images, ids_keep) + pos
-        cls_token = self.cls_token + self.pos_embed[:, :1]
-        return torch.cat([cls_token.expand(len(x), -1, -1).to(x.dtype), x], dim=1)
+        cls_token = (self.cls_token + self.pos_embed[:, :1]).expand(len(x), -1, -1)
+        return torch.cat([cls_token.to(x.dtype), x], dim=1)
 
     def forward_features(self, images, taps, ids_keep=None):
-        """Tokens after the blocks in `taps` -> {tap: (B, T, D)}, not normalised. No block after the last tap runs."""
+        """Tokens after the blocks in `taps`, not normalised -> {tap: (B, T, D)}. No block after the
+        last tap runs."""
         x = self.embed(images, ids_keep)
-        features = {0: x} if 0 in taps else {}
+        features = {0: x}
         for number, block in enumerate(self.blocks[:max(taps)], start=1):
             x = block(x, self.rel_pos_index)
-            if number in taps:
-                features[number] = x
-        return features
+            features[number] = x if number in taps else None
+        return {tap: features[tap] for tap in taps}
 
     def forward(self, images):
-        """(B, 3, H, W) -> logits (B, classes); without a classifier, all normalised tokens (B, 1 + N, D)."""
-        x = self.forward_features(images, (self.depth,))[self.depth]
-        return self.head(self.fc_norm(x[:, 1:].mean(dim=1))) if hasattr(self, "head") else self.norm(x)
+        """(B, 3, H, W) -> logits (B, classes); without a classifier, normalised tokens (B, T, D)."""
+        x = self.forward_features(images, [self.depth])[self.depth]
+        if hasattr(self, "head"):
+            return self.head(self.fc_norm(x[:, 1:].mean(dim=1)))
+        return self.norm(x)
 
     def feature_maps(self, images, taps):
-        """Patch tokens after the blocks in `taps` as a list of raster maps (B, D, h, w), not normalised."""
+        """Patch tokens after the blocks in `taps` as raster maps, a list of (B, D, h, w)."""
         features = self.forward_features(images, taps)
-        return [features[t][:, 1:].transpose(1, 2).unflatten(2, self.grid) for t in taps]
+        return [features[tap][:, 1:].transpose(1, 2).unflatten(2, self.grid) for tap in taps]
 
     def attention_map(self, x, block):
-        """Pre-softmax map of `block` (1-based) from its input, i.e. the tokens after block - 1 -> (B, H, T, T)."""
+        """Pre-softmax map (B, H, T, T) of `block` from its input, the tokens after block - 1."""
         block = self.blocks[block - 1]
         return block.attn.logits(block.norm1(x), self.rel_pos_index)
 
     def representation(self, x, block):
-        """Normalised representation of `block` (Fig. 2) from its output: next block's norm1, `norm` for the last."""
+        """Representation of `block` (Fig. 2) from its output x: normalised by the next block's
+        norm1, by `norm` for the last."""
         return self.blocks[block].norm1(x) if block < self.depth else self.norm(x)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Hiera (arXiv 2306.00989), 2-D
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 def unroll(x, grid, rounds=3):
-    """Raster tokens (B, h * w, C) -> the same tokens reordered, so that 2x2 pooling needs no 2-D layout.
+    """Raster tokens (B, h * w, C) -> the same tokens reordered, so that pooling needs no 2-D layout.
 
-    Each round splits the grid into 2x2 cells and moves (row bit, column bit) to the front. The token axis becomes
-    [4 (finest), 4, 4 (coarsest), units in raster order]: pooling is a max over its first axis of 4, and the tokens of
-    one mask unit are those with the same last index. One round on a 4x4 grid of tokens
+    Each round splits the grid into 2x2 cells and moves (row bit, column bit) to the front. The token
+    axis becomes [4 (finest), 4, 4 (coarsest), units in raster order]: pooling is a max over its
+    first axis of 4, and the tokens of one mask unit are those with the same last index. One round on
+    a 4x4 grid of tokens
 
          0  1 |  2  3
          4  5 |  6  7       gives   0 2 8 10 | 1 3 9 11 | 4 6 12 14 | 5 7 13 15
-        ------+------               top-left   top-right  bottom-left  bottom-right of each of the 4 cells:
-         8  9 | 10 11               the max over the four groups pools 0,1,4,5 and 2,3,6,7 and 8,9,12,13 and ...
+        ------+------               top-left   top-right  bottom-left  bottom-right of the 4 cells:
+         8  9 | 10 11               the max over the four groups pools 0,1,4,5 and 2,3,6,7 and ...
         12 13 | 14 15
     """
-    (h, w), (B, _, C) = grid, x.shape
+    h, w = grid
+    B, _, C = x.shape
     x = x.reshape(B, 1, h, w, C)
     for _ in range(rounds):
         h, w = h // 2, w // 2
-        x = x.view(B, -1, h, 2, w, 2, C).permute(0, 1, 3, 5, 2, 4, 6).flatten(1, 3)              # (B, 4^r, h, w, C)
+        x = x.view(B, -1, h, 2, w, 2, C).permute(0, 1, 3, 5, 2, 4, 6)    # (B, ., 2, 2, h, w, C)
+        x = x.flatten(1, 3)                                              # (B, 4^r, h, w, C)
     return x.flatten(1, 3)
 
 
 def reroll(x, units, rounds):
-    """Inverse of `unroll`: (B, 4^rounds * U, C), U = units[0] * units[1] -> raster map (B, h, w, C)."""
-    (h, w), (B, _, C) = units, x.shape
+    """Inverse of `unroll`: (B, 4^rounds * U, C), U = units[0] * units[1] -> raster (B, h, w, C)."""
+    h, w = units
+    B, _, C = x.shape
     x = x.reshape(B, -1, h, w, C)
     for _ in range(rounds):
-        x = x.reshape(B, -1, 2, 2, h, w, C).permute(0, 1, 4, 2, 5, 3, 6)                         # (B, ., h, 2, w, 2, C)
+        x = x.reshape(B, -1, 2, 2, h, w, C).permute(0, 1, 4, 2, 5, 3, 6)    # (B, ., h, 2, w, 2, C)
         h, w = 2 * h, 2 * w
         x = x.reshape(B, -1, h, w, C)
     return x[:, 0]
 
 
 class MaskUnitAttention(nn.Module):
-    """Attention over unrolled tokens, inside mask units (tokens_per_unit > 0) or global (0), queries pooled or not."""
+    """Attention over unrolled tokens, inside mask units (tokens_per_unit > 0) or global (0), with
+    max-pooled queries (q_pool) or not."""
 
     def __init__(self, dim, dim_out, num_heads, q_pool, tokens_per_unit):
         super().__init__()
-        self.num_heads, self.q_pool, self.tokens_per_unit = num_heads, q_pool, tokens_per_unit
+        self.num_heads = num_heads
+        self.q_pool = q_pool
+        self.tokens_per_unit = tokens_per_unit
         self.qkv = nn.Linear(dim, 3 * dim_out)
         self.proj = nn.Linear(dim_out, dim_out)
 
     def split(self, x, n):
-        """Projected tokens (B, T, n * D) -> n x (B * windows, H, S, d), the first one pooled if it has to be."""
+        """Projected tokens (B, T, n * D) -> n x (B * windows, H, S, d), the first one pooled if it
+        has to be."""
         B, T, _ = x.shape
         S = self.tokens_per_unit or T
-        x = x.view(B, S, T // S, n, self.num_heads, -1).permute(3, 0, 2, 4, 1, 5).flatten(1, 2)  # unit index fastest
-        q, *rest = x
-        return (q.unflatten(2, (4, -1)).amax(dim=2) if self.q_pool else q, *rest)
+        x = x.view(B, S, T // S, n, self.num_heads, -1)                     # unit index fastest
+        q, *rest = x.permute(3, 0, 2, 4, 1, 5).flatten(1, 2)
+        if self.q_pool:
+            q = q.unflatten(2, (4, -1)).amax(dim=2)
+        return (q, *rest)
 
     def forward(self, x):
         B = x.shape[0]
-        x = F.scaled_dot_product_attention(*self.split(self.qkv(x), 3))                   # (B * windows, H, S, d)
-        x = x.unflatten(0, (B, -1)).permute(0, 3, 1, 2, 4).flatten(3).flatten(1, 2)       # (B, T, D)
-        return self.proj(x)
+        q, k, v = self.split(self.qkv(x), 3)
+        x = F.scaled_dot_product_attention(q, k, v)                         # (B * windows, H, S, d)
+        x = x.unflatten(0, (B, -1)).permute(0, 3, 1, 2, 4)                  # (B, S, windows, H, d)
+        return self.proj(x.flatten(3).flatten(1, 2))
 
     def logits(self, x):
         """Pre-softmax map (B * windows, H, queries, keys) in float32, from q and k alone."""
         rows = 2 * self.proj.in_features
-        return attention_logits(*self.split(F.linear(x, self.qkv.weight[:rows], self.qkv.bias[:rows]), 2))
+        q, k = self.split(F.linear(x, self.qkv.weight[:rows], self.qkv.bias[:rows]), 2)
+        return attention_logits(q, k)
 
 
 class HieraBlock(nn.Module):
-    """Pre-norm block. One that opens a stage widens the tokens and, while pooling lasts, keeps 1 token of 4."""
+    """Pre-norm block. One that opens a stage widens the tokens and, while pooling lasts, keeps one
+    token of four."""
 
     def __init__(self, dim, dim_out, num_heads, q_pool=False, tokens_per_unit=0, drop_path=0.0):
         super().__init__()
@@ -389,47 +439,58 @@ class HieraBlock(nn.Module):
 
     def forward(self, x):
         y = self.norm1(x)
-        if hasattr(self, "proj"):    # the skip goes through the norm, a linear layer and the same pooling as q
+        if hasattr(self, "proj"):    # the skip: norm, a linear layer and the same pooling as q
             x = self.proj(y)
-            x = x.unflatten(1, (4, -1)).amax(dim=1) if self.attn.q_pool else x
+            if self.attn.q_pool:
+                x = x.unflatten(1, (4, -1)).amax(dim=1)
         x = x + self.drop_path(self.attn(y))
         return x + self.drop_path(self.mlp(self.norm2(x)))
 
 
 class Hiera(nn.Module):
-    """Hierarchical ViT of four stages; width and heads double with each. Tokens stay unrolled (see `unroll`).
+    """Hierarchical ViT of four stages; width and heads double with each. Tokens stay unrolled.
 
-    img_size: int or (H, W), multiples of 32 (one mask unit = 8x8 tokens = 32x32 pixels).
-    q_pool: stages that open with 2x2 pooling; 3 for classification (last grid 7x7 at 224), 2 in pre-training (14x14).
-    Mask-unit attention in stages 1-2, global in 3-4; the block that opens a stage still attends as the stage before.
+    img_size: int or (H, W), multiples of 32 (one mask unit = 8x8 tokens = 32x32 pixels). q_pool:
+    stages that open with 2x2 pooling; 3 for classification (last grid 7x7 at 224), 2 in pre-training
+    (14x14). Mask-unit attention in stages 1-2, global in 3-4; the block that opens a stage still
+    attends as the stage before.
     """
-    unit, patch_stride = 8, 4
+    unit = 8
+    patch_stride = 4
 
-    def __init__(self, img_size=224, embed_dim=46, num_heads=1, stages=(1, 2, 7, 2), q_pool=3, num_classes=0,
-                 drop_path=0.0):
+    def __init__(self, img_size=224, embed_dim=46, num_heads=1, stages=(1, 2, 7, 2), q_pool=3,
+                 num_classes=0, drop_path=0.0):
         super().__init__()
-        self.img_size, self.depth, self.q_pool = pair(img_size), sum(stages), q_pool
+        self.img_size = pair(img_size)
+        self.depth = sum(stages)
+        self.q_pool = q_pool
         if any(s % 32 or s < 32 for s in self.img_size):
-            nearest = "x".join(str(max(1, round(s / 32)) * 32) for s in self.img_size)
-            raise InputError(f"Hiera cannot take images of {'x'.join(map(str, self.img_size))}: both sides must be "
-                             f"multiples of 32; the nearest valid size is {nearest}")
+            nearest = tuple(max(1, round(s / 32)) * 32 for s in self.img_size)
+            raise ValueError(f"image size {self.img_size} is not a multiple of Hiera's mask unit of 32 "
+                             f"pixels; the nearest valid size is {nearest}")
         self.grid = tuple(s // self.patch_stride for s in self.img_size)    # 56 x 56 tokens at 224
         self.unit_grid = tuple(s // self.unit for s in self.grid)           # 7 x 7 mask units
-        self.stage_ends = tuple(sum(stages[:i + 1]) for i in range(4))      # 1-based numbers of each stage's last block
-        self.arch = dict(kind="hiera", img_size=list(self.img_size), embed_dim=embed_dim, num_heads=num_heads,
-                         stages=list(stages), depth=self.depth)
+        self.stage_ends = tuple(sum(stages[:i + 1]) for i in range(4))      # last block of each
+        self.arch = dict(kind="hiera", img_size=list(self.img_size), embed_dim=embed_dim,
+                         num_heads=num_heads, stages=list(stages), depth=self.depth)
 
-        self.patch_embed = nn.Sequential(OrderedDict(proj=nn.Conv2d(3, embed_dim, 7, self.patch_stride, 3)))
+        proj = nn.Conv2d(3, embed_dim, 7, self.patch_stride, 3)
+        self.patch_embed = nn.Sequential(OrderedDict(proj=proj))
         self.pos_embed = nn.Parameter(torch.zeros(1, self.grid[0] * self.grid[1], embed_dim))
         self.blocks = nn.ModuleList()
-        dim, tokens_per_unit = embed_dim, self.unit ** 2
+        dim = embed_dim
+        tokens_per_unit = self.unit ** 2
         for i in range(self.depth):
-            stage, stage_before = (sum(end <= j for end in self.stage_ends) for j in (i, max(0, i - 1)))
+            stage = self.stage_of(i + 1)
+            stage_before = self.stage_of(max(1, i))
             pool = stage_before < stage <= q_pool
             dim_out = embed_dim * 2 ** stage
-            self.blocks.append(HieraBlock(dim, dim_out, num_heads * 2 ** stage, pool,
-                                          tokens_per_unit if stage_before < 2 else 0, drop_path * i / (self.depth - 1)))
-            dim, tokens_per_unit = dim_out, tokens_per_unit // 4 if pool else tokens_per_unit
+            in_units = tokens_per_unit if stage_before < 2 else 0
+            rate = drop_path * i / (self.depth - 1)
+            self.blocks.append(
+                HieraBlock(dim, dim_out, num_heads * 2 ** stage, pool, in_units, rate))
+            dim = dim_out
+            tokens_per_unit //= 4 if pool else 1
         self.embed_dim = dim
         if num_classes:
             self.norm = LayerNorm(dim)
@@ -445,90 +506,141 @@ class Hiera(nn.Module):
             for p in self.head.parameters():
                 p.data.mul_(0.001)
 
-    def embed(self, images, ids_keep=None):
-        """(B, 3, H, W) -> unrolled tokens (B, 64 * U, D), of the mask units in ids_keep (B, V) only if given.
+    def stage_of(self, block):
+        """Stage (from 0) of a block (from 1)."""
+        return sum(end < block for end in self.stage_ends)
 
-        The patch convolution overlaps its neighbours, so masked units are zeroed *before* it: nothing leaks.
+    def embed(self, images, ids_keep=None):
+        """(B, 3, H, W) -> unrolled tokens (B, 64 * U, D), those of the mask units in ids_keep (B, V)
+        alone if given.
+
+        The patch convolution overlaps, so masked units are zeroed *before* it: nothing leaks.
         """
         if tuple(images.shape[2:]) != self.img_size:
-            raise ValueError(f"images of {tuple(images.shape[2:])} given to a Hiera built for {self.img_size}")
+            raise ValueError(f"images of {tuple(images.shape[2:])} given to a Hiera built for "
+                             f"{self.img_size}")
+        h, w = self.unit_grid
         if ids_keep is not None:
-            visible = images.new_zeros(len(images), self.unit_grid[0] * self.unit_grid[1]).scatter_(1, ids_keep, 1)
-            images = images * F.interpolate(visible.view(-1, 1, *self.unit_grid), scale_factor=32.0)
+            visible = images.new_zeros(len(images), h * w).scatter_(1, ids_keep, 1)
+            images = images * F.interpolate(visible.view(-1, 1, h, w), scale_factor=32.0)
         x = self.patch_embed(images).flatten(2).transpose(1, 2) + self.pos_embed
         x = unroll(x, self.grid)
         if ids_keep is not None:
-            x = x.unflatten(1, (self.unit ** 2, -1))                                             # (B, 64, U, D)
-            x = x.gather(2, ids_keep[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3])).flatten(1, 2)
+            x = x.unflatten(1, (self.unit ** 2, h * w))                     # (B, 64, U, D)
+            ids = ids_keep[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3])
+            x = x.gather(2, ids).flatten(1, 2)                              # (B, 64 V, D)
         return x
 
     def forward_features(self, images, taps, ids_keep=None):
-        """Unrolled tokens after the blocks in `taps` -> {tap: (B, T, D of the block)}. No block after the last runs."""
+        """Unrolled tokens after the blocks in `taps` -> {tap: (B, T, D of the block)}. No block
+        after the last tap runs."""
         x = self.embed(images, ids_keep)
-        features = {0: x} if 0 in taps else {}
+        features = {0: x}
         for number, block in enumerate(self.blocks[:max(taps)], start=1):
             x = block(x)
-            if number in taps:
-                features[number] = x
-        return features
+            features[number] = x if number in taps else None
+        return {tap: features[tap] for tap in taps}
 
     def forward(self, images):
-        """(B, 3, H, W) -> logits (B, classes), head(norm(mean token)); without a classifier, all tokens, unrolled."""
-        x = self.forward_features(images, (self.depth,))[self.depth]
-        return self.head(self.norm(x.mean(dim=1))) if hasattr(self, "head") else x
+        """(B, 3, H, W) -> logits head(norm(mean token)) (B, classes); without a classifier, all
+        tokens of the last block, unrolled."""
+        x = self.forward_features(images, [self.depth])[self.depth]
+        if hasattr(self, "head"):
+            return self.head(self.norm(x.mean(dim=1)))
+        return x
 
     def feature_maps(self, images, taps=None):
-        """Raster maps (B, C, h, w) after the blocks in `taps`; by default after each of the four stages."""
+        """Raster maps (B, C, h, w) after the blocks in `taps`; by default after each stage."""
         taps = taps or self.stage_ends
         features = self.forward_features(images, taps)
-        rounds = [3 - min(sum(end < t for end in self.stage_ends), self.q_pool) for t in taps]
-        return [reroll(features[t], self.unit_grid, r).permute(0, 3, 1, 2) for t, r in zip(taps, rounds)]
+        maps = []
+        for tap in taps:
+            rounds = 3 - min(self.stage_of(tap), self.q_pool)
+            maps.append(reroll(features[tap], self.unit_grid, rounds).permute(0, 3, 1, 2))
+        return maps
 
     def attention_map(self, x, block):
-        """Pre-softmax map of `block` (1-based) from its input, the unrolled tokens after block - 1.
+        """Pre-softmax map of `block` from its input, the unrolled tokens after block - 1.
 
-        (B, H, T, T) for a global block, (B * U, H, queries, keys) for one that attends within mask units.
+        (B, H, T, T) for a global block, (B * U, H, queries, keys) for one that attends within units.
         """
         block = self.blocks[block - 1]
         return block.attn.logits(block.norm1(x))
 
 
+def vit(embed_dim, depth, num_heads, patch_size=16):
+    return functools.partial(VisionTransformer, embed_dim=embed_dim, depth=depth,
+                             num_heads=num_heads, patch_size=patch_size)
+
+
 MODELS = {    # parameters: the encoder alone / with a classifier of 1000 classes
-    "vit_tiny": partial(VisionTransformer, embed_dim=192, depth=12, num_heads=12),  # 5.52M / 5.72M
-    "deit_tiny": partial(VisionTransformer, embed_dim=192, depth=12, num_heads=3),  # 5.52M / 5.72M
-    "vit_base": partial(VisionTransformer, embed_dim=768, depth=12, num_heads=12),  # 85.8M / 86.6M
-    "vit_large": partial(VisionTransformer, embed_dim=1024, depth=24, num_heads=16),  # 303.3M / 304.3M
-    "vit_huge": partial(VisionTransformer, patch_size=14, embed_dim=1280, depth=32, num_heads=16),  # 630.8M / 632.0M
-    "hiera_tiny": partial(Hiera, embed_dim=46, num_heads=1, stages=(1, 2, 7, 2)),  # 6.33M / 6.69M
-    "hiera_base": partial(Hiera, embed_dim=96, num_heads=1, stages=(2, 3, 16, 3)),  # 50.8M / 51.5M
+    "vit_nano": vit(96, 12, 6),                                             # 1.4M at 48 px, for demos
+    "vit_tiny": vit(192, 12, 12),                                           # 5.52M / 5.72M
+    "deit_tiny": vit(192, 12, 3),                                           # 5.52M / 5.72M
+    "vit_base": vit(768, 12, 12),                                           # 85.8M / 86.6M
+    "vit_large": vit(1024, 24, 16),                                         # 303.3M / 304.3M
+    "vit_huge": vit(1280, 32, 16, patch_size=14),                           # 630.8M / 632.0M
+    "hiera_tiny": functools.partial(Hiera, embed_dim=46, stages=(1, 2, 7, 2)),     # 6.33M / 6.69M
+    "hiera_base": functools.partial(Hiera, embed_dim=96, stages=(2, 3, 16, 3)),    # 50.8M / 51.5M
 }
 
 
 def layer_id(name, depth):
-    """Layer of a parameter for layer-wise lr decay: 0 embeddings and tokens, k for block k, depth + 1 for the rest."""
+    """Layer of a parameter: 0 embeddings and tokens, k for block k, depth + 1 for the rest."""
     if name.startswith("blocks."):
         return int(name.split(".")[1]) + 1
     return 0 if name.startswith(("patch_embed", "pos_embed", "cls_token")) else depth + 1
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Checkpoints
-# ----------------------------------------------------------------------------------------------------------------------
-HUGGING_FACE_NAMES = (    # files first; the second of a pair is what state_dict() says since transformers 5
-    ("embeddings.cls_token", "cls_token"), ("embeddings.position_embeddings", "pos_embed"),
-    ("embeddings.patch_embeddings.projection.", "patch_embed.proj."), ("encoder.layer.", "blocks."),
+def param_groups(model, weight_decay, layer_decay=1.0, depth=12):
+    """Optimizer groups: lr_scale = layer_decay^(depth + 1 - layer) (Sec. 4), and no weight decay on
+    biases, norms, tokens and position embeddings. Names may start with 'encoder.' or 'backbone.'."""
+    groups = {}
+    for name, p in model.named_parameters():
+        if not p.requires_grad:
+            continue
+        layer = layer_id(re.sub(r"^(encoder|backbone)\.", "", name), depth)
+        if layer_decay == 1:
+            layer = depth + 1
+        decayed = p.dim() > 1 and not name.endswith(("cls_token", "mask_token", "pos_embed"))
+        groups.setdefault((layer, decayed), []).append(p)
+    return [{"params": params, "layer": layer, "lr_scale": layer_decay ** (depth + 1 - layer),
+             "weight_decay": weight_decay if decayed else 0.0}
+            for (layer, decayed), params in sorted(groups.items())]
+
+
+# --------------------------------------------------------------------------------------------------
+# Reading checkpoints
+# --------------------------------------------------------------------------------------------------
+class InputError(ValueError):
+    """Something that the user gave cannot be used. The message is one sentence, and what is printed."""
+
+
+HUGGING_FACE_NAMES = (    # files first; q_proj and the like are what transformers 5 calls them
+    ("embeddings.cls_token", "cls_token"),
+    ("embeddings.position_embeddings", "pos_embed"),
+    ("embeddings.patch_embeddings.projection.", "patch_embed.proj."),
+    ("encoder.layer.", "blocks."),
     ("layers.", "blocks."),
-    ("attention.attention.query.", "attention.q_proj."), ("attention.attention.key.", "attention.k_proj."),
-    ("attention.attention.value.", "attention.v_proj."), ("attention.output.dense.", "attn.proj."),
-    ("attention.o_proj.", "attn.proj."), ("intermediate.dense.", "mlp.fc1."), ("output.dense.", "mlp.fc2."),
-    ("layernorm_before.", "norm1."), ("layernorm_after.", "norm2."), ("layernorm.", "norm."))
+    ("attention.attention.query.", "attention.q_proj."),
+    ("attention.attention.key.", "attention.k_proj."),
+    ("attention.attention.value.", "attention.v_proj."),
+    ("attention.output.dense.", "attn.proj."),
+    ("attention.o_proj.", "attn.proj."),
+    ("intermediate.dense.", "mlp.fc1."),
+    ("output.dense.", "mlp.fc2."),
+    ("layernorm_before.", "norm1."),
+    ("layernorm_after.", "norm2."),
+    ("layernorm.", "norm."),
+)
 
 
 def read_file(path):
-    """The object in a checkpoint file, on the CPU. Never unpickles code. Raises InputError in one sentence."""
+    """The object in a checkpoint file, on the CPU. Never unpickles code. Raises InputError."""
     path = Path(path)
     if not path.is_file():
-        raise InputError(f"checkpoint {path} does not exist: give the path of a file, or leave the option out")
+        raise InputError(f"checkpoint {path} does not exist: give the path of a file, or leave the "
+                         "option out")
     head = path.open("rb").read(64)
     if head.startswith(b"version https://git-lfs") or head.lstrip().startswith(b"<"):
         what = "Git LFS pointer" if b"git-lfs" in head else "web page"
@@ -537,141 +649,522 @@ def read_file(path):
         try:
             return importlib.import_module("safetensors.torch").load_file(path)
         except ImportError:
-            raise InputError(f"reading {path} needs the safetensors package: pip install safetensors") from None
+            raise InputError(f"reading {path} needs one package more: pip install safetensors") from None
         except Exception as error:    # a class of that package
-            raise InputError(f"checkpoint {path} is not a readable safetensors file ({type(error).__name__}): is it "
-                             "complete?") from None
-    try:
-        with torch.serialization.safe_globals([argparse.Namespace]):    # MAE training files keep their options in one
+            raise InputError(f"checkpoint {path} is not a readable safetensors file "
+                             f"({type(error).__name__}): is it complete?") from None
+    try:    # MAE's training files keep their options in a Namespace
+        with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, OSError, EOFError, KeyError, IndexError, ValueError, pickle.UnpicklingError) as error:
-        name = re.search(r"GLOBAL (\S+)|type (\S+)", str(error))
-        if name and isinstance(error, pickle.UnpicklingError):
-            raise InputError(f"checkpoint {path} pickles {name.group(0)}, which could run code when loaded: re-save "
-                             "only its tensors and plain Python types") from None
-        raise InputError(f"checkpoint {path} is not a readable PyTorch file ({type(error).__name__}): is it complete?"
-                         ) from None
+    except (RuntimeError, OSError, EOFError, LookupError, ValueError, pickle.UnpicklingError) as error:
+        forbidden = re.search(r"GLOBAL (\S+)|type (\S+)", str(error))
+        if forbidden and isinstance(error, pickle.UnpicklingError):
+            raise InputError(f"checkpoint {path} pickles {forbidden.group(0)}, which could run code "
+                             "when loaded: re-save only its tensors and plain types") from None
+        raise InputError(f"checkpoint {path} is not a readable PyTorch file "
+                         f"({type(error).__name__}): is it complete?") from None
 
 
 def load_state(path):
-    """Encoder tensors of any file named in README "Checkpoints", under timm / MAE / Hiera names -> (state, info).
+    """Encoder tensors of any file named in README "Checkpoints", under timm / MAE / Hiera names, and
+    `info`, what this project's own files store besides: 'arch', 'mean', 'std', 'args', 'norm_pix'.
 
-    Unwraps {'model'}, {'model_state'}, {'state_dict'}, drops prefixes (DistributedDataParallel, torch.compile,
-    MAE-Lite, MoCo-v3, Hugging Face) and joins q, k, v. A file with several encoders gives the student, not the teacher.
-    `info` holds what this project's own files store besides: 'arch', 'mean', 'std', 'args'; empty for others.
+    Unwraps {'model'}, {'model_state'}, {'state_dict'}, drops prefixes (DistributedDataParallel,
+    torch.compile, MAE-Lite, MoCo-v3, Hugging Face) and joins q, k, v. A file with several encoders
+    gives the student, not the teacher.
     """
     file = read_file(path)
-    state = next((file[k] for k in ("model", "model_state", "state_dict") if isinstance(file, dict)
-                  and isinstance(file.get(k), dict)), file)
-    state = {str(k): v for k, v in state.items() if torch.is_tensor(v)} if isinstance(state, dict) else {}
+    state = file
+    for key in ("state_dict", "model_state", "model"):
+        if isinstance(file, dict) and isinstance(file.get(key), dict):
+            state = file[key]
+    if not isinstance(state, dict):
+        state = {}
+    state = {str(k): v for k, v in state.items() if torch.is_tensor(v)}
+
     stems = ("patch_embed.proj.weight", "embeddings.patch_embeddings.projection.weight")
-    prefixes = {k[:-len(s)] for k in state for s in stems if k.endswith(s)}
+    prefixes = {k[:-len(stem)] for k in state for stem in stems if k.endswith(stem)}
     if len(prefixes) > 1:
         prefixes = {p for p in prefixes if not re.search("tch_model|teacher|momentum", p)}
     if len(prefixes) != 1:
-        raise InputError(f"checkpoint {path} has {'several encoders: ' + str(sorted(prefixes)) if prefixes else 'no'} "
-                         f"ViT or Hiera encoder (looked for a key ending in {stems[0]})")
+        found = f"several encoders: {sorted(prefixes)}" if prefixes else "no ViT or Hiera encoder"
+        raise InputError(f"checkpoint {path} has {found} (looked for a key ending in {stems[0]})")
     prefix = prefixes.pop()
-    info = {k: file[k] for k in ("arch", "mean", "std", "args", "norm_pix") if k in file}
-    if not (isinstance(info.get("arch"), dict) and "img_size" in info["arch"]):    # MoCo-v3 and timm store a name
-        info.pop("arch", None)
-    state = {k[len(prefix):] if k.startswith(prefix) else k: v for k, v in state.items()}
+    state = {k.removeprefix(prefix): v for k, v in state.items()}
+    if any(k.startswith("embeddings.") for k in state):
+        state = from_hugging_face(state)
 
-    if any(k.startswith("embeddings.") for k in state):    # Hugging Face
-        renamed = {}
-        for key, value in state.items():
-            if not key.startswith("decoder."):
-                for old, new in HUGGING_FACE_NAMES:
-                    key = key.replace(old, new)
-            renamed[key] = value
-        for key in [k for k in renamed if k.startswith("blocks.") and ".attention.q_proj." in k]:
-            parts = [key.replace("q_proj", part) for part in ("q_proj", "k_proj", "v_proj")]
-            if all(part in renamed for part in parts):
-                renamed[key.replace("attention.q_proj", "attn.qkv")] = torch.cat([renamed.pop(p) for p in parts])
-        state = renamed
+    info = {k: file[k] for k in ("arch", "mean", "std", "args", "norm_pix") if k in file}
+    if not (isinstance(info.get("arch"), dict) and "img_size" in info["arch"]):
+        info.pop("arch", None)    # MoCo-v3 and timm store a name
     return state, info
 
 
+def from_hugging_face(state):
+    """Tensors of facebook/vit-mae-base and the like under timm's names, q, k and v in one."""
+    renamed = {}
+    for key, value in state.items():
+        if not key.startswith("decoder."):
+            for old, new in HUGGING_FACE_NAMES:
+                key = key.replace(old, new)
+        renamed[key] = value
+    for key in [k for k in renamed if k.startswith("blocks.") and ".attention.q_proj." in k]:
+        parts = [key.replace("q_proj", part) for part in ("q_proj", "k_proj", "v_proj")]
+        if all(part in renamed for part in parts):
+            joined = torch.cat([renamed.pop(part) for part in parts])
+            renamed[key.replace("attention.q_proj", "attn.qkv")] = joined
+    return renamed
+
+
+def block_number(key):
+    """0-based number of the block that a tensor belongs to, -1 for the others."""
+    match = re.match(r"blocks\.(\d+)\.", key)
+    return int(match[1]) if match else -1
+
+
 def infer_model(path):
-    """Name in MODELS and patch size of the encoder in a file -> ('vit_base', 16). Head counts cannot be seen in
-    weights: own files store them, others get those of the standard model of that width and depth."""
+    """Name in MODELS and patch size of the encoder in a file -> ('vit_base', 16). Head counts cannot
+    be seen in weights: own files store them, others get those of the standard model."""
     state, info = load_state(path)
     width, *_, patch = state["patch_embed.proj.weight"].shape
-    depth = 1 + max([int(k.split(".")[1]) for k in state if re.match(r"blocks\.\d+\.", k)], default=-1)
+    depth = 1 + max(map(block_number, state))
     heads = info.get("arch", {}).get("num_heads")
-    known = {(192, 12): "deit_tiny" if heads == 3 else "vit_tiny", (192, 13): "vit_tiny", (768, 12): "vit_base",
-             (1024, 24): "vit_large", (1280, 32): "vit_huge", (46, 12): "hiera_tiny", (96, 24): "hiera_base"}
+    known = {(96, 12): "vit_nano", (96, 13): "vit_nano", (192, 12): "vit_tiny", (192, 13): "vit_tiny",
+             (768, 12): "vit_base", (1024, 24): "vit_large", (1280, 32): "vit_huge",
+             (46, 12): "hiera_tiny", (96, 24): "hiera_base"}
     if (width, depth) not in known:
-        raise InputError(f"checkpoint {path} has an encoder of width {width} and {depth} blocks, which is none of "
-                         f"{', '.join(MODELS)}: name the model yourself if it is one of them")
+        raise InputError(f"checkpoint {path} has an encoder of width {width} and {depth} blocks, which "
+                         f"is none of {', '.join(MODELS)}: name the model yourself if it is one")
+    if (width, depth, heads) == (192, 12, 3):
+        return "deit_tiny", patch
     return known[width, depth], patch
 
 
 def load_encoder(model, path, keep_blocks=None):
-    """Load an encoder from any file of README "Checkpoints" into a VisionTransformer or Hiera, in place -> info.
+    """Load an encoder from any file of README "Checkpoints" into a ViT or Hiera, in place -> info.
 
-    Every encoder tensor must be there in the right shape. Position tables are resized to the model's grid; what the
-    file was trained without (relative position bias, LayerScale) and a norm that it lacks keep their initial values.
-    keep_blocks: load only the embedding and the first so many blocks (Fig. 4); the others stay random.
-    Raises InputError naming the file, the keys and what to do.
+    Every encoder tensor must be there in the right shape. Position tables are resized to the model's
+    grid; what the file was trained without (relative position bias, LayerScale) and a norm that it
+    lacks keep their initial values. keep_blocks: load only the embedding and the first so many
+    blocks (Fig. 4); the others stay random. Raises InputError naming the file, the keys, what to do.
     """
     state, info = load_state(path)
-    own = model.state_dict()
-    arch = info.get("arch", {})
-    for key in ("kind", "patch_size", "embed_dim", "depth", "num_heads", "stages"):
-        if key in arch and key in model.arch and arch[key] != model.arch[key]:
-            raise InputError(f"checkpoint {path} has {key} = {arch[key]}, the model {key} = {model.arch[key]}: "
-                             "choose the --model that the file was written for")
-    if "norm.weight" in own and "norm.weight" not in state and "fc_norm.weight" in state:    # timm with average pooling
-        state.update({f"norm.{p}": state.pop(f"fc_norm.{p}") for p in ("weight", "bias")})
+    target = model.state_dict()
+    check_encoder(model, state, info.get("arch", {}), path)
+    if "norm.weight" in target and "norm.weight" not in state and "fc_norm.weight" in state:
+        for kind in ("weight", "bias"):    # timm with average pooling
+            state[f"norm.{kind}"] = state.pop(f"fc_norm.{kind}")
+    wanted = {k for k in target if k in state and (in_encoder(k, model.depth) or k.startswith("norm."))}
+    if isinstance(model, Hiera):    # its norm belongs to a classifier
+        wanted = {k for k in wanted if not k.startswith("norm.")}
 
-    # what belongs to the encoder on either side; the rest (decoder, adapters, teacher, heads, a 13th block) is ignored
-    def is_encoder(key):
-        number = int(key.split(".")[1]) if re.match(r"blocks\.\d+\.", key) else 0
-        return key.startswith(("patch_embed.", "pos_embed", "cls_token", "blocks.")) and number < model.depth \
-            and not key.endswith("relative_position_index")
-    depth = 1 + max((int(k.split(".")[1]) for k in state if re.match(r"blocks\.\d+\.", k)), default=-1)
-    if depth > model.depth + 1:    # one more is the 13th block of a D2-MAE file
-        raise InputError(f"checkpoint {path} has {depth} blocks, the model {model.depth}: choose the right --model")
-    wanted = {k for k in own if is_encoder(k) and not k.endswith(("relative_position_bias_table", ".gamma"))}
-    missing = sorted(wanted - set(state))
-    surplus = sorted(k for k in state if is_encoder(k) and k not in own)
-    for keys, problem in ((missing, "lacks"), (surplus, "has, and the model lacks,")):
-        if keys:
-            raise InputError(f"checkpoint {path} {problem} {len(keys)} encoder tensor(s): {', '.join(keys[:5])}"
-                             f"{' ...' if len(keys) > 5 else ''}; is it a file for this --model (and --rpe)?")
-
-    extra = 1 if model.arch["kind"] == "vit" else 0    # class token row
-    patch = model.patch_size if extra else model.patch_stride
-    for key in [k for k in state if k in own]:
+    loaded = {}
+    for key in wanted:
+        if keep_blocks is not None and layer_id(key, model.depth) > keep_blocks:
+            continue
+        value = state[key]
         if key == "pos_embed" or key.endswith("relative_position_bias_table"):
-            old = [s // patch for s in arch["img_size"]] if arch else None
-            state[key] = resize_position_table(key, state[key], own[key], old, model.grid, extra, path)
-        if state[key].shape != own[key].shape and (is_encoder(key) or key.startswith("norm.")):
-            raise InputError(f"checkpoint {path}: {key} is {tuple(state[key].shape)}, the model needs "
-                             f"{tuple(own[key].shape)}: choose the --model that the file was written for")
-    load = {k: v for k, v in state.items() if k in own and (is_encoder(k) or k.startswith("norm.") and extra)}
-    if keep_blocks is not None:
-        load = {k: v for k, v in load.items() if layer_id(k, model.depth) <= keep_blocks}
-    model.load_state_dict(load, strict=False)
+            value = resize_position_table(key, value, model, info.get("arch"), path)
+        if value.shape != target[key].shape:
+            raise InputError(f"checkpoint {path}: {key} is {tuple(value.shape)}, the model needs "
+                             f"{tuple(target[key].shape)}: choose the --model of the file")
+        loaded[key] = value
+    model.load_state_dict(loaded, strict=False)
+
     if int(os.environ.get("RANK", 0)) == 0:
-        fresh, ignored = ({re.sub(r"\.?\d.*|\.(weight|bias|proj)+$", "", k) for k in keys} for keys in
-                          (set(own) - set(load), set(state) - set(load)))
-        print(f"{path}: loaded {len(load)} tensors, fresh: {', '.join(sorted(fresh)) or 'none'}, "
-              f"ignored {len(set(state) - set(load))}: {', '.join(sorted(ignored)) or 'none'}"
-              + (f"; {model.arch['num_heads']} heads assumed, which weights do not tell" if extra and not arch else ""))
+        fresh = sorted({short_name(k) for k in target if k not in loaded}) or ["none"]
+        ignored = sorted({short_name(k) for k in state if k not in loaded}) or ["none"]
+        print(f"{path}: loaded {len(loaded)} tensors, fresh: {', '.join(fresh)}, ignored "
+              f"{len(state) - len(loaded)}: {', '.join(ignored)}")
+        if not info.get("arch") and not isinstance(model, Hiera):
+            print(f"{path}: {model.arch['num_heads']} heads assumed, which weights do not tell")
     return info
 
 
-def resize_position_table(key, table, target, old, new, extra, path):
-    """Absolute (1, extra + N, D) or relative (rows, H) position table of grid `old` (square if None) -> grid `new`."""
+def in_encoder(key, depth):
+    """Whether a tensor belongs to an encoder of `depth` blocks; decoders, adapters, heads, teachers
+    and a 13th block do not."""
+    return (key.startswith(("patch_embed.", "pos_embed", "cls_token", "blocks."))
+            and block_number(key) < depth and not key.endswith("relative_position_index"))
+
+
+def short_name(key):
+    return re.sub(r"\.?\d.*|\.(weight|bias|proj)+$", "", key)
+
+
+def check_encoder(model, state, arch, path):
+    """Raise InputError unless the tensors of a file are those of the model's encoder."""
+    for key in ("kind", "patch_size", "embed_dim", "depth", "num_heads", "stages"):
+        if key in arch and key in model.arch and arch[key] != model.arch[key]:
+            raise InputError(f"checkpoint {path} has {key} = {arch[key]}, the model {key} = "
+                             f"{model.arch[key]}: choose the --model of the file")
+    depth = 1 + max(map(block_number, state))
+    if depth > model.depth + 1:    # one more is the 13th block of a D2-MAE file
+        raise InputError(f"checkpoint {path} has {depth} blocks, the model {model.depth}: choose the "
+                         "right --model")
+    target = model.state_dict()
+    optional = ("relative_position_bias_table", ".gamma")
+    needed = {k for k in target if in_encoder(k, model.depth) and not k.endswith(optional)}
+    missing = sorted(needed - set(state))
+    surplus = sorted(k for k in state if in_encoder(k, model.depth) and k not in target)
+    for keys, problem in ((missing, "lacks"), (surplus, "has, and the model lacks,")):
+        if keys:
+            dots = " ..." if len(keys) > 5 else ""
+            raise InputError(f"checkpoint {path} {problem} {len(keys)} encoder tensor(s): "
+                             f"{', '.join(keys[:5])}{dots}; is it a file for this --model (and --rpe)?")
+
+
+def resize_position_table(key, table, model, arch, path):
+    """Absolute (1, tokens, D) or relative (rows, H) position table of a file -> the model's grid."""
+    vit = not isinstance(model, Hiera)
+    old = None
+    if arch:
+        patch = model.patch_size if vit else model.patch_stride
+        old = [s // patch for s in arch["img_size"]]
     if key == "pos_embed":
+        extra = 1 if vit else 0    # class token row
         n = table.shape[1] - extra
         old = old or [round(n ** 0.5)] * 2
-        if old[0] * old[1] != n or table.shape[2] != target.shape[2]:
-            raise InputError(f"checkpoint {path}: pos_embed of shape {tuple(table.shape)} does not fit the model's "
-                             f"{tuple(target.shape)}: choose the --model that the file was written for")
-        return torch.cat([table[:, :extra], resize_grid(table[:, extra:], old, new)], dim=1)
-    old = [2 * s - 1 for s in old] if old else [round((table.shape[0] - 3) ** 0.5)] * 2    # offsets -(h-1) .. h-1
-    body = resize_grid(table[None, :-3], old, [2 * s - 1 for s in new])[0]
+        if old[0] * old[1] != n or table.shape[2] != model.pos_embed.shape[2]:
+            raise InputError(f"checkpoint {path}: pos_embed of shape {tuple(table.shape)} does not fit "
+                             f"the model's {tuple(model.pos_embed.shape)}: choose the --model of the file")
+        return torch.cat([table[:, :extra], resize_grid(table[:, extra:], old, model.grid)], dim=1)
+    side = round((table.shape[0] - 3) ** 0.5)
+    offsets = [2 * s - 1 for s in old] if old else [side, side]    # -(h - 1) .. h - 1
+    body = resize_grid(table[None, :-3], offsets, [2 * s - 1 for s in model.grid])[0]
     return torch.cat([body, table[-3:]])
+
+
+# --------------------------------------------------------------------------------------------------
+# Runs: checkpoints of a run, resuming, options, errors
+# --------------------------------------------------------------------------------------------------
+def save_checkpoint(path, **state):
+    """Write tensors and plain types atomically: a killed job leaves no half file called `path`."""
+    torch.save(state, f"{path}.tmp")
+    os.replace(f"{path}.tmp", path)
+
+
+def plain(args):
+    """Options as plain types, for checkpoints and the log: tuples and paths become lists, strings."""
+    return json.loads(json.dumps(vars(args), default=str))
+
+
+def resume(args, fixed, model, optimizer, scaler, rank, world):
+    """Go on with the run whose last.pt lies in args.out: fill in model, optimizer and scaler ->
+    what else the file holds, {"step": 0} for a new run. Process 0 reads it for all of them.
+
+    fixed: the options that give a run its meaning; the others (where files lie, how many processes
+    share the work, remedies such as --dtype or --clip-grad) may change. Raises InputError if the
+    file is of another run.
+    """
+    path = Path(args.out, "last.pt")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    answer = {"step": 0}
+    if rank == 0 and path.exists() and not args.no_resume:
+        try:
+            answer = read_file(path)
+            check_same_run(path, answer, plain(args), fixed)
+        except InputError as error:
+            answer = error
+    if world > 1:
+        holder = [answer]
+        dist.broadcast_object_list(holder, src=0)
+        answer = holder[0]
+    if isinstance(answer, InputError):
+        raise answer
+    if answer["step"]:
+        model.load_state_dict(answer.pop("model"))
+        optimizer.load_state_dict(answer.pop("optimizer"))
+        if answer["scaler"]:    # empty where the run had no loss scaler until now
+            scaler.load_state_dict(answer["scaler"])
+    return answer
+
+
+def check_same_run(path, state, options, fixed):
+    """Raise InputError if a checkpoint is of another run; say which options have changed."""
+    if not isinstance(state, dict) or not {"args", "optimizer", "step"} <= state.keys():
+        raise InputError(f"{path} is no checkpoint to go on from: give another --out, or --no-resume "
+                         "to start again")
+    before = state["args"]
+    changed = [k for k in options if options[k] != before.get(k)]
+    refused = [f"--{k.replace('_', '-')} {before.get(k)}, not {options[k]}"
+               for k in changed if k in fixed]
+    if refused:
+        raise InputError(f"{path} was written with {'; '.join(refused[:5])}: give the same options to "
+                         "go on, another --out, or --no-resume to start again")
+    news = "".join(f"; {k} is now {options[k]}, was {before.get(k)}" for k in changed)
+    print(f"{path}: going on after step {state['step']}{news}")
+
+
+def parallel(model, args, device, world):
+    """The model to train with: compiled if --compile asks for it, and in DistributedDataParallel if
+    there are several processes. Save and evaluate the model itself: its names have no prefix."""
+    if args.compile:
+        model = torch.compile(model)
+    if world > 1:
+        devices = [device] if device.type == "cuda" else None
+        model = DistributedDataParallel(model, devices, gradient_as_bucket_view=True)
+    return model
+
+
+def average_over_processes(values, world, device):
+    """{name: number or scalar tensor} -> {name: float}: the one wait for the device in a step."""
+    vector = torch.stack([torch.as_tensor(v, dtype=torch.float32, device=device)
+                          for v in values.values()])
+    if world > 1:
+        dist.all_reduce(vector)
+    return dict(zip(values, (vector / world).tolist()))
+
+
+def check_step(values, own_loss, items, dataset, args, step, lr, scaler):
+    """End every process, before the update, at a file that cannot be read or at a loss or gradient
+    that is not finite. The process that has the cause names it; all come here together.
+
+    values: means over processes; own_loss: this process's; items: its (index, unreadable) pairs.
+    With a loss scaler, gradients that overflow are no error: it leaves the update out.
+    """
+    bad = [index for index, unreadable in items if unreadable]
+    if values["unreadable"] and not args.skip_corrupt:
+        stop_at_unreadable(dataset, bad)
+    if math.isfinite(values["loss"]) and (scaler.is_enabled() or math.isfinite(values["grad_norm"])):
+        return
+    if not math.isfinite(own_loss):
+        names = ", ".join(dataset.name(index) for index, _ in items)
+        print(f"process {os.environ.get('RANK', 0)} saw a loss of {float(own_loss)} on: {names}",
+              file=sys.stderr)
+    raise FloatingPointError(
+        f"loss {values['loss']:.4g}, gradient norm {values['grad_norm']:.4g} at step {step}, lr {lr:.3g}: "
+        f"nothing was updated, and the checkpoints in {args.out} are from before; try --dtype fp32, "
+        "--clip-grad 1 or a lower learning rate")
+
+
+def check_readable(dataset, bad, args, world, device):
+    """After an evaluation, in which every process left out the images `bad`: end all of them if one
+    could not be read, unless --skip-corrupt allows it."""
+    found = average_over_processes({"unreadable": len(bad)}, world, device)["unreadable"]
+    if found and not args.skip_corrupt:
+        stop_at_unreadable(dataset, bad)
+
+
+def stop_at_unreadable(dataset, bad):
+    """The process that has the file names it and why; the others end without a word."""
+    if bad:
+        name = dataset.name(bad[0])
+        try:
+            read_image(name)
+            reason = "unreadable"
+        except READ_ERRORS as error:
+            reason = type(error).__name__
+        print(f"error: cannot read image {name} ({reason}): remove it, or go on without it by "
+              "--skip-corrupt", file=sys.stderr)
+    sys.exit(1)
+
+
+def number(kind, interval, hint=""):
+    """An argparse type: an int or float within an interval such as "[0, 1)" or "[1, inf)"."""
+    low, high = (float(end) for end in interval[1:-1].split(","))
+
+    def parse(text):
+        value = kind(text)
+        above = value >= low if interval[0] == "[" else value > low
+        below = value <= high if interval[-1] == "]" else value < high
+        if not (above and below):
+            raise argparse.ArgumentTypeError(f"{text} must lie in {interval}{hint}")
+        return value
+
+    parse.__name__ = kind.__name__    # for argparse's own message on text that is no number
+    return parse
+
+
+@contextlib.contextmanager
+def plain_errors():
+    """What the user can mend ends in one sentence a machine and exit status 1, not in a traceback."""
+    message = None
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        message = ("out of memory on the device: --accum-steps 2 (or twice what it is) halves the "
+                   "images held at a time at the same total --batch-size")
+    except (InputError, FloatingPointError, OSError) as error:    # of a loader process: its last line
+        message = str(error).strip().splitlines()[-1].removeprefix("models.InputError: ")
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    if message:
+        sys.exit(f"error: {message}" if int(os.environ.get("LOCAL_RANK", 0)) == 0 else 1)
+
+
+def mix_seed(*numbers):
+    """One seed in [0, 2^63) from several whole numbers, by steps of a linear congruential generator:
+    RNG state need not be saved, and a picture looks the same whichever process loads it."""
+    seed = 0
+    for n in numbers:
+        seed = ((seed ^ n) * 6364136223846793005 + 1442695040888963407) % 2 ** 63
+    return seed
+
+
+def choose_device(name):
+    """--device as a torch.device; auto takes cuda, mps or cpu, the first that is there."""
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        name = next(n for n in there if there[n])
+    if not there[name]:
+        raise InputError(f"--device {name} is not available on this machine: choose another, or auto")
+    if name != "cuda":
+        return torch.device(name)
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    torch.cuda.set_device(device)
+    torch.set_float32_matmul_precision("high")
+    return device
+
+
+def choose_dtype(name, device):
+    """--dtype as a torch.dtype; auto takes bf16 on GPUs that have it, fp16 on others, else fp32."""
+    if name == "auto" and device.type == "cuda":    # before Ampere bf16 is emulated, and slow
+        name = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16}
+    return dtypes.get(name, torch.float32)
+
+
+def log_line(path, **values):
+    """Append one JSON object to a log, if there is one. What is not finite, such as gradients that
+    the loss scaler skips, becomes null."""
+    for key, value in values.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            values[key] = None
+    if path:
+        with open(path, "a") as file:
+            file.write(json.dumps(values) + "\n")
+
+
+def read_log(path):
+    """The objects in a log.jsonl, but for a last line that a kill cut short."""
+    return [json.loads(line) for line in Path(path).read_text().splitlines() if line.endswith("}")]
+
+
+def start_log(path, args, step):
+    """Begin a log with the options and the git commit, or go on with it after `step`: what was logged
+    later is dropped, as are the evaluations at `step`, which are made again."""
+    if not path:
+        return
+    kept = read_log(path) if step and path.exists() else []
+    kept = [v for v in kept if v["step"] < step or (v["step"] == step and "lr" in v)]
+    path.write_text("".join(json.dumps(v) + "\n" for v in kept))
+    commit = subprocess.run("git rev-parse --short HEAD", shell=True, capture_output=True, text=True,
+                            cwd=Path(__file__).parent).stdout.strip()
+    log_line(path, step=step, args=plain(args), commit=commit)
+
+
+# --------------------------------------------------------------------------------------------------
+# Images
+# --------------------------------------------------------------------------------------------------
+IMAGE_TYPES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
+READ_ERRORS = (OSError, RuntimeError, ValueError, SyntaxError, Image.DecompressionBombError)
+BICUBIC = InterpolationMode.BICUBIC
+
+
+def list_images(folder):
+    """All image files below a folder, flat or nested, sorted. Raises InputError if there is none."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise InputError(f"{folder} is not a folder: give --data a folder of images")
+    files = sorted(os.path.join(root, name)
+                   for root, _, names in os.walk(folder, followlinks=True) for name in names
+                   if Path(name).suffix.lower() in IMAGE_TYPES)
+    if not files:
+        raise InputError(f"{folder} holds no image ({', '.join(sorted(IMAGE_TYPES))}), directly or in "
+                         "its folders")
+    return files
+
+
+def open_image(path):
+    """Any image file -> upright Pillow image; grey of 16 bit, 32 bit or float becomes 8 bit, palette
+    and alpha become RGB. A JPEG stays undecoded, so that `random_crop` can decode it at reduced size.
+    """
+    image = Image.open(path)
+    if image.format == "JPEG" and image.getexif().get(0x0112, 1) == 1:    # 0x0112: orientation
+        return image
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I") or image.mode == "F":
+        grey = np.nan_to_num(np.asarray(image, dtype=np.float64))
+        unit = image.mode == "F" and grey.max() <= 1
+        top = 1 if unit else 255 if grey.max() <= 255 and image.mode != "I;16" else 65535
+        if grey.max() > 65535:
+            top = 2 ** 31 - 1
+        image = Image.fromarray((grey.clip(0, top) / top * 255).astype(np.uint8))
+    image.info.pop("transparency", None)    # of a palette: dropped like any other
+    return image.convert("RGB")
+
+
+def read_image(path):
+    """Any image file -> (3, H, W) uint8 RGB."""
+    return to_tensor(open_image(path))
+
+
+def to_tensor(image):
+    """Pillow image -> (3, H, W) uint8."""
+    return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).contiguous()
+
+
+def open_item(item):
+    """Pillow image of an item of a data set: the path of a file, or the number of a toy picture."""
+    return Image.fromarray(toy_picture(item)[0]) if isinstance(item, int) else open_image(item)
+
+
+def random_crop(image, size, scale):
+    """RandomResizedCrop to `size` (h, w), of `scale` of the area and ratio 3/4 .. 4/3, and a random
+    flip -> Pillow RGB. Draws from torch's global generator.
+
+    One resize from the box, not a crop and a resize; a JPEG is decoded at 1/2, 1/4 or 1/8 of its
+    size where the crop would be reduced by as much anyhow.
+    """
+    top, left, h, w = RandomResizedCrop.get_params(image, list(scale), [3 / 4, 4 / 3])
+    full_w, full_h = image.size
+    image.draft("RGB", (full_w * size[1] // w, full_h * size[0] // h))    # of a JPEG alone
+    x = image.width / full_w
+    y = image.height / full_h
+    box = (left * x, top * y, (left + w) * x, (top + h) * y)
+    image = image.convert("RGB") if image.mode != "RGB" else image
+    image = image.resize((size[1], size[0]), Image.Resampling.BICUBIC, box, reducing_gap=2.0)
+    if torch.rand(()) < 0.5:
+        image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    return image
+
+
+# --------------------------------------------------------------------------------------------------
+# The toy world of all demos
+# --------------------------------------------------------------------------------------------------
+TOY_CLASSES = ("disc", "square", "triangle", "ring")
+
+
+@functools.lru_cache(maxsize=20_000)
+def toy_picture(index, size=(48, 48), time=0.0):
+    """Picture `index` of an endless toy world, at a time of its own motion.
+
+    -> image (H, W, 3) uint8, label (class of the main object), label map (H, W) uint8 (0 the ground,
+    k + 1 an object of class k), box (x, y, w, h) of the main object in pixels. Do not write to them.
+    """
+    rng = np.random.default_rng([7, index])
+    h, w = size
+    y, x = np.mgrid[0:h, 0:w] / min(h, w)
+
+    def texture(u, v, contrast):
+        angle, frequency, phase = rng.uniform((0, 6, 0), (np.pi, 18, 2 * np.pi))
+        wave = np.sin(frequency * (np.cos(angle) * u + np.sin(angle) * v) + phase)
+        return rng.uniform(0.15, 0.85, 3) + contrast * wave[..., None] * rng.uniform(-1, 1, 3)
+
+    image = texture(x, y, 0.15)
+    labels = np.zeros(size, np.uint8)
+    for kind in (rng.integers(len(TOY_CLASSES)), index % len(TOY_CLASSES)):    # the main object last
+        cx, cy, angle, radius = rng.uniform((0.3, 0.3, 0, 0.2), (0.7, 0.7, np.pi, 0.35))
+        cx = cx * w / min(h, w) + 0.05 * np.sin(time / 9 + index)
+        u = ((x - cx) * np.cos(angle) + (y - cy) * np.sin(angle)) / radius
+        v = ((y - cy) * np.cos(angle) - (x - cx) * np.sin(angle)) / radius
+        r = np.hypot(u, v)
+        inside = (r < 1, np.maximum(abs(u), abs(v)) < 0.8, (v < 0.7) & (v > 2 * abs(u) - 0.9),
+                  (r < 1) & (r > 0.5))[kind]
+        image[inside] = texture(u, v, 0.3)[inside]
+        labels[inside] = kind + 1
+    rows, columns = np.nonzero(inside)
+    box = (columns.min(), rows.min(), np.ptp(columns) + 1, np.ptp(rows) + 1)
+    return (image.clip(0, 1) * 255).astype(np.uint8), index % len(TOY_CLASSES), labels, box

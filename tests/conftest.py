@@ -1,6 +1,9 @@
+"""What several test files use: seeded weights, runs as a user starts them, kill and resume."""
 import os
+import signal
 import subprocess
 import sys
+import time
 import zlib
 from pathlib import Path
 
@@ -10,21 +13,32 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-torch.set_num_threads(1)    # as in `run`: sums depend on the number of threads, and resumed runs are compared bit for bit
+os.environ["OMP_NUM_THREADS"] = "1"
+torch.set_num_threads(1)    # as in `run`: sums depend on the number of threads
+
+from models import read_log  # noqa: E402
+
+
+def pytest_configure(config):
+    for module in ("models", "pretrain_d2mae", "finetune", "segment", "track", "analyze"):
+        for kind in ("DeprecationWarning", "FutureWarning"):
+            config.addinivalue_line("filterwarnings", f"error::{kind}:{module}")
 
 
 def seeded(shape, name):
-    """Standard normal float32 numbers that depend on the name alone: how the weights behind golden.npz were made."""
-    return torch.from_numpy(np.random.default_rng([0, zlib.crc32(name.encode())]).standard_normal(shape, dtype=np.float32))
+    """Standard normal float32 numbers that depend on the name alone: the weights of golden.npz."""
+    rng = np.random.default_rng([0, zlib.crc32(name.encode())])
+    return torch.from_numpy(rng.standard_normal(shape, dtype=np.float32))
 
 
 @torch.no_grad()
 def seed_weights(model, prefix="", rename=lambda name: name):
-    """Fill every trainable parameter by its public name: 0.05 * normal, plus 1 for the scale of a norm."""
+    """Fill trainable parameters by public name: 0.05 * normal, plus 1 for the scale of a norm."""
     for name, p in model.named_parameters():
         if p.requires_grad:
             name = rename(name)
-            p.copy_(0.05 * seeded(tuple(p.shape), prefix + name) + float(p.dim() == 1 and name.endswith("weight")))
+            is_scale = p.dim() == 1 and name.endswith("weight")
+            p.copy_(0.05 * seeded(tuple(p.shape), prefix + name) + float(is_scale))
     return model.eval()
 
 
@@ -41,10 +55,61 @@ def golden():
 
 
 def run(*command, torchrun=0, check=True, timeout=240, **env):
-    """Run a script of the repository as a user would -> CompletedProcess; `torchrun` > 0 starts that many processes."""
-    launch = [sys.executable] if not torchrun else \
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={torchrun}"]
-    done = subprocess.run([*launch, *map(str, command)], cwd=ROOT, capture_output=True, text=True, timeout=timeout,
-                          env={**os.environ, "OMP_NUM_THREADS": "1", **env})
+    """Run a script of the repository as a user would -> CompletedProcess; torchrun: processes."""
+    launch = [sys.executable]
+    if torchrun:
+        launch += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={torchrun}"]
+    done = subprocess.run([*launch, *map(str, command)], cwd=ROOT, capture_output=True, text=True,
+                          timeout=timeout, env={**os.environ, **env})
     assert not check or done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return done
+
+
+def here(module, *options):
+    """The same in this process, which saves the start: module.main on a list of options."""
+    return module.main(module.parse_args([str(option) for option in options]))
+
+
+def state_of(path):
+    return torch.load(path, weights_only=True)
+
+
+def same_weights(a, b, tolerance=0.0):
+    """Whether the last.pt of two folders hold the same weights."""
+    a, b = (state_of(Path(folder, "last.pt"))["model"] for folder in (a, b))
+    return a.keys() == b.keys() and all((a[k] - b[k]).abs().max() <= tolerance for k in a)
+
+
+def interrupt(module, options, out, at_step, kind):
+    """Start a run in another process and send it a signal once its log has reached a step ->
+    standard error. The run must not have ended by itself."""
+    command = [sys.executable, module.__file__, *map(str, options), "--out", str(out)]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+                               text=True)
+    log = Path(out, "log.jsonl")
+    while process.poll() is None:
+        if log.exists() and max((line["step"] for line in read_log(log)), default=0) >= at_step:
+            process.send_signal(kind)
+            break
+        time.sleep(0.02)
+    errors = process.communicate(timeout=120)[1]
+    assert process.returncode != 0, "the run ended before it could be interrupted"
+    return errors
+
+
+def check_kill_and_resume(module, options, tmp_path, at_step):
+    """A run killed, and one stopped by SIGTERM, go on by the same command to the same bits -> the
+    folder of the uninterrupted run. `at_step` should lie in the second epoch or later."""
+    here(module, *options, "--out", tmp_path / "straight")
+    for kind in (signal.SIGKILL, signal.SIGTERM):
+        out = tmp_path / kind.name
+        errors = interrupt(module, options, out, at_step, kind)
+        if kind == signal.SIGTERM:
+            assert "stopped by SIGTERM after step" in errors
+            assert state_of(out / "last.pt")["step"] >= at_step    # not a step is lost
+        here(module, *options, "--out", out)
+        assert same_weights(out, tmp_path / "straight")
+        steps = [[v["step"] for v in read_log(folder / "log.jsonl") if "lr" in v]
+                 for folder in (out, tmp_path / "straight")]
+        assert steps[0] == sorted(set(steps[0])) and steps[0][-1] == steps[1][-1]
+    return tmp_path / "straight"
