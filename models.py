@@ -1,4 +1,4 @@
-"""ViT and Hiera encoders, written out, and what the scripts beside this file must agree on (Sec. 3).
+"""ViT and Hiera encoders, written out, and what the scripts beside this file must agree on.
 
 Every script imports this file and no other. Read it for the two things that differ from an ordinary
 ViT: `forward_features` embeds and encodes **only the visible patches** that it is given, and
@@ -37,6 +37,7 @@ from PIL import Image, ImageOps
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torchvision.transforms import InterpolationMode, RandomResizedCrop
+from torchvision.transforms.v2.functional import resize
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -68,7 +69,7 @@ def sincos_2d(dim, grid, class_token=True):
     stand before all cosines, at frequencies omega_i = 10000^(-i / (dim / 4)).
     """
     h, w = grid
-    omega = 10000 ** -(torch.arange(dim // 4, dtype=torch.float64) / (dim / 4))    # on the host only
+    omega = 10000 ** -(torch.arange(dim // 4, dtype=torch.float64) / (dim / 4))    # on the host
     y, x = torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij")
     halves = []
     for axis in (x, y):
@@ -158,7 +159,7 @@ def attention_logits(q, k):
 
 
 def init_mae(module):
-    """Weights as in MAE: Xavier-uniform linear layers, zero biases, norms that start as identity."""
+    """Weights as in MAE: Xavier-uniform linear layers, zero biases, identity norms."""
     if isinstance(module, nn.Linear):
         nn.init.xavier_uniform_(module.weight)
         nn.init.zeros_(module.bias)
@@ -176,7 +177,7 @@ def init_patch_embed(proj):
 # ViT
 # --------------------------------------------------------------------------------------------------
 class Attention(nn.Module):
-    """Multi-head self-attention; rel_pos_rows > 0 adds a BEiT position bias table of so many rows."""
+    """Multi-head self-attention; rel_pos_rows > 0: with a BEiT position bias table of that many."""
 
     def __init__(self, dim, num_heads, rel_pos_rows=0):
         super().__init__()
@@ -204,7 +205,7 @@ class Attention(nn.Module):
         return self.proj(x.transpose(1, 2).reshape(B, T, D))
 
     def logits(self, x, rel_pos_index=None):
-        """Pre-softmax map (B, H, T, T) in float32 of the tokens (B, T, D). Projects only q and k."""
+        """Pre-softmax map (B, H, T, T) in float32 of the tokens (B, T, D). Only q, k are projected."""
         B, T, D = x.shape
         qk = F.linear(x, self.qkv.weight[:2 * D], self.qkv.bias[:2 * D])
         q, k = qk.view(B, T, 2, self.num_heads, -1).permute(2, 0, 3, 1, 4)    # 2 x (B, H, T, d)
@@ -240,7 +241,7 @@ class PatchEmbed(nn.Module):
         self.proj = nn.Conv2d(3, dim, patch_size, patch_size)    # for its weight's name and shape
 
     def forward(self, images, ids_keep=None):
-        """(B, 3, H, W) -> (B, N, D) in raster order, or (B, V, D) in the order of ids_keep (B, V)."""
+        """(B, 3, H, W) -> (B, N, D) in raster order, or (B, V, D) in that of ids_keep (B, V)."""
         B, p = images.shape[0], self.patch_size
         h, w = images.shape[2] // p, images.shape[3] // p
         patches = images.view(B, 3, h, p, w, p).permute(0, 2, 4, 1, 3, 5)     # (B, h, w, 3, p, p)
@@ -325,7 +326,7 @@ class VisionTransformer(nn.Module):
         return {tap: features[tap] for tap in taps}
 
     def forward(self, images):
-        """(B, 3, H, W) -> logits (B, classes); without a classifier, normalised tokens (B, T, D)."""
+        """(B, 3, H, W) -> logits (B, classes); without a head, normalised tokens (B, T, D)."""
         x = self.forward_features(images, [self.depth])[self.depth]
         if hasattr(self, "head"):
             return self.head(self.fc_norm(x[:, 1:].mean(dim=1)))
@@ -351,12 +352,12 @@ class VisionTransformer(nn.Module):
 # Hiera (arXiv 2306.00989), 2-D
 # --------------------------------------------------------------------------------------------------
 def unroll(x, grid, rounds=3):
-    """Raster tokens (B, h * w, C) -> the same tokens reordered, so that pooling needs no 2-D layout.
+    """Raster tokens (B, h * w, C) -> the same tokens reordered: pooling then needs no 2-D layout.
 
-    Each round splits the grid into 2x2 cells and moves (row bit, column bit) to the front. The token
-    axis becomes [4 (finest), 4, 4 (coarsest), units in raster order]: pooling is a max over its
-    first axis of 4, and the tokens of one mask unit are those with the same last index. One round on
-    a 4x4 grid of tokens
+    Each round splits the grid into 2x2 cells and moves (row bit, column bit) to the front. The
+    token axis becomes [4 (finest), 4, 4 (coarsest), units in raster order]: pooling is a max over
+    its first axis of 4, and the tokens of one mask unit are those with the same last index. One
+    round on a 4x4 grid of tokens
 
          0  1 |  2  3
          4  5 |  6  7       gives   0 2 8 10 | 1 3 9 11 | 4 6 12 14 | 5 7 13 15
@@ -451,9 +452,9 @@ class Hiera(nn.Module):
     """Hierarchical ViT of four stages; width and heads double with each. Tokens stay unrolled.
 
     img_size: int or (H, W), multiples of 32 (one mask unit = 8x8 tokens = 32x32 pixels). q_pool:
-    stages that open with 2x2 pooling; 3 for classification (last grid 7x7 at 224), 2 in pre-training
-    (14x14). Mask-unit attention in stages 1-2, global in 3-4; the block that opens a stage still
-    attends as the stage before.
+    stages that open with 2x2 pooling; 3 for classification (last grid 7x7 at 224), 2 in
+    pre-training (14x14). Mask-unit attention in stages 1-2, global in 3-4; the block that opens a
+    stage still attends as the stage before.
     """
     unit = 8
     patch_stride = 4
@@ -466,8 +467,8 @@ class Hiera(nn.Module):
         self.q_pool = q_pool
         if any(s % 32 or s < 32 for s in self.img_size):
             nearest = tuple(max(1, round(s / 32)) * 32 for s in self.img_size)
-            raise ValueError(f"image size {self.img_size} is not a multiple of Hiera's mask unit of 32 "
-                             f"pixels; the nearest valid size is {nearest}")
+            raise ValueError(f"image size {self.img_size} is not a multiple of 32, Hiera's mask "
+                             f"unit; the nearest valid size is {nearest}")
         self.grid = tuple(s // self.patch_stride for s in self.img_size)    # 56 x 56 tokens at 224
         self.unit_grid = tuple(s // self.unit for s in self.grid)           # 7 x 7 mask units
         self.stage_ends = tuple(sum(stages[:i + 1]) for i in range(4))      # last block of each
@@ -511,8 +512,8 @@ class Hiera(nn.Module):
         return sum(end < block for end in self.stage_ends)
 
     def embed(self, images, ids_keep=None):
-        """(B, 3, H, W) -> unrolled tokens (B, 64 * U, D), those of the mask units in ids_keep (B, V)
-        alone if given.
+        """(B, 3, H, W) -> unrolled tokens (B, 64 * U, D), only those of the mask units ids_keep
+        (B, V) if given.
 
         The patch convolution overlaps, so masked units are zeroed *before* it: nothing leaks.
         """
@@ -562,7 +563,7 @@ class Hiera(nn.Module):
     def attention_map(self, x, block):
         """Pre-softmax map of `block` from its input, the unrolled tokens after block - 1.
 
-        (B, H, T, T) for a global block, (B * U, H, queries, keys) for one that attends within units.
+        (B, H, T, T) for a global block, (B * U, H, queries, keys) for one attending within units.
         """
         block = self.blocks[block - 1]
         return block.attn.logits(block.norm1(x))
@@ -574,12 +575,12 @@ def vit(embed_dim, depth, num_heads, patch_size=16):
 
 
 MODELS = {    # parameters: the encoder alone / with a classifier of 1000 classes
-    "vit_nano": vit(96, 12, 6),                                             # 1.4M at 48 px, for demos
-    "vit_tiny": vit(192, 12, 12),                                           # 5.52M / 5.72M
-    "deit_tiny": vit(192, 12, 3),                                           # 5.52M / 5.72M
-    "vit_base": vit(768, 12, 12),                                           # 85.8M / 86.6M
-    "vit_large": vit(1024, 24, 16),                                         # 303.3M / 304.3M
-    "vit_huge": vit(1280, 32, 16, patch_size=14),                           # 630.8M / 632.0M
+    "vit_nano": vit(96, 12, 3),                                                    # for demos
+    "vit_tiny": vit(192, 12, 12),                                                  # 5.52M / 5.72M
+    "deit_tiny": vit(192, 12, 3),                                                  # 5.52M / 5.72M
+    "vit_base": vit(768, 12, 12),                                                  # 85.8M / 86.6M
+    "vit_large": vit(1024, 24, 16),                                                # 303.3M / 304.3M
+    "vit_huge": vit(1280, 32, 16, patch_size=14),                                  # 630.8M / 632.0M
     "hiera_tiny": functools.partial(Hiera, embed_dim=46, stages=(1, 2, 7, 2)),     # 6.33M / 6.69M
     "hiera_base": functools.partial(Hiera, embed_dim=96, stages=(2, 3, 16, 3)),    # 50.8M / 51.5M
 }
@@ -594,7 +595,7 @@ def layer_id(name, depth):
 
 def param_groups(model, weight_decay, layer_decay=1.0, depth=12):
     """Optimizer groups: lr_scale = layer_decay^(depth + 1 - layer) (Sec. 4), and no weight decay on
-    biases, norms, tokens and position embeddings. Names may start with 'encoder.' or 'backbone.'."""
+    biases, norms, tokens, position embeddings. Names may start with 'encoder.' or 'backbone.'."""
     groups = {}
     for name, p in model.named_parameters():
         if not p.requires_grad:
@@ -613,7 +614,7 @@ def param_groups(model, weight_decay, layer_decay=1.0, depth=12):
 # Reading checkpoints
 # --------------------------------------------------------------------------------------------------
 class InputError(ValueError):
-    """Something that the user gave cannot be used. The message is one sentence, and what is printed."""
+    """Something that the user gave cannot be used. The message, one sentence, is what is printed."""
 
 
 HUGGING_FACE_NAMES = (    # files first; q_proj and the like are what transformers 5 calls them
@@ -649,25 +650,25 @@ def read_file(path):
         try:
             return importlib.import_module("safetensors.torch").load_file(path)
         except ImportError:
-            raise InputError(f"reading {path} needs one package more: pip install safetensors") from None
+            raise InputError(f"{path} needs one more package: pip install safetensors") from None
         except Exception as error:    # a class of that package
             raise InputError(f"checkpoint {path} is not a readable safetensors file "
                              f"({type(error).__name__}): is it complete?") from None
     try:    # MAE's training files keep their options in a Namespace
         with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, OSError, EOFError, LookupError, ValueError, pickle.UnpicklingError) as error:
+    except (*READ_ERRORS, EOFError, LookupError, pickle.UnpicklingError) as error:
         forbidden = re.search(r"GLOBAL (\S+)|type (\S+)", str(error))
         if forbidden and isinstance(error, pickle.UnpicklingError):
-            raise InputError(f"checkpoint {path} pickles {forbidden.group(0)}, which could run code "
-                             "when loaded: re-save only its tensors and plain types") from None
+            raise InputError(f"checkpoint {path} pickles {forbidden.group(0)}, which could run "
+                             "code when loaded: re-save only its tensors and plain types") from None
         raise InputError(f"checkpoint {path} is not a readable PyTorch file "
                          f"({type(error).__name__}): is it complete?") from None
 
 
 def load_state(path):
-    """Encoder tensors of any file named in README "Checkpoints", under timm / MAE / Hiera names, and
-    `info`, what this project's own files store besides: 'arch', 'mean', 'std', 'args', 'norm_pix'.
+    """Encoder tensors of any file named in README "Checkpoints", under timm / MAE / Hiera names,
+    and `info`, what own files store besides: 'arch', 'mean', 'std', 'args', 'norm_pix'.
 
     Unwraps {'model'}, {'model_state'}, {'state_dict'}, drops prefixes (DistributedDataParallel,
     torch.compile, MAE-Lite, MoCo-v3, Hugging Face) and joins q, k, v. A file with several encoders
@@ -723,18 +724,20 @@ def block_number(key):
 
 
 def infer_model(path):
-    """Name in MODELS and patch size of the encoder in a file -> ('vit_base', 16). Head counts cannot
-    be seen in weights: own files store them, others get those of the standard model."""
+    """Name in MODELS and patch size of the encoder in a file -> ('vit_base', 16). Head counts
+    cannot be seen in weights: own files store them, others get those of the standard model."""
     state, info = load_state(path)
     width, *_, patch = state["patch_embed.proj.weight"].shape
     depth = 1 + max(map(block_number, state))
     heads = info.get("arch", {}).get("num_heads")
-    known = {(96, 12): "vit_nano", (96, 13): "vit_nano", (192, 12): "vit_tiny", (192, 13): "vit_tiny",
-             (768, 12): "vit_base", (1024, 24): "vit_large", (1280, 32): "vit_huge",
-             (46, 12): "hiera_tiny", (96, 24): "hiera_base"}
+    known = {(96, 12): "vit_nano", (192, 12): "vit_tiny", (768, 12): "vit_base",
+             (1024, 24): "vit_large", (1280, 32): "vit_huge", (46, 12): "hiera_tiny",
+             (96, 24): "hiera_base"}
+    if depth == 13:    # a student of D2-MAE with its 13th block
+        depth = 12
     if (width, depth) not in known:
-        raise InputError(f"checkpoint {path} has an encoder of width {width} and {depth} blocks, which "
-                         f"is none of {', '.join(MODELS)}: name the model yourself if it is one")
+        raise InputError(f"checkpoint {path} has an encoder of width {width} and {depth} blocks, "
+                         f"which is none of {', '.join(MODELS)}: name the model if it is one")
     if (width, depth, heads) == (192, 12, 3):
         return "deit_tiny", patch
     return known[width, depth], patch
@@ -743,10 +746,10 @@ def infer_model(path):
 def load_encoder(model, path, keep_blocks=None):
     """Load an encoder from any file of README "Checkpoints" into a ViT or Hiera, in place -> info.
 
-    Every encoder tensor must be there in the right shape. Position tables are resized to the model's
-    grid; what the file was trained without (relative position bias, LayerScale) and a norm that it
-    lacks keep their initial values. keep_blocks: load only the embedding and the first so many
-    blocks (Fig. 4); the others stay random. Raises InputError naming the file, the keys, what to do.
+    Every encoder tensor must be there in the right shape. Position tables are resized to the
+    model's grid; what the file was trained without (relative position bias, LayerScale) and a norm
+    that it lacks keep their initial values. keep_blocks: load only the embedding and the first so
+    many blocks (Fig. 4); the others stay random. Raises InputError naming the file and the keys.
     """
     state, info = load_state(path)
     target = model.state_dict()
@@ -754,9 +757,9 @@ def load_encoder(model, path, keep_blocks=None):
     if "norm.weight" in target and "norm.weight" not in state and "fc_norm.weight" in state:
         for kind in ("weight", "bias"):    # timm with average pooling
             state[f"norm.{kind}"] = state.pop(f"fc_norm.{kind}")
-    wanted = {k for k in target if k in state and (in_encoder(k, model.depth) or k.startswith("norm."))}
-    if isinstance(model, Hiera):    # its norm belongs to a classifier
-        wanted = {k for k in wanted if not k.startswith("norm.")}
+    wanted = {k for k in target if k in state and in_encoder(k, model.depth)}
+    if isinstance(model, VisionTransformer):    # Hiera's norm belongs to a classifier
+        wanted |= {k for k in target if k in state and k.startswith("norm.")}
 
     loaded = {}
     for key in wanted:
@@ -800,8 +803,8 @@ def check_encoder(model, state, arch, path):
                              f"{model.arch[key]}: choose the --model of the file")
     depth = 1 + max(map(block_number, state))
     if depth > model.depth + 1:    # one more is the 13th block of a D2-MAE file
-        raise InputError(f"checkpoint {path} has {depth} blocks, the model {model.depth}: choose the "
-                         "right --model")
+        raise InputError(f"checkpoint {path} has {depth} blocks, the model {model.depth}: choose "
+                         "the right --model")
     target = model.state_dict()
     optional = ("relative_position_bias_table", ".gamma")
     needed = {k for k in target if in_encoder(k, model.depth) and not k.endswith(optional)}
@@ -811,11 +814,11 @@ def check_encoder(model, state, arch, path):
         if keys:
             dots = " ..." if len(keys) > 5 else ""
             raise InputError(f"checkpoint {path} {problem} {len(keys)} encoder tensor(s): "
-                             f"{', '.join(keys[:5])}{dots}; is it a file for this --model (and --rpe)?")
+                             f"{', '.join(keys[:5])}{dots}; is it of this --model (and --rpe)?")
 
 
 def resize_position_table(key, table, model, arch, path):
-    """Absolute (1, tokens, D) or relative (rows, H) position table of a file -> the model's grid."""
+    """Absolute (1, tokens, D) or relative (rows, H) position table of a file -> model's grid."""
     vit = not isinstance(model, Hiera)
     old = None
     if arch:
@@ -826,8 +829,8 @@ def resize_position_table(key, table, model, arch, path):
         n = table.shape[1] - extra
         old = old or [round(n ** 0.5)] * 2
         if old[0] * old[1] != n or table.shape[2] != model.pos_embed.shape[2]:
-            raise InputError(f"checkpoint {path}: pos_embed of shape {tuple(table.shape)} does not fit "
-                             f"the model's {tuple(model.pos_embed.shape)}: choose the --model of the file")
+            raise InputError(f"checkpoint {path}: pos_embed is {tuple(table.shape)}, the model's is "
+                             f"{tuple(model.pos_embed.shape)}: choose the --model of the file")
         return torch.cat([table[:, :extra], resize_grid(table[:, extra:], old, model.grid)], dim=1)
     side = round((table.shape[0] - 3) ** 0.5)
     offsets = [2 * s - 1 for s in old] if old else [side, side]    # -(h - 1) .. h - 1
@@ -845,7 +848,7 @@ def save_checkpoint(path, **state):
 
 
 def plain(args):
-    """Options as plain types, for checkpoints and the log: tuples and paths become lists, strings."""
+    """Options as plain types, for checkpoints and logs: tuples and paths become lists, strings."""
     return json.loads(json.dumps(vars(args), default=str))
 
 
@@ -883,15 +886,15 @@ def resume(args, fixed, model, optimizer, scaler, rank, world):
 def check_same_run(path, state, options, fixed):
     """Raise InputError if a checkpoint is of another run; say which options have changed."""
     if not isinstance(state, dict) or not {"args", "optimizer", "step"} <= state.keys():
-        raise InputError(f"{path} is no checkpoint to go on from: give another --out, or --no-resume "
-                         "to start again")
+        raise InputError(f"{path} is no checkpoint to go on from: give another --out, or "
+                         "--no-resume to start again")
     before = state["args"]
     changed = [k for k in options if options[k] != before.get(k)]
     refused = [f"--{k.replace('_', '-')} {before.get(k)}, not {options[k]}"
                for k in changed if k in fixed]
     if refused:
-        raise InputError(f"{path} was written with {'; '.join(refused[:5])}: give the same options to "
-                         "go on, another --out, or --no-resume to start again")
+        raise InputError(f"{path} was written with {'; '.join(refused[:5])}: give the same options "
+                         "to go on, another --out, or --no-resume to start again")
     news = "".join(f"; {k} is now {options[k]}, was {before.get(k)}" for k in changed)
     print(f"{path}: going on after step {state['step']}{news}")
 
@@ -926,16 +929,17 @@ def check_step(values, own_loss, items, dataset, args, step, lr, scaler):
     bad = [index for index, unreadable in items if unreadable]
     if values["unreadable"] and not args.skip_corrupt:
         stop_at_unreadable(dataset, bad)
-    if math.isfinite(values["loss"]) and (scaler.is_enabled() or math.isfinite(values["grad_norm"])):
+    watched = ["loss"] if scaler.is_enabled() else ["loss", "grad_norm"]
+    if all(math.isfinite(values[name]) for name in watched):
         return
     if not math.isfinite(own_loss):
         names = ", ".join(dataset.name(index) for index, _ in items)
         print(f"process {os.environ.get('RANK', 0)} saw a loss of {float(own_loss)} on: {names}",
               file=sys.stderr)
     raise FloatingPointError(
-        f"loss {values['loss']:.4g}, gradient norm {values['grad_norm']:.4g} at step {step}, lr {lr:.3g}: "
-        f"nothing was updated, and the checkpoints in {args.out} are from before; try --dtype fp32, "
-        "--clip-grad 1 or a lower learning rate")
+        f"loss {values['loss']:.4g}, gradient norm {values['grad_norm']:.4g} at step {step}, lr "
+        f"{lr:.3g}: nothing was updated, and the checkpoints in {args.out} are from before; try "
+        "--dtype fp32, --clip-grad 1 or a lower learning rate")
 
 
 def check_readable(dataset, bad, args, world, device):
@@ -978,14 +982,14 @@ def number(kind, interval, hint=""):
 
 @contextlib.contextmanager
 def plain_errors():
-    """What the user can mend ends in one sentence a machine and exit status 1, not in a traceback."""
+    """What the user can mend ends in one sentence a machine and exit status 1, no traceback."""
     message = None
     try:
         yield
     except torch.OutOfMemoryError:
         message = ("out of memory on the device: --accum-steps 2 (or twice what it is) halves the "
                    "images held at a time at the same total --batch-size")
-    except (InputError, FloatingPointError, OSError) as error:    # of a loader process: its last line
+    except (InputError, FloatingPointError, OSError) as error:    # a loader process's: last line
         message = str(error).strip().splitlines()[-1].removeprefix("models.InputError: ")
     finally:
         if dist.is_initialized():
@@ -995,8 +999,8 @@ def plain_errors():
 
 
 def mix_seed(*numbers):
-    """One seed in [0, 2^63) from several whole numbers, by steps of a linear congruential generator:
-    RNG state need not be saved, and a picture looks the same whichever process loads it."""
+    """One seed in [0, 2^63) from several whole numbers, by steps of a linear congruential
+    generator: no RNG state need be saved, and a picture is the same whichever process loads it."""
     seed = 0
     for n in numbers:
         seed = ((seed ^ n) * 6364136223846793005 + 1442695040888963407) % 2 ** 63
@@ -1005,11 +1009,12 @@ def mix_seed(*numbers):
 
 def choose_device(name):
     """--device as a torch.device; auto takes cuda, mps or cpu, the first that is there."""
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(),
+             "cpu": True}
     if name == "auto":
         name = next(n for n in there if there[n])
     if not there[name]:
-        raise InputError(f"--device {name} is not available on this machine: choose another, or auto")
+        raise InputError(f"--device {name} is not available on this machine: choose another")
     if name != "cuda":
         return torch.device(name)
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
@@ -1043,16 +1048,16 @@ def read_log(path):
 
 
 def start_log(path, args, step):
-    """Begin a log with the options and the git commit, or go on with it after `step`: what was logged
-    later is dropped, as are the evaluations at `step`, which are made again."""
+    """Begin a log with the options and the git commit, or go on with it after `step`: what was
+    logged later is dropped, as are the evaluations at `step`, which are made again."""
     if not path:
         return
     kept = read_log(path) if step and path.exists() else []
     kept = [v for v in kept if v["step"] < step or (v["step"] == step and "lr" in v)]
     path.write_text("".join(json.dumps(v) + "\n" for v in kept))
-    commit = subprocess.run("git rev-parse --short HEAD", shell=True, capture_output=True, text=True,
-                            cwd=Path(__file__).parent).stdout.strip()
-    log_line(path, step=step, args=plain(args), commit=commit)
+    commit = subprocess.run("git rev-parse --short HEAD", shell=True, cwd=Path(__file__).parent,
+                            capture_output=True, text=True).stdout
+    log_line(path, step=step, args=plain(args), commit=commit.strip())
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1064,7 +1069,7 @@ BICUBIC = InterpolationMode.BICUBIC
 
 
 def list_images(folder):
-    """All image files below a folder, flat or nested, sorted. Raises InputError if there is none."""
+    """All image files below a folder, flat or nested, sorted; InputError if there is none."""
     folder = Path(folder)
     if not folder.is_dir():
         raise InputError(f"{folder} is not a folder: give --data a folder of images")
@@ -1072,15 +1077,14 @@ def list_images(folder):
                    for root, _, names in os.walk(folder, followlinks=True) for name in names
                    if Path(name).suffix.lower() in IMAGE_TYPES)
     if not files:
-        raise InputError(f"{folder} holds no image ({', '.join(sorted(IMAGE_TYPES))}), directly or in "
-                         "its folders")
+        raise InputError(f"{folder} holds no image ({', '.join(sorted(IMAGE_TYPES))}), directly or "
+                         "in its folders")
     return files
 
 
 def open_image(path):
-    """Any image file -> upright Pillow image; grey of 16 bit, 32 bit or float becomes 8 bit, palette
-    and alpha become RGB. A JPEG stays undecoded, so that `random_crop` can decode it at reduced size.
-    """
+    """Any image file -> upright Pillow image; grey of 16 bit, 32 bit or float becomes 8 bit,
+    palette and alpha become RGB. A JPEG stays undecoded: `random_crop` may need less of it."""
     image = Image.open(path)
     if image.format == "JPEG" and image.getexif().get(0x0112, 1) == 1:    # 0x0112: orientation
         return image
@@ -1103,7 +1107,7 @@ def read_image(path):
 
 def to_tensor(image):
     """Pillow image -> (3, H, W) uint8."""
-    return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).contiguous()
+    return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
 
 
 def open_item(item):
@@ -1115,56 +1119,80 @@ def random_crop(image, size, scale):
     """RandomResizedCrop to `size` (h, w), of `scale` of the area and ratio 3/4 .. 4/3, and a random
     flip -> Pillow RGB. Draws from torch's global generator.
 
-    One resize from the box, not a crop and a resize; a JPEG is decoded at 1/2, 1/4 or 1/8 of its
-    size where the crop would be reduced by as much anyhow.
+    A JPEG is decoded at 1/2, 1/4 or 1/8 of its size where the crop would be reduced by as much
+    anyhow. torch resizes uint8 three times as fast as Pillow, to the same pixels but for rounding.
     """
     top, left, h, w = RandomResizedCrop.get_params(image, list(scale), [3 / 4, 4 / 3])
-    full_w, full_h = image.size
-    image.draft("RGB", (full_w * size[1] // w, full_h * size[0] // h))    # of a JPEG alone
-    x = image.width / full_w
-    y = image.height / full_h
-    box = (left * x, top * y, (left + w) * x, (top + h) * y)
-    image = image.convert("RGB") if image.mode != "RGB" else image
-    image = image.resize((size[1], size[0]), Image.Resampling.BICUBIC, box, reducing_gap=2.0)
+    full_width = image.width
+    image.draft("RGB", (full_width * size[1] // w, image.height * size[0] // h))    # JPEG alone
+    reduced = image.width / full_width
+    box = [round(edge * reduced) for edge in (left, top, left + w, top + h)]
+    crop = resize(to_tensor(image.crop(box)), list(size), BICUBIC, antialias=True)
     if torch.rand(()) < 0.5:
-        image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-    return image
+        crop = crop.flip(2)
+    return Image.fromarray(crop.permute(1, 2, 0).numpy())
 
 
 # --------------------------------------------------------------------------------------------------
 # The toy world of all demos
 # --------------------------------------------------------------------------------------------------
-TOY_CLASSES = ("disc", "square", "triangle", "ring")
+# Coordinates of an object: u right, v down, both about -1 .. 1. Shapes are positive inside.
+TOY_SHAPES = {
+    "disc": lambda u, v: 0.9 - np.hypot(u, v),
+    "square": lambda u, v: 0.8 - np.maximum(abs(u), abs(v)),
+    "triangle": lambda u, v: 0.6 - np.maximum(v - 0.1, 0.866 * abs(u) - 0.5 * v),
+    "flower": lambda u, v: 0.8 + 0.25 * np.cos(5 * np.arctan2(u, -v)) - np.hypot(u, v),
+}
+TOY_PATTERNS = {
+    "stripes": lambda u, v: np.cos(7 * v),
+    "bars": lambda u, v: np.cos(7 * u),
+    "rings": lambda u, v: np.cos(9 * np.hypot(u, v)),
+    "spokes": lambda u, v: np.cos(6 * np.arctan2(u, -v)),
+}
+TOY_CLASSES = tuple(f"{shape} with {pattern}" for pattern in TOY_PATTERNS for shape in TOY_SHAPES)
 
 
 @functools.lru_cache(maxsize=20_000)
-def toy_picture(index, size=(48, 48), time=0.0):
-    """Picture `index` of an endless toy world, at a time of its own motion.
+def toy_picture(index, size=(48, 48), time=0.0, scale=1.0):
+    """Picture `index` of an endless world of shapes filled with patterns, whose colours tell nothing.
 
-    -> image (H, W, 3) uint8, label (class of the main object), label map (H, W) uint8 (0 the ground,
-    k + 1 an object of class k), box (x, y, w, h) of the main object in pixels. Do not write to them.
+    -> image (H, W, 3) uint8; label, the main object's class, index % 16; label map (H, W) uint8, 0
+    the ground, k + 1 class k; box (x, y, w, h) of the main object in pixels. Do not write to them.
+    The main object lies on two small ones. `time` moves all three: 10 frames a unit make a video.
+    scale: size of the objects; below 1 the other two are as large and of the same class: rivals.
     """
     rng = np.random.default_rng([7, index])
-    h, w = size
-    y, x = np.mgrid[0:h, 0:w] / min(h, w)
-
-    def texture(u, v, contrast):
-        angle, frequency, phase = rng.uniform((0, 6, 0), (np.pi, 18, 2 * np.pi))
-        wave = np.sin(frequency * (np.cos(angle) * u + np.sin(angle) * v) + phase)
-        return rng.uniform(0.15, 0.85, 3) + contrast * wave[..., None] * rng.uniform(-1, 1, 3)
-
-    image = texture(x, y, 0.15)
+    label = index % len(TOY_CLASSES)
+    middle = np.array(size) / 2
+    image = np.tile(rng.uniform(0.15, 0.85) + rng.uniform(-0.1, 0.1, 3), (*size, 1))
     labels = np.zeros(size, np.uint8)
-    for kind in (rng.integers(len(TOY_CLASSES)), index % len(TOY_CLASSES)):    # the main object last
-        cx, cy, angle, radius = rng.uniform((0.3, 0.3, 0, 0.2), (0.7, 0.7, np.pi, 0.35))
-        cx = cx * w / min(h, w) + 0.05 * np.sin(time / 9 + index)
-        u = ((x - cx) * np.cos(angle) + (y - cy) * np.sin(angle)) / radius
-        v = ((y - cy) * np.cos(angle) - (x - cx) * np.sin(angle)) / radius
-        r = np.hypot(u, v)
-        inside = (r < 1, np.maximum(abs(u), abs(v)) < 0.8, (v < 0.7) & (v > 2 * abs(u) - 0.9),
-                  (r < 1) & (r > 0.5))[kind]
-        image[inside] = texture(u, v, 0.3)[inside]
-        labels[inside] = kind + 1
-    rows, columns = np.nonzero(inside)
-    box = (columns.min(), rows.min(), np.ptp(columns) + 1, np.ptp(rows) + 1)
-    return (image.clip(0, 1) * 255).astype(np.uint8), index % len(TOY_CLASSES), labels, box
+    for main in (False, False, True):
+        kind = label if main or scale < 1 else rng.integers(len(TOY_CLASSES))
+        radius = rng.uniform(0.8, 1.0) * scale * middle.min()
+        radius *= 1 if main or scale < 1 else 0.3
+        light = rng.uniform(0.65, 0.9) + rng.uniform(-0.1, 0.1, 3)
+        dark = rng.uniform(0.1, 0.35) + rng.uniform(-0.1, 0.1, 3)
+
+        # place (y, x) and angle at this time, within the room in which the object stays in view
+        room = np.maximum(middle - 0.9 * radius, 0) * (0.35 if main else 0.5)
+        swing = np.sin(rng.uniform(0, 2 * np.pi, 2) + rng.uniform(0.5, 1.5, 2) * time)
+        y, x = middle + room * (rng.uniform(-1, 1, 2) + swing)
+        angle = rng.uniform(-0.15, 0.15) + 0.15 * np.sin(rng.uniform(0.5, 1.5) * time)
+
+        # only the window around the object is drawn on
+        top, left = max(0, int(y - 1.2 * radius)), max(0, int(x - 1.2 * radius))
+        window = np.s_[top:int(y + 1.2 * radius) + 1, left:int(x + 1.2 * radius) + 1]
+        rows, columns = np.mgrid[:size[0], :size[1]][(slice(None), *window)].astype(np.float32)
+        rows = (rows + 0.5 - y) / radius
+        columns = (columns + 0.5 - x) / radius
+        u = np.cos(angle) * columns + np.sin(angle) * rows
+        v = np.cos(angle) * rows - np.sin(angle) * columns
+        shape, pattern = TOY_CLASSES[kind].split(" with ")
+        inside = (TOY_SHAPES[shape](u, v) * radius + 0.5).clip(0, 1)[..., None]    # soft edge
+        shade = (0.75 * TOY_PATTERNS[pattern](u, v) + 0.5).clip(0, 1)[..., None]
+        image[window] += inside * (dark + shade * (light - dark) - image[window])
+        labels[window][inside[..., 0] > 0.5] = kind + 1
+    ys, xs = np.nonzero(inside[..., 0] > 0.5)
+    box = (left + xs.min(), top + ys.min(), np.ptp(xs) + 1, np.ptp(ys) + 1)
+    image = (255 * image.clip(0, 1)).round().astype(np.uint8)
+    return image, label, labels, tuple(float(edge) for edge in box)

@@ -1,31 +1,32 @@
-"""MAE pre-training of lightweight ViTs with decoupled attention distillation, D2-MAE (Sec. 4).
+r"""MAE pre-training of lightweight ViTs with decoupled attention distillation, D2-MAE (Sec. 4).
 
     torchrun --nproc_per_node=8 pretrain_d2mae.py --teacher mae_base.pt     # the paper's D2-MAE
     torchrun --nproc_per_node=8 pretrain_d2mae.py --method mae              # its MAE baseline
-    torchrun --nproc_per_node=8 pretrain_d2mae.py --model hiera_tiny --method d-mae \\
+    torchrun --nproc_per_node=8 pretrain_d2mae.py --model hiera_tiny --method d-mae \
         --teacher mae_hiera_base_224.pth
     python pretrain_d2mae.py --demo                                         # needs no files
 
 The student sees a quarter of the patches and learns two things. Its block 8 feeds a small decoder
 that paints the other patches (L_rec). The attention map of one extra, 13th attention after block 12
 imitates, through a learned mix of heads, that of the teacher's last block over the same visible
-patches (L_attn). So reconstruction shapes the lower layers, distillation all of them, and nothing is
-traded off. Read `MaskedAutoencoder.forward` next to the paper, then `train`.
+patches (L_attn). So reconstruction shapes the lower layers, distillation all of them, and nothing
+is traded off. Read `MaskedAutoencoder.forward` next to the paper, then `train`.
 
 Shapes: B images, N patches, V visible, M = N - V masked, T = 1 + V tokens, D width, H heads,
-        P = 3 * patch_size^2. Hiera: N, V, M count mask units of 32x32 pixels; each holds 4 tokens of
-        16x16 pixels where pixels are predicted.
-Masks:  ids_keep (B, V) and ids_masked (B, M) are raster indices, a permutation of range(N) together.
+        P = 3 * patch_size^2. Hiera: N, V, M count mask units of 32x32 pixels; each holds 4 tokens
+        of 16x16 pixels where pixels are predicted, and T = 4 V where maps are compared.
+Masks:  ids_keep (B, V) and ids_masked (B, M) are raster indices, together all of range(N).
 
 NOTES, departures from the authors' code:
-- The decoder keeps the shuffled order [class, visible, masked] (attention does not care), so that the
-  masked tokens are a slice and only their pixels are predicted. The numbers are the same.
+- The decoder keeps the shuffled order [class, visible, masked] (attention does not care), so that
+  the masked tokens are a slice and only their pixels are predicted. The numbers are the same.
 - The 13th block is a LayerNorm and the q, k half of a qkv projection; what follows its map is never
   created.
-- Crops, flips and masks are a function of (seed, epoch, image), not of the process that makes them: a
-  run does not depend on the number of workers or processes, and resumes as if never interrupted.
-- Pillow resizes a crop in one go, from a JPEG decoded at reduced size where that loses nothing.
-- Attention maps are compared in float32; the authors compare them in float16.
+- Crops, flips and masks are a function of (seed, epoch, image), not of the process that makes them:
+  a run does not depend on the number of workers or processes, and resumes as if never interrupted.
+- A JPEG is decoded at reduced size where a crop would be reduced by as much anyway.
+- Attention maps are compared in float32, the authors' in float16; GPUs from Ampere on multiply
+  float32 matrices in TensorFloat-32.
 - The losses are read on the host once per optimizer step, before the update: a loss that is not
   finite stops every process while the weights are still good.
 """
@@ -46,6 +47,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from torch import nn
 from torch.nn.utils import clip_grad_norm_
+from torch.optim import AdamW
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 from torchvision.transforms import v2
 from torchvision.utils import make_grid
@@ -59,7 +61,7 @@ from models import (BICUBIC, IMAGENET_MEAN, IMAGENET_STD, MODELS, READ_ERRORS, B
                     random_crop, read_log, reroll, resume, save_checkpoint, sincos_2d, start_log,
                     to_tensor)
 
-RECIPE = dict(    # Sec. 4; what a run rarely changes. The rest are options, see `parse_args`
+RECIPE = dict(    # Sec. 4; settings without an option. All others: `parse_args`
     decoder_dim=96, decoder_depth=1, decoder_heads=3,
     norm_pix=True,                          # targets normalised per patch
     betas=(0.9, 0.95), weight_decay=0.05,   # AdamW; no decay of biases, norms and tokens
@@ -68,9 +70,11 @@ RECIPE = dict(    # Sec. 4; what a run rarely changes. The rest are options, see
     eval_every=10,                          # epochs between evaluations with pictures
     log_every=20,                           # optimizer steps per line of log.jsonl
 )
-DEMO = dict(data="toy", out="out/demo/pretrain", image_size=[48], patch_size=8, crop_scale=(0.4, 1.0),
-            model="vit_nano", epochs=20, batch_size=128, base_lr=3e-3, val_images=128, workers=0,
-            eval_every=5)
+DEMO = dict(data="toy", out="out/demo/pretrain", model="vit_nano", image_size=[48], patch_size=8,
+            crop_scale=(0.7, 1.0), epochs=12, batch_size=32, base_lr=1.6e-2, val_images=128,
+            workers=0, eval_every=3)
+DEMO_TEACHER = dict(method="mae", model="vit_tiny", epochs=6, base_lr=1.2e-2, decoder_tap=None,
+                    distill="attention", distill_layers=None)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -98,7 +102,7 @@ def patch_pixels(images, ids, patch_size, channels_last=True):
 
 
 def paste_patches(images, patches, ids, patch_size, channels_last=True):
-    """Inverse of `patch_pixels`: a copy of the images with these pixels in the place of the patches."""
+    """Inverse of `patch_pixels`: a copy of the images with these pixels in the patches' place."""
     B, p = len(images), patch_size
     w = images.shape[3] // p
     shape = (p, p, 3) if channels_last else (3, p, p)
@@ -106,7 +110,7 @@ def paste_patches(images, patches, ids, patch_size, channels_last=True):
     if channels_last:
         patches = patches.permute(0, 1, 4, 2, 3)
     images = images.clone()
-    grid = images.view(B, 3, -1, p, w, p).permute(0, 2, 4, 1, 3, 5)          # a view to write through
+    grid = images.view(B, 3, -1, p, w, p).permute(0, 2, 4, 1, 3, 5)          # written through
     batch = torch.arange(B, device=images.device)[:, None]
     grid[batch, ids // w, ids % w] = patches
     return images
@@ -126,9 +130,9 @@ def reconstruction_loss(pred, target):
 def attention_loss(student, teacher, adapter):
     """L_attn = MSE(A_T, M A_S), A = q k^T / sqrt(d) before the softmax.
 
-    student (B, H_S, T, T), teacher (B, H_T, T, T) over the same visible tokens, class token included;
-    the adapter M is a learned bias-free 1x1 convolution over heads, H_S -> H_T. In float32, since
-    logits can be large.
+    student (B, H_S, T, T), teacher (B, H_T, T, T) over the same visible tokens, class token
+    included; the adapter M is a learned bias-free 1x1 convolution over heads, H_S -> H_T. In
+    float32, since logits can be large.
     """
     with torch.autocast(student.device.type, enabled=False):
         return F.mse_loss(adapter(student.float()), teacher.float())
@@ -140,9 +144,10 @@ def attention_loss(student, teacher, adapter):
 class MaskedAutoencoder(nn.Module):
     """Student of MAE, D-MAE and D2-MAE on a ViT: encoder, decoder, and what distillation adds.
 
-    encoder: VisionTransformer without a head. decoder_tap: block whose normalised output the decoder
-    reads. teacher: only the heads of its last block are looked at; it is no part of this module.
-    decoupled: D2-MAE, the student's map comes from a 13th attention behind the last block.
+    encoder: VisionTransformer without a head. decoder_tap: block whose normalised output the
+    decoder reads. teacher: read for its number of heads only, not stored. decoupled: D2-MAE, the
+    student's map comes from a 13th attention behind the last block. HieraMaskedAutoencoder
+    overrides build_decoder, latent, forward_decoder, patches and paste.
     """
 
     def __init__(self, encoder, decoder_tap=12, decoder_dim=96, decoder_depth=1, decoder_heads=3,
@@ -155,14 +160,14 @@ class MaskedAutoencoder(nn.Module):
         self.decoupled = decoupled
         self.taps = {decoder_tap}    # blocks whose outputs the losses read
         self.build_decoder(decoder_dim, decoder_depth, decoder_heads)
-        self.apply(init_mae)
+        self.apply(init_mae)    # the encoder too: Hiera's own initialisation is for classifiers
         init_patch_embed(encoder.patch_embed.proj)
         if teacher is not None:
             self.build_distillation(teacher)
 
     def build_decoder(self, dim, depth, heads):
-        """The decoder of MAE: embedding, mask token, fixed sin-cos positions, blocks, norm, pixels."""
-        self.cells = self.encoder.grid[0] * self.encoder.grid[1]    # what is masked or kept as a whole
+        """The decoder of MAE: embedding, mask token, fixed positions, blocks, norm, pixels."""
+        self.cells = self.encoder.grid[0] * self.encoder.grid[1]    # what masking keeps whole
         self.decoder_embed = nn.Linear(self.encoder.embed_dim, dim)
         self.mask_token = nn.Parameter(torch.randn(1, 1, dim) * 0.02)
         positions = sincos_2d(dim, self.encoder.grid)
@@ -182,7 +187,7 @@ class MaskedAutoencoder(nn.Module):
             self.taps |= {self.encoder.depth - 1}    # the input of the last block gives its map
 
     def build_extra_attention(self):
-        """The 13th block of D2-MAE: LayerNorm, q and k; nothing behind its map exists."""
+        """The 13th block, as far as its attention map: LayerNorm, q and k."""
         dim = self.encoder.embed_dim
         self.extra_norm = LayerNorm(dim)
         self.extra_qk = nn.Linear(dim, 2 * dim)
@@ -190,44 +195,49 @@ class MaskedAutoencoder(nn.Module):
         nn.init.uniform_(self.extra_qk.weight, -bound, bound)
         nn.init.zeros_(self.extra_qk.bias)
 
-    def forward(self, images, ids_keep, ids_masked, teacher_signal=None):
+    def forward(self, images, ids_keep, ids_masked, teacher_map=None):
         """L = L_rec + alpha * L_attn -> dict of scalars: loss, rec and, with a teacher, attn.
 
-        images (B, 3, H, W) normalised; teacher_signal: what `teacher_signal` gives for the same images
-        and ids_keep, the map (B, H_T, T, T) of the teacher's last block.
+        images (B, 3, H, W) normalised; teacher_map (B, H_T, T, T): pre-softmax map of the teacher's
+        last block for the same images and ids_keep, see `teacher_signal`.
         """
         features = self.encoder.forward_features(images, self.taps, ids_keep)   # block -> (B, T, D)
 
         # reconstruction: the decoder reads block 8 (D2-MAE) or the last block (MAE, D-MAE)
         latent = self.latent(features)                                          # (B, T, D)
         pred = self.forward_decoder(latent, ids_keep, ids_masked)               # (B, M, P)
-        rec = reconstruction_loss(pred, self.target(images, ids_masked))
-        if teacher_signal is None:
+        target = self.target(images, ids_masked)                                # (B, M, P)
+        rec = reconstruction_loss(pred, target)
+        if teacher_map is None:
             return {"loss": rec, "rec": rec}
 
         # distillation: the map of the 13th attention (D2-MAE) or of the last block (D-MAE)
-        attn = self.distillation_loss(features, teacher_signal)
+        student_map = self.student_map(features)                                # (B, H_S, T, T)
+        attn = attention_loss(student_map, teacher_map, self.attn_adapter)
         return {"loss": rec + self.alpha * attn, "rec": rec, "attn": attn}
 
     def latent(self, features):
+        # In D2-MAE this norm, and so the one in encoder.pt, belongs to block 8, not to block 12.
         return self.encoder.norm(features[self.decoder_tap])
 
     def forward_decoder(self, latent, ids_keep, ids_masked):
-        """Visible tokens (B, T, D) -> pixels of the masked patches (B, M, P), as ids_masked orders them.
+        """Visible tokens (B, T, D) -> pixels of the masked patches (B, M, P), in ids_masked's order.
 
         Tokens stand as [class, ids_keep, ids_masked].
         """
         B, M = ids_masked.shape
         x = self.decoder_embed(latent)                                          # (B, 1 + V, D_dec)
-        x = torch.cat([x, self.mask_token.expand(B, M, -1).to(x.dtype)], dim=1)  # (B, 1 + N, D_dec)
-        class_id = ids_keep.new_zeros(B, 1)
-        x = x + self.decoder_pos_embed[0][torch.cat([class_id, ids_keep + 1, ids_masked + 1], dim=1)]
+        mask_tokens = self.mask_token.expand(B, M, -1).to(x.dtype)              # autocast's dtype
+        x = torch.cat([x, mask_tokens], dim=1)                                  # (B, 1 + N, D_dec)
+        class_row = ids_keep.new_zeros(B, 1)
+        rows = torch.cat([class_row, ids_keep + 1, ids_masked + 1], dim=1)
+        x = x + self.decoder_pos_embed[0][rows]
         for block in self.decoder_blocks:
             x = block(x)
         return self.decoder_pred(self.decoder_norm(x[:, -M:]))
 
     def target(self, images, ids_masked):
-        """What the decoder should predict: pixels of the masked patches (B, M, P), in their order."""
+        """What the decoder should predict: pixels of the masked patches (B, M, P)."""
         patches = self.patches(images, ids_masked).float()
         return normalize_patches(patches) if self.norm_pix else patches
 
@@ -236,9 +246,6 @@ class MaskedAutoencoder(nn.Module):
 
     def paste(self, images, patches, ids):
         return paste_patches(images, patches, ids, self.encoder.patch_size)
-
-    def distillation_loss(self, features, teacher_map):
-        return attention_loss(self.student_map(features), teacher_map, self.attn_adapter)
 
     def student_map(self, features):
         """The student's pre-softmax map (B, H_S, T, T) that imitates the teacher's last one."""
@@ -258,134 +265,6 @@ class MaskedAutoencoder(nn.Module):
         return teacher.attention_map(x, teacher.depth)
 
 
-class HieraMaskedAutoencoder(MaskedAutoencoder):
-    """MAE and D-MAE on Hiera (built with q_pool=2): the decoder fuses stages 1, 2 and the last block.
-
-    ids_keep and ids_masked count mask units; each has 2x2 decoder tokens of 16x16 pixels, kept
-    together: token 4 u + i is token i (raster) of unit u.
-    """
-
-    def build_decoder(self, dim, depth, heads):
-        """Fusion heads, then the decoder of MAE without a class token and with learned positions."""
-        encoder = self.encoder
-        h, w = encoder.unit_grid
-        self.cells = h * w
-        width = encoder.embed_dim
-        first, second, _, last = encoder.stage_ends
-        self.taps = {first, second, last}
-        widths = [encoder.blocks[end - 1].mlp.fc2.out_features for end in (first, second)]
-        self.multi_scale_fusion_heads = nn.ModuleList([
-            nn.Conv2d(widths[0], width, 4, 4),      # stage 1: 8x8 tokens of a unit -> 2x2
-            nn.Conv2d(widths[1], width, 2, 2)])     # stage 2: 4x4 tokens of a unit -> 2x2
-        self.encoder_norm = LayerNorm(width)
-        self.decoder_embed = nn.Linear(width, dim)
-        self.mask_token = nn.Parameter(torch.zeros(1, 1, dim))
-        self.decoder_pos_embed = nn.Parameter(torch.zeros(1, 4 * h * w, dim))    # raster, learned
-        self.decoder_blocks = nn.ModuleList([HieraBlock(dim, dim, heads) for _ in range(depth)])
-        self.decoder_norm = LayerNorm(dim)
-        self.decoder_pred = nn.Linear(dim, 3 * 16 * 16)
-        nn.init.trunc_normal_(self.mask_token, std=0.02)
-        nn.init.trunc_normal_(self.decoder_pos_embed, std=0.02)
-        raster = torch.arange(4 * h * w).view(h, 2, w, 2).transpose(1, 2).reshape(h * w, 4)
-        self.register_buffer("unit_tokens", raster, persistent=False)            # of each unit
-
-    def raster_ids(self, units):
-        """Mask units (B, V) -> raster indices (B, 4 V) of their tokens in the 16-pixel grid."""
-        return self.unit_tokens[units].flatten(1)
-
-    def latent(self, features):
-        """Stages 1, 2 and the last block, fused at 2x2 tokens a unit and normalised -> (B, 4 V, D)."""
-        first, second, _, last = self.encoder.stage_ends
-        head1, head2 = self.multi_scale_fusion_heads
-        B = len(features[last])
-        fused = self.units(features[last], 1)                                   # (B V, D, 2, 2)
-        fused = fused + head1(self.units(features[first], 3))
-        fused = fused + head2(self.units(features[second], 2))
-        return self.encoder_norm(fused.flatten(2).transpose(1, 2).reshape(B, -1, fused.shape[1]))
-
-    def units(self, x, rounds):
-        """Unrolled tokens (B, 4^rounds * V, C) -> raster map of each unit (B V, C, 2^r, 2^r)."""
-        x = x.unflatten(1, (4 ** rounds, -1)).transpose(1, 2).flatten(0, 1)     # (B V, 4^r, C)
-        return reroll(x, (1, 1), rounds).permute(0, 3, 1, 2)
-
-    def forward_decoder(self, latent, ids_keep, ids_masked):
-        """Visible tokens (B, 4 V, D) -> pixels of the masked ones (B, 4 M, P)."""
-        ids_keep, ids_masked = self.raster_ids(ids_keep), self.raster_ids(ids_masked)
-        B, M = ids_masked.shape
-        x = self.decoder_embed(latent)
-        x = torch.cat([x, self.mask_token.expand(B, M, -1).to(x.dtype)], dim=1)
-        x = x + self.decoder_pos_embed[0][torch.cat([ids_keep, ids_masked], dim=1)]
-        for block in self.decoder_blocks:
-            x = block(x)
-        return self.decoder_pred(self.decoder_norm(x[:, -M:]))
-
-    def patches(self, images, ids):
-        return patch_pixels(images, self.raster_ids(ids), 16, channels_last=False)
-
-    def paste(self, images, patches, ids):
-        return paste_patches(images, patches, self.raster_ids(ids), 16, channels_last=False)
-
-
-# --------------------------------------------------------------------------------------------------
-# Ablations of the distillation: other layers, probabilities, hidden states
-# --------------------------------------------------------------------------------------------------
-class AblatedAutoencoder(MaskedAutoencoder):
-    """D-MAE or D2-MAE with another signal: several student blocks `layers` (from 1), attention before
-    or after the softmax, or hidden states ("representation" of Fig. 2, through a bias-free linear
-    layer). The loss is the sum over the layers."""
-
-    def __init__(self, encoder, teacher, layers, distill="attention", **options):
-        super().__init__(encoder, **options)
-        self.layers = list(layers)
-        self.distill = distill
-        if self.decoupled:
-            self.build_extra_attention()
-            if distill == "hidden":
-                del self.extra_qk    # the normalised tokens are read, no map is
-        self.adapters = nn.ModuleDict()
-        for k in layers:
-            if distill == "hidden":
-                adapter = nn.Linear(encoder.embed_dim, teacher.embed_dim, bias=False)
-            else:
-                heads = [model.blocks[-1].attn.num_heads for model in (encoder, teacher)]
-                adapter = nn.Conv2d(*heads, 1, bias=False)
-            self.adapters[str(k)] = adapter
-            behind = distill == "hidden" or self.is_extra(k)
-            self.taps |= {k if behind else k - 1}
-
-    def is_extra(self, k):
-        return self.decoupled and k == self.encoder.depth
-
-    def distillation_loss(self, features, teacher_signals):
-        total = 0.0
-        for k, teacher in zip(self.layers, teacher_signals):
-            student = self.student_signal(features, k)
-            if self.distill == "probabilities":
-                student, teacher = student.softmax(dim=-1), teacher.softmax(dim=-1)
-            total = total + attention_loss(student, teacher, self.adapters[str(k)])    # or of hidden states
-        return total
-
-    def student_signal(self, features, k):
-        """Map (B, H, T, T), or hidden state (B, T, D), that imitates the teacher's at block k."""
-        if self.distill == "hidden" and self.is_extra(k):
-            return self.extra_norm(features[k])
-        if self.distill == "hidden":
-            return self.encoder.representation(features[k], k)
-        if self.is_extra(k):
-            return self.student_map(features)
-        return self.encoder.attention_map(features[k - 1], k)
-
-    @torch.no_grad()
-    def teacher_signal(self, teacher, images, ids_keep):
-        """Maps or hidden states of the teacher at the same relative depths, a list."""
-        blocks = [max(1, k * teacher.depth // self.encoder.depth) for k in self.layers]
-        if self.distill == "hidden":
-            features = teacher.forward_features(images, blocks, ids_keep)
-            return [teacher.representation(features[k], k) for k in blocks]
-        features = teacher.forward_features(images, [k - 1 for k in blocks], ids_keep)
-        return [teacher.attention_map(features[k - 1], k) for k in blocks]
-
-
 def load_teacher(args, device):
     """The frozen teacher of --teacher, checked against the student: same tokens, same pixels."""
     name, patch = infer_model(args.teacher)
@@ -399,13 +278,15 @@ def load_teacher(args, device):
     kind = dict(q_pool=2) if hiera else dict(patch_size=patch, fixed_pos_embed=True)
     teacher = MODELS[name](img_size=args.image_size, **kind)
     info = load_encoder(teacher, args.teacher)
-    has_norm = {"norm.weight", "fc_norm.weight"} & load_state(args.teacher)[0].keys()
-    if args.distill == "hidden" and not has_norm:
-        raise InputError(f"--teacher {args.teacher} has no final norm, and --distill hidden needs one")
+    if args.distill == "hidden":
+        state, _ = load_state(args.teacher)
+        if not {"norm.weight", "fc_norm.weight"} & state.keys():
+            raise InputError(f"--teacher {args.teacher} has no final norm, which --distill hidden "
+                             "needs")
     for key in ("mean", "std"):
         if key in info and not np.allclose(info[key], getattr(args, key)):
-            raise InputError(f"--teacher {args.teacher} was trained with --{key} {info[key]}, this run "
-                             f"has {getattr(args, key)}: both must see the same pixels")
+            raise InputError(f"--teacher {args.teacher} was trained with --{key} {info[key]}, this "
+                             f"run has {getattr(args, key)}: both must see the same pixels")
     if args.compile:
         teacher.forward_features = torch.compile(teacher.forward_features)
     return teacher.to(device).eval().requires_grad_(False)
@@ -440,35 +321,36 @@ def lr_at(step, total, warmup, lr, min_lr):
 
 
 def train(args):
-    """One pre-training run into args.out, from scratch or on from its last.pt."""
-    run = rank, world, device, dtype = init_distributed(args)
-    torch.manual_seed(args.seed)
+    """Train into args.out: a new run, or the one that last.pt there continues."""
+    run = init_distributed(args)
+    rank, world, device, dtype = run
     teacher = load_teacher(args, device) if args.teacher else None
+    torch.manual_seed(args.seed)    # after the teacher: every method starts from one encoder
     model = build_student(args, teacher).to(device)
     train_set, val_set = make_data(args, model.cells)
+    args.train_images = len(train_set)    # in FIXED: a run goes on with the same set alone
 
     sampler = EpochSampler(train_set, args.batch_size, args.accum_steps, rank, world, args.seed)
-    epoch = sampler.steps_per_epoch
-    total = args.epochs * epoch
+    steps_per_epoch = sampler.steps_per_epoch
+    total = args.epochs * steps_per_epoch
     last_step = min(total, args.max_steps or total)
     peak_lr = args.base_lr * sampler.batch_size / 256
-    optimizer = torch.optim.AdamW(param_groups(model, args.weight_decay), peak_lr, args.betas,
-                                  fused=True)
+    optimizer = AdamW(param_groups(model, args.weight_decay), peak_lr, args.betas, fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     describe(run, args, model, train_set, val_set, sampler, peak_lr)
 
     step = resume(args, FIXED, model, optimizer, scaler, rank, world)["step"]
     sampler.first_step = step
     student = parallel(model, args, device, world)
-    batches = iter(DataLoader(train_set, sampler.micro_batch, sampler=sampler, drop_last=True,
+    batches = iter(DataLoader(train_set, sampler.micro_batch, sampler=sampler,
                               num_workers=args.workers, pin_memory=device.type == "cuda"))
     log = RunLog(args, step, last_step, sampler.batch_size, rank)
 
     while True:
-        # evaluate before the first step, every few epochs and at the end
-        if step % (args.eval_every * epoch) == 0 or step == last_step:
+        # evaluate: here, so that a run killed while it evaluates does so when it goes on
+        if step % (args.eval_every * steps_per_epoch) == 0 or step >= last_step:
             report(run, args, model, teacher, val_set, step)
-        if step == last_step:
+        if step >= last_step:
             break
 
         # forward and backward, in micro-steps in which the host never waits for the device
@@ -476,8 +358,7 @@ def train(args):
         waited = 0.0
         totals = {}
         items = []
-        student.train()
-        torch.manual_seed(mix_seed(args.seed, step, rank))
+        student.train()    # nothing below draws random numbers: masks come with the data
         for micro_step in range(args.accum_steps):
             before = time.perf_counter()
             images, noise, index, unreadable = next(batches)
@@ -486,16 +367,16 @@ def train(args):
             images = normalize(images.to(device, non_blocking=True), args.mean, args.std)
             noise = noise.to(device, non_blocking=True)
             ids_keep, ids_masked = random_masking(noise, args.mask_ratio)
-            student.require_backward_grad_sync = micro_step == args.accum_steps - 1    # of DDP
+            student.require_backward_grad_sync = micro_step == args.accum_steps - 1    # for DDP
             with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-                target = model.teacher_signal(teacher, images, ids_keep) if teacher else None
-                losses = student(images, ids_keep, ids_masked, target)
+                truth = model.teacher_signal(teacher, images, ids_keep) if teacher else None
+                losses = student(images, ids_keep, ids_masked, truth)
             scaler.scale(losses["loss"] / args.accum_steps).backward()
             for name, loss in losses.items():
                 totals[name] = totals.get(name, 0) + loss.detach() / args.accum_steps
 
         # clip, and look at the losses before they can harm the weights: the one wait of a step
-        lr = lr_at(step, total, args.warmup_epochs * epoch, peak_lr, args.min_lr)
+        lr = lr_at(step, total, args.warmup_epochs * steps_per_epoch, peak_lr, args.min_lr)
         scaler.unscale_(optimizer)
         totals["grad_norm"] = clip_grad_norm_(model.parameters(), args.clip_grad or math.inf)
         totals["unreadable"] = world * sum(unreadable for _, unreadable in items)
@@ -505,7 +386,7 @@ def train(args):
 
         # update
         for group in optimizer.param_groups:
-            group["lr"] = lr * group["lr_scale"]
+            group["lr"] = lr
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
@@ -513,7 +394,7 @@ def train(args):
 
         # log, save
         log.add(step, lr, values, time.perf_counter() - started, waited)
-        if step % epoch == 0 or step == last_step or values["stop"]:
+        if step % steps_per_epoch == 0 or step == last_step or values["stop"]:
             save(args, model, optimizer, scaler, step, rank)
         if values["stop"] and step < last_step:
             break
@@ -522,7 +403,7 @@ def train(args):
 
 
 def save(args, model, optimizer, scaler, step, rank):
-    """last.pt, all that the run needs to go on, and encoder.pt, what the other scripts start from."""
+    """last.pt, all that the run needs to go on; encoder.pt, what the other scripts start from."""
     if rank == 0:
         about = dict(arch=model.encoder.arch, mean=list(args.mean), std=list(args.std),
                      norm_pix=args.norm_pix, args=plain(args), step=step)
@@ -538,14 +419,145 @@ def describe(run, args, model, train_set, val_set, sampler, peak_lr):
         return
     encoder = sum(p.numel() for p in model.encoder.parameters()) / 1e6
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad) / 1e6
-    print(f"{args.method} on {args.model}: encoder {encoder:.2f}M parameters, {trained:.2f}M trained with "
-          f"decoder and adapter; decoder on block {args.decoder_tap}, distilled: "
+    print(f"{args.method} on {args.model}: encoder {encoder:.2f}M parameters, {trained:.2f}M trained "
+          f"with decoder and adapter; decoder on block {args.decoder_tap}, distilled: "
           f"{args.distill_layers or 'none'}")
-    print(f"{len(train_set)} training images, {len(val_set)} held out; {sampler.steps_per_epoch} steps "
-          f"an epoch, warm-up {args.warmup_epochs:g} of {args.epochs} epochs")
+    print(f"{len(train_set)} training images, {len(val_set)} held out; {sampler.steps_per_epoch} "
+          f"steps an epoch, warm-up {args.warmup_epochs:g} of {args.epochs} epochs")
     print(f"batch {sampler.batch_size} = {sampler.micro_batch} images x {world} process(es) x "
           f"{args.accum_steps} micro-steps; lr {peak_lr:.3g} = {args.base_lr:g} * "
           f"{sampler.batch_size} / 256; {device}, {dtype}")
+
+
+# --------------------------------------------------------------------------------------------------
+# Variants of the method: Hiera, and the ablations of what is distilled
+# --------------------------------------------------------------------------------------------------
+class HieraMaskedAutoencoder(MaskedAutoencoder):
+    """MAE and D-MAE on Hiera (with q_pool=2): the decoder fuses stages 1, 2 and the last block.
+
+    ids_keep and ids_masked count mask units; each has 2x2 decoder tokens of 16x16 pixels, kept
+    together: token 4 u + i is token i (raster) of unit u.
+    """
+
+    def build_decoder(self, dim, depth, heads):
+        """Fusion heads, then MAE's decoder without a class token and with learned positions."""
+        encoder = self.encoder
+        h, w = encoder.unit_grid
+        self.cells = h * w
+        width = encoder.embed_dim
+        first, second, _, last = encoder.stage_ends
+        self.taps = {first, second, last}
+        widths = [encoder.blocks[end - 1].mlp.fc2.out_features for end in (first, second)]
+        self.multi_scale_fusion_heads = nn.ModuleList([
+            nn.Conv2d(widths[0], width, 4, 4),      # stage 1: 8x8 tokens of a unit -> 2x2
+            nn.Conv2d(widths[1], width, 2, 2)])     # stage 2: 4x4 tokens of a unit -> 2x2
+        self.encoder_norm = LayerNorm(width)
+        self.decoder_embed = nn.Linear(width, dim)
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, dim))
+        self.decoder_pos_embed = nn.Parameter(torch.zeros(1, 4 * h * w, dim))    # raster, learned
+        self.decoder_blocks = nn.ModuleList([HieraBlock(dim, dim, heads) for _ in range(depth)])
+        self.decoder_norm = LayerNorm(dim)
+        self.decoder_pred = nn.Linear(dim, 3 * 16 * 16)
+        nn.init.trunc_normal_(self.mask_token, std=0.02)
+        nn.init.trunc_normal_(self.decoder_pos_embed, std=0.02)
+        raster = torch.arange(4 * h * w).view(h, 2, w, 2).transpose(1, 2).reshape(h * w, 4)
+        self.register_buffer("unit_tokens", raster, persistent=False)            # of each unit
+
+    def raster_ids(self, units):
+        """Mask units (B, V) -> raster indices (B, 4 V) of their tokens in the 16-pixel grid."""
+        return self.unit_tokens[units].flatten(1)
+
+    def latent(self, features):
+        """Stages 1, 2 and the last block, fused at 2x2 tokens a unit, normalised -> (B, 4 V, D)."""
+        first, second, _, last = self.encoder.stage_ends
+        head1, head2 = self.multi_scale_fusion_heads
+        B = len(features[last])
+        fused = self.units(features[last], 1)                                   # (B V, D, 2, 2)
+        fused = fused + head1(self.units(features[first], 3))
+        fused = fused + head2(self.units(features[second], 2))
+        return self.encoder_norm(fused.flatten(2).transpose(1, 2).reshape(B, -1, fused.shape[1]))
+
+    def units(self, x, rounds):
+        """Unrolled tokens (B, 4^rounds * V, C) -> raster map of each unit (B V, C, 2^r, 2^r)."""
+        x = x.unflatten(1, (4 ** rounds, -1)).transpose(1, 2).flatten(0, 1)     # (B V, 4^r, C)
+        return reroll(x, (1, 1), rounds).permute(0, 3, 1, 2)
+
+    def forward_decoder(self, latent, ids_keep, ids_masked):
+        """Visible tokens (B, 4 V, D) -> pixels of the masked ones (B, 4 M, P)."""
+        ids_keep, ids_masked = self.raster_ids(ids_keep), self.raster_ids(ids_masked)
+        B, M = ids_masked.shape
+        x = self.decoder_embed(latent)
+        x = torch.cat([x, self.mask_token.expand(B, M, -1).to(x.dtype)], dim=1)
+        x = x + self.decoder_pos_embed[0][torch.cat([ids_keep, ids_masked], dim=1)]
+        for block in self.decoder_blocks:
+            x = block(x)
+        return self.decoder_pred(self.decoder_norm(x[:, -M:]))
+
+    def patches(self, images, ids):
+        return patch_pixels(images, self.raster_ids(ids), 16, channels_last=False)
+
+    def paste(self, images, patches, ids):
+        return paste_patches(images, patches, self.raster_ids(ids), 16, channels_last=False)
+
+
+class AblatedAutoencoder(MaskedAutoencoder):
+    """D-MAE or D2-MAE with another signal: several student blocks `layers` (from 1), attention
+    before or after the softmax, or hidden states ("representation" of Fig. 2, through a bias-free
+    linear layer). The loss is the sum over the layers."""
+
+    def __init__(self, encoder, teacher, layers, distill="attention", **options):
+        super().__init__(encoder, **options)
+        self.layers = list(layers)
+        self.distill = distill
+        if self.decoupled:
+            self.build_extra_attention()
+            if distill == "hidden":
+                del self.extra_qk    # the normalised tokens are read, no map is
+        self.adapters = nn.ModuleDict()
+        for k in layers:
+            if distill == "hidden":
+                adapter = nn.Linear(encoder.embed_dim, teacher.embed_dim, bias=False)
+            else:
+                heads = [model.blocks[-1].attn.num_heads for model in (encoder, teacher)]
+                adapter = nn.Conv2d(*heads, 1, bias=False)
+            self.adapters[str(k)] = adapter
+            reads_output = distill == "hidden" or self.is_extra(k)
+            self.taps |= {k if reads_output else k - 1}    # a map needs the block's input
+
+    def is_extra(self, k):
+        return self.decoupled and k == self.encoder.depth
+
+    def forward(self, images, ids_keep, ids_masked, teacher_signals):
+        features = self.encoder.forward_features(images, self.taps, ids_keep)
+        pred = self.forward_decoder(self.latent(features), ids_keep, ids_masked)
+        rec = reconstruction_loss(pred, self.target(images, ids_masked))
+        attn = 0.0
+        for k, teacher in zip(self.layers, teacher_signals):
+            student = self.student_signal(features, k)
+            if self.distill == "probabilities":
+                student, teacher = student.softmax(dim=-1), teacher.softmax(dim=-1)
+            attn = attn + attention_loss(student, teacher, self.adapters[str(k)])
+        return {"loss": rec + self.alpha * attn, "rec": rec, "attn": attn}
+
+    def student_signal(self, features, k):
+        """Map (B, H, T, T), or hidden state (B, T, D), that imitates the teacher's at block k."""
+        if self.distill == "hidden" and self.is_extra(k):
+            return self.extra_norm(features[k])
+        if self.distill == "hidden":
+            return self.encoder.representation(features[k], k)
+        if self.is_extra(k):
+            return self.student_map(features)
+        return self.encoder.attention_map(features[k - 1], k)
+
+    @torch.no_grad()
+    def teacher_signal(self, teacher, images, ids_keep):
+        """Maps or hidden states of the teacher at the same relative depths, a list."""
+        blocks = [max(1, k * teacher.depth // self.encoder.depth) for k in self.layers]
+        if self.distill == "hidden":
+            features = teacher.forward_features(images, blocks, ids_keep)
+            return [teacher.representation(features[k], k) for k in blocks]
+        features = teacher.forward_features(images, [k - 1 for k in blocks], ids_keep)
+        return [teacher.attention_map(features[k - 1], k) for k in blocks]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -554,9 +566,9 @@ def describe(run, args, model, train_set, val_set, sampler, peak_lr):
 class Images(Dataset):
     """Crops for pre-training, and the noise that decides their masks.
 
-    Item (epoch, index) -> image (3, h, w) uint8, noise (N,), index, and whether the file could not be
-    read (another image stands in for it). All randomness comes from (seed, epoch, index). With
-    train=False: the resized centre crop, always the same noise.
+    Item (epoch, index) -> image (3, h, w) uint8, noise (N,), index, and whether the file could not
+    be read (another image stands in for it). All randomness comes from (seed, epoch, index). With
+    train=False (keys of epoch 0): the resized centre crop, always the same noise.
     """
 
     def __init__(self, items, args, cells, train=True):
@@ -582,20 +594,23 @@ class Images(Dataset):
             for tries in range(100):
                 try:
                     image = open_item(self.items[(index + tries) % len(self)])
-                    image = random_crop(image, self.size, self.scale) if self.train else self.centre(image)
+                    if self.train:
+                        image = random_crop(image, self.size, self.scale)
+                    else:
+                        image = self.centre(image)
                     return to_tensor(image), noise, index, tries > 0
                 except READ_ERRORS:
                     continue
-        raise InputError(f"100 unreadable images in a row, from {self.name(index)} on: is --data a folder "
-                         "of images?")
+        raise InputError(f"100 unreadable images in a row, from {self.name(index)} on: is --data a "
+                         "folder of images?")
 
 
 def make_data(args, cells):
-    """-> training set, held-out set: folder `val` beside a folder `train`, else every 50th image."""
+    """-> training set and held-out set: a folder `val` beside `train`, else every 50th image."""
     sibling = Path(args.data).parent / "val"
     if args.data == "toy":
-        train = range(4000)
-        val = range(4000, 4000 + args.val_images)
+        train = range(6000)
+        val = range(6000, 6000 + args.val_images)
     elif Path(args.data).name == "train" and sibling.is_dir():
         train = list_images(args.data)
         val = list_images(sibling)
@@ -605,7 +620,6 @@ def make_data(args, cells):
         val = files[::50]
     if not train:
         raise InputError(f"--data {args.data} holds a single image: give more")
-    args.train_images = len(train)    # for resume, which needs the same
     spread = max(1, len(val) // args.val_images)    # over all folders
     val = val[::spread][:args.val_images]
     return Images(train, args, cells), Images(val, args, cells, train=False)
@@ -615,9 +629,10 @@ def make_data(args, cells):
 # Evaluation and pictures
 # --------------------------------------------------------------------------------------------------
 def report(run, args, model, teacher, val_set, step):
-    """Evaluate on all processes; on process 0 log it, print it, and draw once training has begun."""
+    """Evaluate on all processes; process 0 logs it, prints it, and draws once training has begun."""
     values = evaluate(run, args, model, teacher, val_set)
-    if run[0] != 0:
+    rank, _, device, _ = run
+    if rank != 0:
         return
     out = Path(args.out)
     log_line(out / "log.jsonl", step=step, **values)
@@ -626,9 +641,11 @@ def report(run, args, model, teacher, val_set, step):
     if step == 0:
         return
     shown = range(0, len(val_set), max(1, len(val_set) // 8))
-    images, noise = (torch.stack(part) for part in list(zip(*[val_set[0, i] for i in shown]))[:2])
-    images = normalize(images.to(run[2]), args.mean, args.std)
-    draw_reconstructions(model, images, noise.to(run[2]), args, out / "reconstruction.png")
+    items = [val_set[0, i] for i in shown]
+    images = torch.stack([item[0] for item in items]).to(device)
+    noise = torch.stack([item[1] for item in items]).to(device)
+    images = normalize(images, args.mean, args.std)
+    draw_reconstructions(model, images, noise, args, out / "reconstruction.png")
     if teacher and not isinstance(model, AblatedAutoencoder):
         draw_attention(model, teacher, images[:4], args, out / "attention.png")
 
@@ -653,11 +670,10 @@ def evaluate(run, args, model, teacher, val_set):
             continue
         ids_keep, ids_masked = random_masking(noise[~unreadable].to(device), args.mask_ratio)
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            signal = model.teacher_signal(teacher, images, ids_keep) if teacher else None
-            losses = model(images, ids_keep, ids_masked, signal)
-        target = model.target(images, ids_masked)
-        base = (target - target.mean(dim=-1, keepdim=True)).square().mean()
-        means = (torch.ones_like(base), losses["rec"], base, losses.get("attn", base))
+            truth = model.teacher_signal(teacher, images, ids_keep) if teacher else None
+            losses = model(images, ids_keep, ids_masked, truth)
+        base = model.target(images, ids_masked).var(dim=-1, unbiased=False).mean()
+        means = (torch.ones_like(base), losses["rec"], base, losses.get("attn", 0 * base))
         sums += torch.stack([mean.float() for mean in means]) * len(images)
     if world > 1:
         dist.all_reduce(sums)
@@ -691,13 +707,14 @@ def draw_reconstructions(model, images, noise, args, path):
     masked, filled = reconstruct(model, images, *random_masking(noise, args.mask_ratio))
     rows = zip(*(to_pixels(x, args) for x in (images, masked, filled)))
     source = "; patch mean and std taken from the input (norm_pix)" if args.norm_pix else ""
-    draw_sheet(path, rows, ("input", "masked", "prediction"), f"masked patches are predicted{source}")
+    note = f"masked patches are predicted{source}"
+    draw_sheet(path, rows, ("input", "masked", "prediction"), note)
 
 
 @torch.no_grad()
 def draw_attention(model, teacher, images, args, path):
-    """PNG: softmax attention of two patches an image in the student's last map, after the adapter over
-    heads, and in the teacher's; mean over heads, all patches visible."""
+    """PNG: softmax attention of two patches an image in the student's last map, after the adapter
+    over heads, and in the teacher's; mean over heads, all patches visible."""
     encoder = model.encoder
     B, _, H, W = images.shape
     ids = torch.arange(model.cells, device=images.device).expand(B, -1)
@@ -743,7 +760,7 @@ def to_pixels(images, args):
 
 
 def draw_sheet(path, rows, titles, note):
-    """PNG of rows of pictures (3, h, w) uint8, two rows side by side, titles above, a note below."""
+    """PNG of rows of pictures (3, h, w) uint8, two rows side by side, titles above, note below."""
     pictures = [picture for row in rows for picture in row]
     zoom = max(1, 150 // pictures[0].shape[1])
     pictures = [p.repeat_interleave(zoom, 1).repeat_interleave(zoom, 2) for p in pictures]
@@ -841,20 +858,20 @@ class RunLog:
 # --------------------------------------------------------------------------------------------------
 # Arguments: the defaults are the paper's
 # --------------------------------------------------------------------------------------------------
-FIXED = ("method", "model", "decoder_tap", "decoder_dim", "decoder_depth", "decoder_heads", "distill",
-         "distill_layers", "alpha", "mask_ratio", "norm_pix", "image_size", "patch_size",
+FIXED = ("method", "model", "decoder_tap", "decoder_dim", "decoder_depth", "decoder_heads",
+         "distill", "distill_layers", "alpha", "mask_ratio", "norm_pix", "image_size", "patch_size",
          "crop_scale", "mean", "std", "epochs", "warmup_epochs", "batch_size", "weight_decay",
          "betas", "seed", "train_images")    # what gives a run its meaning; see `models.resume`
 
 
 def parse_args(argv=None, **defaults):
     """Options of the command line, or of the list `argv`; `defaults` stand in for the paper's."""
-    parser = argparse.ArgumentParser(usage="%(prog)s [options]", description=__doc__.split("\n\n")[0],
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], usage="%(prog)s [options]",
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument_group("method (Sec. 4)").add_argument
     add("--method", choices=("d2-mae", "d-mae", "mae"), default="d2-mae",
-        help="d2-mae: decoder on an inner block, distillation on a 13th attention; d-mae: both on the "
-             "last block; mae: no teacher")
+        help="d2-mae: decoder on an inner block, distillation on a 13th attention; d-mae: both on "
+             "the last block; mae: no teacher")
     add("--model", choices=tuple(MODELS), default="vit_tiny",
         help="student; the paper's are vit_tiny (12 heads) and hiera_tiny")
     add("--teacher", help="checkpoint of the frozen teacher (README, 'Checkpoints'); paper: MAE "
@@ -864,7 +881,7 @@ def parse_args(argv=None, **defaults):
     add("--mask-ratio", type=number(float, "(0, 1)"),
         help="share of patches removed; default: ViT 0.75, Hiera 0.4 of its mask units")
     add("--decoder-tap", type=number(int, "[1, inf)"),
-        help="block whose normalised output the decoder reads; default: 8 for d2-mae, else the last")
+        help="block whose normalised output the decoder reads; default: d2-mae 8, else the last")
     add("--distill", choices=("attention", "probabilities", "hidden"), default="attention",
         help="ablation: maps before or after the softmax, or hidden states")
     add("--distill-layers", type=number(int, "[1, inf)"), nargs="+",
@@ -926,30 +943,27 @@ def parse_args(argv=None, **defaults):
 def resolve(args):
     """Fill in the defaults that depend on other options; refuse what has no meaning. InputError."""
     hiera = args.model.startswith("hiera")
-    known = MODELS[args.model].keywords
+    known = MODELS[args.model].keywords    # no model is built yet
     depth = known.get("depth") or sum(known["stages"])
     unit = 32 if hiera else args.patch_size
 
     # sizes, masks, schedule
     if len(args.image_size) > 2:
-        raise InputError(f"--image-size takes a side, or height and width, not {len(args.image_size)} "
-                         "numbers")
+        raise InputError("--image-size takes a side, or height and width, not "
+                         f"{len(args.image_size)} numbers")
     args.image_size = (args.image_size[0], args.image_size[-1])
     if any(side % unit for side in args.image_size):
         nearest = [max(1, round(side / unit)) * unit for side in args.image_size]
-        raise InputError(f"--image-size {args.image_size} must be a multiple of {unit}, the "
-                         f"{'mask unit of Hiera' if hiera else '--patch-size'}: the nearest is {nearest}")
+        raise InputError(f"--image-size {args.image_size} must be a multiple of {unit}, the mask unit "
+                         f"of Hiera or the --patch-size of a ViT: the nearest is {nearest}")
     if args.mask_ratio is None:
         args.mask_ratio = 0.4 if hiera else 0.75
     cells = math.prod(side // unit for side in args.image_size)
     if not 0 < int(cells * (1 - args.mask_ratio)) < cells:
-        raise InputError(f"--mask-ratio {args.mask_ratio} of {cells} {'units' if hiera else 'patches'} "
-                         "must leave at least one visible and one masked")
+        raise InputError(f"--mask-ratio {args.mask_ratio} of {cells} patches or mask units must leave "
+                         "at least one visible and one masked")
     if args.crop_scale[0] > args.crop_scale[1]:
         raise InputError(f"--crop-scale {args.crop_scale[0]} {args.crop_scale[1]} must be a range")
-    if args.decoder_dim % 4 or args.decoder_dim % args.decoder_heads:
-        raise InputError(f"--decoder-dim {args.decoder_dim} must be a multiple of 4 and of "
-                         f"{args.decoder_heads} heads")
     if args.warmup_epochs is None:
         args.warmup_epochs = args.epochs / 10
     if args.warmup_epochs >= args.epochs:
@@ -958,23 +972,24 @@ def resolve(args):
 
     # teacher, taps, layers
     if args.method == "mae" and args.teacher:
-        raise InputError("--method mae has no teacher: leave --teacher out, or choose d2-mae or d-mae")
+        raise InputError("--method mae has no teacher: leave --teacher out, or choose another method")
     if args.method != "mae" and not args.teacher:
-        raise InputError(f"--method {args.method} distils from a teacher: give --teacher FILE (README, "
-                         "'Checkpoints'), or choose --method mae")
+        raise InputError(f"--method {args.method} distils from a teacher: give --teacher FILE "
+                         "(README, 'Checkpoints'), or choose --method mae")
     if hiera and args.method == "d2-mae":
-        raise InputError("--method d2-mae is defined for plain ViTs: Hiera's decoder fuses stages 1, 2 "
-                         "and 4, so there is no inner block to tap; choose d-mae (the paper's) or mae")
+        raise InputError("--method d2-mae is defined for plain ViTs: Hiera's decoder fuses stages 1, "
+                         "2 and 4, so there is no inner block to tap; choose d-mae or mae")
     if hiera and (args.distill != "attention" or args.distill_layers or args.decoder_tap):
-        raise InputError("--distill, --distill-layers and --decoder-tap are ablations on ViT and have no "
-                         "counterpart on Hiera")
-    if args.decoder_tap and args.method != "d2-mae" and args.decoder_tap != depth:
-        raise InputError(f"--decoder-tap belongs to --method d2-mae; {args.method} decodes the last block")
+        raise InputError("--distill, --distill-layers and --decoder-tap are ablations on ViT and have "
+                         "no counterpart on Hiera")
+    if args.decoder_tap and args.method != "d2-mae":
+        raise InputError(f"--decoder-tap belongs to --method d2-mae; {args.method} decodes the last "
+                         "block")
     args.decoder_tap = args.decoder_tap or (8 if args.method == "d2-mae" else depth)
     args.distill_layers = sorted(set(args.distill_layers or [depth])) if args.teacher else []
-    for option, blocks in (("decoder-tap", [args.decoder_tap]), ("distill-layers", args.distill_layers)):
-        if any(block > depth for block in blocks):
-            raise InputError(f"--{option} {blocks} must be among the blocks 1..{depth}")
+    if max([args.decoder_tap, *args.distill_layers]) > depth:
+        raise InputError(f"--decoder-tap {args.decoder_tap} and --distill-layers "
+                         f"{args.distill_layers} must be among the blocks 1..{depth}")
     if args.method == "d2-mae" and args.distill_layers[-1] != depth:
         raise InputError(f"--method d2-mae needs block {depth} among --distill-layers: nothing else "
                          f"trains the blocks above --decoder-tap {args.decoder_tap}")
@@ -985,11 +1000,11 @@ def resolve(args):
 # Main
 # --------------------------------------------------------------------------------------------------
 def main(args):
-    """The run that the options describe; in a demo without --teacher, one for the teacher before."""
+    """Run what the options say. A demo without --teacher first trains one."""
     if args.demo and args.method != "mae" and not args.teacher:
-        teacher = argparse.Namespace(**vars(args))
-        teacher.method = "mae"
-        teacher.model = "vit_tiny"
+        if args.model.startswith("hiera"):
+            raise InputError("--demo makes a ViT teacher: choose a ViT --model, or give --teacher")
+        teacher = argparse.Namespace(**{**vars(args), **DEMO_TEACHER})
         teacher.out = f"{args.out}/teacher"
         main(teacher)
         args.teacher = f"{teacher.out}/encoder.pt"
@@ -998,15 +1013,14 @@ def main(args):
     if int(os.environ.get("RANK", 0)) != 0:
         return
     evaluations = [v for v in read_log(Path(args.out, "log.jsonl")) if "val_rec" in v]
-    first = evaluations[0]
-    last = evaluations[-1]
-    print(f"\nheld-out reconstruction loss {last['val_rec']:.3f} (before training {first['val_rec']:.3f}; "
-          f"predicting the mean of each patch {last['val_base']:.3f})")
+    before = evaluations[0]
+    after = evaluations[-1]
+    print(f"\nheld-out reconstruction loss {after['val_rec']:.3f} (before training "
+          f"{before['val_rec']:.3f}; predicting the mean of each patch {after['val_base']:.3f})")
     if args.teacher:
-        print(f"held-out {args.distill} loss {last['val_attn']:.4g} (before training "
-              f"{first['val_attn']:.4g})")
-    print(f"in {args.out}: encoder.pt for the other scripts, log.jsonl, reconstruction.png"
-          + (", attention.png" if args.teacher else ""))
+        print(f"held-out {args.distill} loss {after['val_attn']:.4g} (before training "
+              f"{before['val_attn']:.4g})")
+    print(f"in {args.out}: encoder.pt for the other scripts, log.jsonl and pictures")
 
 
 if __name__ == "__main__":

@@ -465,7 +465,7 @@ def test_the_encoder_file_holds_twelve_blocks_and_no_more(finished):
     encoder = state_of(finished[0] / "encoder.pt")
     model = MODELS["vit_nano"](img_size=32, patch_size=8, fixed_pos_embed=True)
     assert encoder["model"].keys() == model.state_dict().keys()
-    assert {"arch", "mean", "std", "args"} <= encoder.keys() and encoder["arch"]["num_heads"] == 6
+    assert {"arch", "mean", "std", "args"} <= encoder.keys() and encoder["arch"]["num_heads"] == 3
     load_encoder(model, finished[0] / "last.pt")
     key = "blocks.11.mlp.fc2.weight"
     assert torch.equal(model.state_dict()[key], encoder["model"][key])
@@ -487,6 +487,13 @@ def test_resume_takes_remedies_and_refuses_another_run(finished, pictures, capsy
     assert "clip_grad is now 1.0, was 0.0" in capsys.readouterr().out
     with pytest.raises(InputError, match="--epochs 4, not 5; --train-images 40, not 6"):
         here(P, *options, "--epochs", 5, "--data", pictures.parent / "val", "--out", folder)
+
+
+def test_a_run_asked_for_fewer_steps_than_it_has_ends(finished):
+    folder, options = finished
+    before = state_of(folder / "last.pt")["step"]
+    here(P, *options, "--max-steps", 3, "--out", folder)
+    assert state_of(folder / "last.pt")["step"] == before
 
 
 def test_two_processes_equal_one_with_accumulation(tmp_path, teacher, pictures):
