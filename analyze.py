@@ -1,894 +1,733 @@
-"""Layer similarity, attention statistics, probes, cost and curves for any checkpoints (paper Figs. 1, 3, 4 and 5).
+"""Layer similarity, attention, probes, cost and curves of any checkpoints (Figs. 1, 3, 4 and 5).
 
-    python analyze.py cka DeiT=deit_tiny:deit.pth MAE=mae.pt D2-MAE=out/pretrain/encoder.pt                 # Fig. 3
-    python analyze.py attention MAE=mae.pt D2-MAE=out/pretrain/encoder.pt --data data/imagenet/val          # Fig. 5
-    python analyze.py probe random MAE=mae.pt D2-MAE=out/pretrain/encoder.pt --data FOLDER_OF_CLASS_FOLDERS
-    python analyze.py layers MAE=out/sweep_mae/fig4.csv D2-MAE=out/sweep_d2/fig4.csv                        # Fig. 4
-    python analyze.py cost vit_tiny vit_tiny+rpe hiera_tiny --points tests/assets/fig1.csv                  # Fig. 1
+    python analyze.py cka DeiT=deit_tiny:deit.pth MAE=mae.pt D2-MAE=out/pretrain/encoder.pt # Fig. 3
+    python analyze.py attention random MAE=mae.pt D2-MAE=out/pretrain/encoder.pt            # Fig. 5
+    python analyze.py probe random MAE=mae.pt D2-MAE=out/pretrain/encoder.pt --data CLASS_FOLDERS
+    python analyze.py cost vit_tiny vit_tiny+rpe hiera_tiny --points tests/assets/fig1.csv  # Fig. 1
     python analyze.py curves MAE=out/mae/log.jsonl D2-MAE=out/pretrain/log.jsonl
-    python analyze.py --demo                                                                                # all of it
+    python analyze.py curves MAE=out/mae/fig4.csv D2-MAE=out/d2/fig4.csv                    # Fig. 4
+    python analyze.py --demo                  # on drawn pictures, after pretrain_d2mae.py --demo
 
-A model is [LABEL=]SOURCE. SOURCE is a checkpoint of README, "Checkpoints"; MODEL:FILE, where the head count is not the
-one of vit_tiny, vit_base, ... (it cannot be seen in weights); the name of an untrained model (vit_tiny, vit_tiny+rpe,
-hiera_tiny, ...); or `random`, an untrained copy of the first other model. Every command writes a picture and the
-numbers behind it as .csv to --out. Nothing here trains, and every map and feature is an explicit return value.
+Nothing here trains. A model is [LABEL=]SOURCE, and a SOURCE is
+- a checkpoint of README, "Checkpoints": MAE, MAE-Lite, DeiT, MoCo-v3, Hiera, this project's own;
+- MODEL:FILE if its number of heads, which weights do not tell, is not that of the standard model;
+- the name of an untrained model: vit_tiny, vit_tiny+rpe (relative position bias), hiera_tiny, ...;
+- `random`, an untrained copy of the first other model.
+Every command writes pictures, and the numbers behind them as .csv, to --out.
 
-Shapes: B images, N patches, D width, H heads, Q queries and K keys of an attention map, n images of a CKA batch.
-        Layers are counted from 1, as in the paper; layer 0 is the patch embedding.
+Shapes: B images, N patches, D width, H heads, Q queries and K keys of an attention map, n images of
+        a CKA batch, t training and s test images of a probe, C classes. Layers count from 1, as in
+        the paper; layer 0 is the patch embedding.
 
 NOTES, departures from the authors' code:
-- Attention distance is in pixels: grid distance times patch size. The authors multiply by 14 for patches of 16 pixels,
-  so their numbers are 14/16 of these. Entropy has no + 1e-6 inside the logarithm (a difference below 2e-4 nats).
-- CKA centres each Gram matrix once per layer and batch and takes the HSICs of all pairs of layers from one product.
-- The representation of a layer is the next block's first LayerNorm of its output, the final norm for the last (Fig. 2).
-  In D2-MAE files that final norm was trained on block 8. Hiera has none before its decoder: a LayerNorm without scale
-  and bias stands for it.
-- Hiera: maps of mask-unit blocks are over the tokens of one unit; pooled queries lie at the centre of their 4 tokens.
+- Attention distance is in pixels: grid distance times patch size. The authors multiply by 14 for
+  patches of 16 pixels: their numbers are 14/16 of these. Entropy has no 1e-6 inside the logarithm.
+- Whiskers reach the lowest and the highest head: no head counts as an outlier.
+- The final norm of a D2-MAE file was trained on block 8, and here it normalises block 12. Hiera has
+  no norm behind its last block: a LayerNorm without scale and bias stands for it.
+- Blocks of Hiera that attend within mask units are left out of the attention statistics.
 """
 import argparse
 import csv
-import io
-import json
+import functools
 import math
-import os
-import statistics
-import sys
-import textwrap
 import time
 from collections import defaultdict
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from PIL.ImageColor import getrgb
-from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.data import DataLoader, Dataset
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from models import (IMAGENET_MEAN, IMAGENET_STD, MODELS, InputError, infer_model, load_encoder, load_state, normalize,
-                    unroll)
-
-IMAGE_TYPES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Arguments
-# ----------------------------------------------------------------------------------------------------------------------
-def parse_args(argv=None):
-    """A command with its options; each command is the function of that name below."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--demo", action="store_true", help="every command on drawn images, with the encoders that the "
-                        "--demo of the other scripts left in out/demo, else untrained ones")
-    commands = parser.add_subparsers(title="commands (each has its own --help)", metavar="COMMAND")
-
-    def command(run, help, *, inputs="models", data=False):
-        """Subparser that calls `run`, with the options that commands share -> its add_argument."""
-        sub = commands.add_parser(run.__name__, help=help, description=help,
-                                  formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-        sub.set_defaults(run=run)
-        add = sub.add_argument
-        add(inputs, nargs="+", metavar=f"LABEL={inputs[:-1].upper()}", help="'LABEL=' may be absent; the head of "
-            "this file lists what can be given")
-        add("--out", default="out/analyze", help="folder for pictures and tables")
-        if inputs == "models":
-            add("--image-size", type=int, nargs="+", help="side, or height and width, in pixels; if absent, the "
-                "largest that the files store, else 224; position tables are resized to it")
-            add("--device", choices=("auto", "cuda", "mps", "cpu"), default="auto")
-            add("--seed", type=int, default=0, help="of the choice of images and of untrained weights")
-        if data:
-            add("--data", default="data/imagenet/val", help="folder of images, or 'shapes' for drawn ones")
-            add("--images", type=int, default=1024, help="at most so many, drawn at random from all of --data")
-            add("--workers", type=int, default=min(8, os.cpu_count() or 1), help="processes that read images")
-        return add
-
-    add = command(cka, "similarity of the layers of the first model with those of each other one (Fig. 3)", data=True)
-    add("--batch-size", type=int, default=128, help="images per minibatch of the unbiased HSIC")
-    add = command(attention, "distance and entropy of every attention head (Fig. 5)", data=True)
-    add("--batch-size", type=int, default=32, help="images per forward pass; the result does not depend on it")
-    add = command(probe, "few-shot accuracy of each layer's features; --data has one folder per class", data=True)
-    add("--batch-size", type=int, default=64, help="images per forward pass; the result does not depend on it")
-    add("--shots", type=lambda s: [int(v) for v in s.split(",")], default="2,5,10", help="training images per class")
-    add("--draws", type=int, default=20, help="random choices of the training images, shared by all models and layers")
-    add("--neighbours", type=int, default=5, help="k of the k-nearest-neighbour classifier")
-    add("--ridge", type=float, default=0.01, help="penalty of the ridge classifier, in mean squared feature norms")
-    command(layers, "accuracy against the number of pre-trained blocks kept (Fig. 4), from the fig4.csv files of "
-            "finetune.py --sweep-keep-blocks", inputs="files")
-    add = command(cost, "parameters, multiply-adds, latency and throughput; accuracy against latency (Fig. 1)")
-    add("--batch-size", type=int, default=64, help="images per forward pass when measuring throughput")
-    add("--seconds", type=float, default=5.0, help="time per measurement, after a third of it for warm-up")
-    add("--threads", type=int, help="CPU threads; if absent, as PyTorch chooses")
-    add("--dtype", choices=("fp32", "bf16", "fp16"), default="fp32", help="of weights and activations")
-    add("--points", help="CSV with columns label, model, top1, latency_ms, source for the picture; an empty latency_ms "
-        "is filled in from the model of that label measured here")
-    add = command(curves, "what log.jsonl files of any of the scripts hold, one panel per quantity", inputs="files")
-    add("--keys", nargs="+", help="quantities to draw; if absent, all losses and metrics")
-    args = parser.parse_args(argv)
-    if not args.demo and not hasattr(args, "run"):
-        parser.error("give a command (cka, attention, probe, layers, cost, curves) or --demo")
-    for name, value in vars(args).items():
-        for v in value if isinstance(value, list) else [value]:
-            if type(v) in (int, float) and not v >= (name not in ("seed", "workers", "ridge", "seconds")):
-                raise InputError(f"--{name.replace('_', '-')} {v} is too small")
-    return args
+from models import (IMAGENET_MEAN, IMAGENET_STD, MODELS, READ_ERRORS, InputError,
+                    VisionTransformer, choose_device, infer_model, list_images, load_encoder,
+                    load_state, normalize, number, open_item, pair, plain_errors, read_log,
+                    to_tensor, toy_picture, unroll)
 
 
-def named(argument):
-    """[LABEL=]PATH -> label, path. Without a label: the last folder and the name of the file, or the name as it is."""
-    label, equals, source = argument.partition("=")
-    if equals and not Path(argument).exists() and not set(label) & set("/:"):
-        return label, source
-    path = Path(argument.rpartition(":")[2])
-    return ("/".join(filter(None, (path.parent.name, path.stem))) if path.suffix else argument), argument
-
-
-def named_inputs(arguments):
-    """[LABEL=]PATH ... -> [(label, path)]; different files need different labels, or their rows would be mixed."""
-    inputs = [named(argument) for argument in arguments]
-    for label, source in inputs:
-        if any(label == other and source != path for other, path in inputs):
-            raise InputError(f"several inputs are labelled {label}: tell them apart by LABEL=PATH")
-    return inputs
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Models
-# ----------------------------------------------------------------------------------------------------------------------
-class Encoder(NamedTuple):
-    label: str
-    model: nn.Module
-    mean: tuple    # of the pixels it was trained on
-    std: tuple
-
-
-def pick_device(name):
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    if (name == "cuda" and not torch.cuda.is_available()) or (name == "mps" and not torch.backends.mps.is_available()):
-        raise InputError(f"--device {name} is not available on this machine: choose another, or auto")
-    return torch.device(name)
-
-
-def architecture(source):
-    """Checkpoint, MODEL:FILE or untrained model -> name in MODELS, options, (H, W) or None, file or None."""
-    name, _, file = source.partition(":")
-    if name in MODELS and not file:
-        return name, {}, None, None
-    if name.endswith("+rpe") and name.startswith(("vit", "deit")) and name[:-4] in MODELS:
-        return name[:-4], dict(rel_pos_bias=True), None, None
-    name, file = (name, file) if name in MODELS else (None, source)
-    if not Path(file).exists():
-        raise InputError(f"{file} does not exist, and is none of {', '.join(MODELS)} (ViTs also with +rpe)")
-    (inferred, patch), (state, info) = infer_model(file), load_state(file)
-    name = name or inferred
-    if name.startswith("hiera"):    # a classifier pools three times, an encoder is analysed as it was pre-trained
-        options = dict(q_pool=3 if any(k.startswith("head.") for k in state) else 2)
-    else:
-        options = dict(patch_size=patch, rel_pos_bias=any(k.endswith("relative_position_bias_table") for k in state),
-                       layer_scale=1.0 if any(k.endswith("ls1.gamma") for k in state) else None)
-    return name, options, info.get("arch", {}).get("img_size"), file
-
-
-def load_models(args, **options):
-    """The models named on the command line, all for the same image size -> [Encoder]; args.image_size is filled in."""
-    inputs = named_inputs(args.models)
-    sources = [source for _, source in inputs if source != "random"]
-    if not sources:
-        raise InputError("`random` copies the first other model, and there is none: name a checkpoint or one of "
-                         f"{', '.join(MODELS)}")
-    known = {source: architecture(source) for source in sources}
-    size = args.image_size or max((size for _, _, size, _ in known.values() if size), default=[224])
-    args.image_size, encoders = tuple(size) * 2 if len(size) == 1 else tuple(size), []
-    if len(args.image_size) != 2:
-        raise InputError(f"--image-size takes one number, or height and width, not {len(size)} numbers")
-    for label, source in inputs:
-        torch.manual_seed(args.seed)
-        name, own, _, file = known.get(source, (*known[sources[0]][:3], None))
-        own = {k: v for k, v in own.items() if k != "q_pool" or "num_classes" not in options}    # classifiers pool
-        model = MODELS[name](img_size=args.image_size, **own, **options)
-        info = load_encoder(model, file) if file else {}
-        model.eval().requires_grad_(False).to(pick_device(args.device))
-        encoders.append(Encoder(label, model, info.get("mean", IMAGENET_MEAN), info.get("std", IMAGENET_STD)))
-    return encoders
-
-
+# --------------------------------------------------------------------------------------------------
+# Layer similarity (Fig. 3)
+# --------------------------------------------------------------------------------------------------
 def representations(model, images):
-    """Patch tokens after the embedding (index 0) and the normalised representation of each block (Fig. 2).
+    """Patch tokens after the embedding (layer 0), and the normalised representation of each block
+    (Fig. 2), without the class token: images (B, 3, H, W) -> depth + 1 tensors (B, N, D).
 
-    images (B, 3, H, W) -> depth + 1 tensors (B, N, D), without the class token; Hiera: tokens in unrolled order, fewer
-    and wider with each stage.
+    Tokens of Hiera stay unrolled, and get fewer and wider with each stage.
     """
     features = model.forward_features(images, range(model.depth + 1))
-    if model.arch["kind"] == "vit":
+    if isinstance(model, VisionTransformer):
         return [(model.representation(x, k) if k else x)[:, 1:] for k, x in features.items()]
-    norms = [nn.Identity(), *(block.norm1 for block in model.blocks[1:])]
-    last = features[model.depth]
-    return [norm(features[k]) for k, norm in enumerate(norms)] + [F.layer_norm(last, last.shape[-1:], eps=1e-6)]
+    last = features.pop(model.depth)
+    inner = [model.blocks[k].norm1(x) if k else x for k, x in features.items()]
+    return inner + [F.layer_norm(last, last.shape[-1:], eps=1e-6)]
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Images
-# ----------------------------------------------------------------------------------------------------------------------
-def load_image(item, size):
-    """Image file, or (kind, number) of a drawn image -> (3, H, W) uint8 RGB: the central 224/256 of the picture, in the
-    shape of `size`, bicubic and antialiased."""
-    image = draw_image(*item) if isinstance(item, tuple) else Image.open(item)
-    if image.mode.startswith("I"):                                             # 16-bit grey, which convert() would clip
-        image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
-    image = ImageOps.fit(image.convert("RGB"), size[::-1], Image.Resampling.BICUBIC, bleed=1 / 16)
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
-
-
-def draw_image(kind, number, side=96):
-    """Drawn image `number` of class `kind` (0-7: disc, square, triangle or ring, with wide or narrow stripes)."""
-    rng = np.random.default_rng([11, kind, number])
-    y, x = np.mgrid[0:side, 0:side] / side
-    ground, dark, light = (rng.uniform(-0.08, 0.08, 3) + level for level in (rng.uniform(0.3, 0.7), 0.1, 0.9))
-    picture = ground * (1 - 0.3 * rng.uniform() * y)[..., None] + rng.normal(0, 0.02, (side, side, 3))
-    cx, cy, radius, turn = *rng.uniform(0.4, 0.6, 2), rng.uniform(0.3, 0.4), rng.uniform(0, 2 * math.pi)
-    u = ((x - cx) * math.cos(turn) + (y - cy) * math.sin(turn)) / radius    # coordinates of the shape, about -1 .. 1
-    v = ((y - cy) * math.cos(turn) - (x - cx) * math.sin(turn)) / radius
-    r = np.hypot(u, v)
-    shapes = r < 1, np.maximum(abs(u), abs(v)) < 0.85, (v < 0.6) & (2 * abs(u) - v < 1), (r < 1) & (r > 0.55)
-    inside = shapes[kind % 4]
-    stripes = np.sin((6 if kind < 4 else 14) * u + rng.uniform(0, 6)) > 0
-    picture[inside] = np.where(stripes[..., None], light, dark)[inside]
-    return Image.fromarray((picture.clip(0, 1) * 255).astype(np.uint8))
-
-
-class Images(Dataset):
-    """Items as `load_image` takes them -> (3, H, W) uint8."""
-
-    def __init__(self, items, size):
-        self.items, self.size = items, size
-
-    def __len__(self):
-        return len(self.items)
-
-    def __getitem__(self, index):
-        try:
-            return load_image(self.items[index], self.size)
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            raise InputError(f"cannot read image {self.items[index]} ({type(error).__name__}): remove it from "
-                             "--data") from None
-
-
-def list_items(args):
-    """All items of --data in a seeded random order, at most --images of them -> items, their class names."""
-    if args.data == "shapes":
-        items = [(kind, number) for kind in range(8) for number in range(args.images // 8 + 1)]
-        classes = [str(kind) for kind, _ in items]
-    else:
-        folder = Path(args.data)
-        if not folder.is_dir():
-            raise InputError(f"{folder} is not a folder: give --data a folder of images (ImageNet: data/imagenet/val)")
-        files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in IMAGE_TYPES)
-        items = [str(p) for p in files]
-        classes = [p.relative_to(folder).parts[0] if p.parent != folder else "" for p in files]
-    order = np.random.default_rng(args.seed).permutation(len(items))[:args.images]
-    if len(order) < 4:
-        raise InputError(f"--data {args.data} gives {len(order)} image(s) ({', '.join(sorted(IMAGE_TYPES))}): four are "
-                         "the least")
-    return [items[i] for i in order], [classes[i] for i in order]
-
-
-def image_batches(items, args, batch_size, drop_last=False):
-    loader = DataLoader(Images(items, args.image_size), batch_size, num_workers=args.workers, drop_last=drop_last)
-    return tqdm(loader, desc=args.run.__name__, leave=False)
-
-
-def prepare(images, encoder):
-    """uint8 images -> on the encoder's device, normalised as it was trained."""
-    return normalize(images.to(next(encoder.model.parameters()).device), encoder.mean, encoder.std)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Layer similarity (Fig. 3)
-# ----------------------------------------------------------------------------------------------------------------------
 def centred_gram(features):
-    """Gram matrix of (n, ...) features, centred so that HSIC_1(K, L) = sum(K~ * L~) / (n (n - 3)) -> (n * n,) float64.
+    """Gram matrix of features (n, ...), centred so that HSIC_1(K, L) = sum(K~ * L~) / (n (n - 3))
+    -> (n * n,) float64.
 
     That is the unbiased HSIC of arXiv 2010.15327, Eq. 3, for K and L with zeroed diagonals,
 
         HSIC_1 = [tr KL + 1'K1 1'L1 / ((n-1)(n-2)) - 2 / (n-2) 1'KL1] / (n (n-3)),
 
-    where K~ = K - r 1' - 1 r' + s, r_i = sum_j K_ij / (n-2), s = sum_i r_i / (n-1), and the diagonal is zeroed again.
-    An offset common to all samples has no effect, so the mean is removed first, which saves digits. On the host:
-    float64 does not exist on every device.
+    where K~ = K - r 1' - 1 r' + s, r_i = sum_j K_ij / (n-2), s = sum_i r_i / (n-1), and the
+    diagonal is zeroed again. An offset common to all samples has no effect, so the mean is removed
+    first, which saves digits. On the host: float64 does not exist on every device.
     """
-    x, n = features.flatten(1).cpu().to(torch.float64, copy=True), len(features)
+    n = len(features)
+    x = features.flatten(1).cpu().to(torch.float64, copy=True)
     x -= x.mean(dim=0)
     gram = (x @ x.T).fill_diagonal_(0)
     rows = gram.sum(dim=1) / (n - 2)
-    return (gram - rows[:, None] - rows + rows.sum() / (n - 1)).fill_diagonal_(0).flatten()
+    centred = gram - rows[:, None] - rows + rows.sum() / (n - 1)
+    return centred.fill_diagonal_(0).flatten()
 
 
 def minibatch_cka(batches):
-    """CKA of each layer of model 0 with each layer of the others: HSICs summed over batches *before* the ratio.
+    """CKA of each layer of model 0 with each layer of the others; HSICs are averaged over batches
+    *before* the ratio.
 
-    batches yields lists over models of lists over layers of features (n, ...), n >= 4 -> for every other model m a
-    (layers of model 0, layers of model m) float64 matrix. A layer whose features never vary has similarity 0.
+    batches: for each batch a list over models of lists over layers of features (n, ...), n >= 4
+    -> for every other model m a float64 matrix (layers of model 0, layers of m). A layer whose
+    features never vary has similarity 0.
     """
-    cross, own = defaultdict(float), defaultdict(float)
+    cross = defaultdict(float)    # HSIC of the layers of model 0 with those of model m
+    own = defaultdict(float)      # HSIC of each layer of model m with itself
     for models in batches:
         n = len(models[0][0])
-        grams = [torch.stack([centred_gram(x) for x in layers]) for layers in models]            # (layers, n * n) each
-        for m, gram in enumerate(grams):
+        grams = [torch.stack([centred_gram(x) for x in layers]) for layers in models]
+        for m, gram in enumerate(grams):                                    # gram (layers, n * n)
             cross[m] += grams[0] @ gram.T / (n * (n - 3))
-            own[m] += gram.square().sum(dim=1) / (n * (n - 3))                    # HSIC of a layer with itself
-    return [cross[m] / (own[0][:, None] * own[m]).sqrt().clamp(min=1e-300) for m in range(1, len(own))]
+            own[m] += gram.square().sum(dim=1) / (n * (n - 3))
+    return [cross[m] / (own[0][:, None] * own[m]).sqrt().clamp(min=1e-300)
+            for m in range(1, len(own))]
 
 
 @torch.no_grad()
 def cka(args):
-    """Fig. 3: heatmaps cka.png and the matrices in cka.csv, every other model against the first."""
-    encoders = load_models(args)
-    if len(encoders) < 2:
-        raise InputError("cka compares two models or more: name the reference first, then the others "
-                         "(the same one twice is fine)")
+    """Fig. 3: similarity of the layers of the first model with those of the others."""
+    models = load_models(args)
+    reference, *others = models
+    if not others:
+        raise InputError("cka compares two models or more: name the reference first")
     items, _ = list_items(args)
-    batch = min(args.batch_size, len(items))
-    if batch < 4:
-        raise InputError(f"--batch-size {batch}: the unbiased HSIC needs 4 images or more in a batch")
-    matrices = minibatch_cka([representations(e.model, prepare(images, e)) for e in encoders]
-                             for images in image_batches(items, args, batch, drop_last=True))
-    reference, others, said = encoders[0], encoders[1:], f"{len(items) // batch} batches of {batch} images"
-    write_csv(args, ("reference", "layer_of_reference", "model", "layer_of_model", "cka"),
-              [(reference.label, i, other.label, j, f"{value:.6f}") for other, matrix in zip(others, matrices)
-               for i, row in enumerate(matrix.tolist()) for j, value in enumerate(row)])
-    print(f"for each layer of a model, the layer of {reference.label} most similar to it, and their CKA over {said}:")
-    sheet = Sheet(len(others), min(3, len(others)), 360, 330,
-                  note=f"layer 0: patch embedding; unbiased minibatch CKA, {said}")
-    for number, (other, matrix) in enumerate(zip(others, matrices)):
-        best = matrix.argmax(dim=0).tolist()
-        print(f"  {other.label}: " + ", ".join(f"{j}~{i} {matrix[i, j]:.2f}" for j, i in enumerate(best)))
-        h, w = matrix.shape
-        axes = Axes(sheet, number, f"{other.label} and {reference.label}", f"layer of {other.label}",
-                    f"layer of {reference.label}", (-0.5, w - 0.5), (-0.5, h - 0.5), right=58)
-        axes.heatmap(matrix.tolist())
-    sheet.save(output(args, ".png"))
+    n = min(args.batch_size, len(items))
+    if n < 4:
+        raise InputError("the unbiased HSIC needs 4 images or more in --data and --batch-size")
+    items = items[:len(items) // n * n]
+    matrices = minibatch_cka(
+        [representations(model, prepare(model, images)) for model in models.values()]
+        for images in batches(items, args, n))
+
+    scale = {f"CKA {v:g}": magma(v) for v in (0, 0.25, 0.5, 0.75, 1)}
+    figure = Figure(len(others), 3, scale,
+                    f"layer 0: patch embedding; {len(items) // n} batches of {n} images")
+    rows = []
+    for other, matrix in zip(others, matrices):
+        height, width = matrix.shape
+        figure.panel(f"layer of {other}", f"layer of {reference}",
+                     (-0.5, width - 0.5), (-0.5, height - 0.5))
+        figure.heatmap(matrix)
+        rows += [(reference, i, other, j, value) for (i, j), value in np.ndenumerate(matrix)]
+    save(args, "cka", "reference,layer_of_reference,model,layer_of_model,cka", rows, figure)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Attention distance and entropy (Fig. 5)
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 def attention_statistics(logits, distance):
-    """Attention distance and entropy of every image and head -> two (B, H), the means over queries i of
+    """Attention distance and entropy of every image and head -> two (B, H), means over queries i of
 
-        sum_j p_ij |x_i - x_j|   and   -sum_j p_ij log p_ij (nats),   p = softmax of the logits over the keys j.
+        sum_j p_ij |x_i - x_j|   and   -sum_j p_ij log p_ij (nats),   p = softmax of logits over j.
 
-    logits (B, H, Q, K) before the softmax, of patch tokens alone: the class token is removed *before* the softmax.
-    distance (Q, K): Euclidean, in the unit that the result is to have.
+    logits (B, H, Q, K) before the softmax, of patch tokens alone: the class token is removed
+    *before* the softmax. distance (Q, K): Euclidean, in the unit that the result is to have.
     """
     log_p = logits.float().log_softmax(dim=-1)
     p = log_p.exp()
-    return torch.einsum("bhqk,qk->bh", p, distance) / len(distance), -(p * log_p).sum(dim=(-2, -1)) / len(distance)
+    distances = (p * distance.to(p.device)).sum(dim=-1)
+    entropies = -(p * log_p).sum(dim=-1)                                    # (B, H, Q)
+    return distances.mean(dim=-1), entropies.mean(dim=-1)
 
 
 def token_distances(model):
-    """Distances in pixels between the tokens whose maps `attention_map` gives -> one (Q, K) matrix per block.
+    """Distances in pixels between the tokens of each global attention map -> {block: (Q, K)}.
 
-    ViT: raster patches. Hiera: unrolled tokens of the image, or of one mask unit in blocks that attend within units
-    (all units look alike); a pooled query lies at the centre of its four tokens.
+    ViT: raster patches. Hiera: unrolled tokens; a pooled query lies at the centre of its four
+    tokens, and blocks that attend within mask units are left out.
     """
-    hiera = model.arch["kind"] == "hiera"
-    y, x = (torch.arange(n) * float(model.patch_stride if hiera else model.patch_size) for n in model.grid)
-    keys = torch.cartesian_prod(y, x)[None]                                                      # (1, N, 2), raster
-    if not hiera:
-        return [torch.cdist(keys[0], keys[0])] * model.depth
-    keys, distances = unroll(keys, model.grid), []
-    for block in model.blocks:
+    vit = isinstance(model, VisionTransformer)
+    side = model.patch_size if vit else model.patch_stride
+    y, x = (side * torch.arange(float(n)) for n in model.grid)
+    keys = torch.cartesian_prod(y, x)                                       # (N, 2), raster
+    if vit:
+        return dict.fromkeys(range(1, model.depth + 1), torch.cdist(keys, keys))
+    keys = unroll(keys[None], model.grid)                                   # (1, N, 2)
+    distances = {}
+    for k, block in enumerate(model.blocks, start=1):
         queries = keys.unflatten(1, (4, -1)).mean(dim=1) if block.attn.q_pool else keys
-        windows = keys.shape[1] // (block.attn.tokens_per_unit or keys.shape[1])                 # unit index fastest
-        distances.append(torch.cdist(queries[0, ::windows], keys[0, ::windows]))
+        if not block.attn.tokens_per_unit:
+            distances[k] = torch.cdist(queries, keys)[0]
         keys = queries
     return distances
 
 
 @torch.no_grad()
 def attention(args):
-    """Fig. 5: box plots attention.png over the heads of each block, every head in attention.csv."""
-    encoders = load_models(args)
+    """Fig. 5: attention distance and entropy of the heads of every block."""
+    models = load_models(args)
     items, _ = list_items(args)
-    distances = [token_distances(e.model) for e in encoders]
-    sums = defaultdict(float)                                                             # (model, block) -> (2, H)
-    for images in image_batches(items, args, args.batch_size):
-        for m, e in enumerate(encoders):
-            features = e.model.forward_features(prepare(images, e), range(e.model.depth))
-            for k in range(1, e.model.depth + 1):
-                logits = e.model.attention_map(features[k - 1], k)
-                logits = logits[:, :, 1:, 1:] if e.model.arch["kind"] == "vit" else logits       # no class token
-                values = attention_statistics(logits, distances[m][k - 1].to(logits.device))
-                sums[m, k] += torch.stack(values).mean(dim=1) * len(images)               # over images [and units]
-    means = {key: (total / len(items)).tolist() for key, total in sums.items()}
+    distances = {label: token_distances(model) for label, model in models.items()}
+    for label, model in models.items():
+        if len(distances[label]) < model.depth:
+            print(f"{label}: left out are blocks that attend within mask units of 32x32 pixels, "
+                  "which bounds distance and entropy")
+    means = defaultdict(float)                                              # (label, block): (2, H)
+    for images in batches(items, args, args.batch_size):
+        for label, model in models.items():
+            features = model.forward_features(prepare(model, images), range(model.depth))
+            for block, distance in distances[label].items():
+                logits = model.attention_map(features[block - 1], block)
+                queries, keys = distance.shape
+                logits = logits[:, :, -queries:, -keys:]                    # no class token
+                values = torch.stack(attention_statistics(logits, distance))    # (2, B, H)
+                means[label, block] += values.sum(dim=1).cpu() / len(items)
 
-    rows, deepest = [], max(e.model.depth for e in encoders)
-    for (m, k), pair in means.items():
-        units = getattr(encoders[m].model.blocks[k - 1].attn, "tokens_per_unit", 0)
-        rows += [(encoders[m].label, k, head, "mask unit" if units else "global", f"{distance:.6g}", f"{entropy:.6g}")
-                 for head, (distance, entropy) in enumerate(zip(*pair), start=1)]
-    for label in dict.fromkeys(row[0] for row in rows if row[3] == "mask unit"):
-        blocks = sorted({row[1] for row in rows if row[0] == label and row[3] == "mask unit"})
-        print(f"{label}: blocks {', '.join(map(str, blocks))} attend within mask units of 32x32 pixels, which bounds "
-              "both values")
-    write_csv(args, ("model", "block", "head", "attention", "distance_px", "entropy_nats"), rows)
-    sheet = Sheet(2, 1, 900, 270, list(zip((e.label for e in encoders), COLORS)),
-                  f"{len(items)} images; a box per block over its heads: quartiles and median, whiskers within 1.5 box "
-                  "heights, circles beyond")
-    for number, name in enumerate(("attention distance (pixels)", "attention entropy (nats)")):
-        every, width = [value for pair in means.values() for value in pair[number]], 0.8 / len(encoders)
-        axes = Axes(sheet, number, name, "block", "", (0.5, deepest + 0.5), limits(every), range(1, deepest + 1))
-        for m, e in enumerate(encoders):
-            heads = [means[m, k][number] for k in range(1, e.model.depth + 1)]
-            print(f"{name}, mean over heads, {e.label}: " + " ".join(f"{statistics.mean(v):.4g}" for v in heads))
-            for k, values in enumerate(heads, start=1):
-                axes.box(k + (m - (len(encoders) - 1) / 2) * width, values, 0.8 * width, COLORS[m])
-    sheet.save(output(args, ".png"))
+    rows = [(*key, head, *pair) for key, values in means.items()
+            for head, pair in enumerate(values.T.tolist(), start=1)]
+    colors = dict(zip(models, COLORS))
+    figure = Figure(2, 1, colors, f"{len(items)} images; a box: median, quartiles and extremes of "
+                    "the heads of a block")
+    last = max(block for _, block in means)
+    for i, name in enumerate(("attention distance (pixels)", "attention entropy (nats)")):
+        figure.panel("block", name, (0.5, last + 0.5), limits([row[3 + i] for row in rows]))
+        for (label, block), values in means.items():
+            place = (list(models).index(label) + 0.5) / len(models) - 0.5
+            figure.box(block + 0.8 * place, values[i], 0.6 / len(models), colors[label])
+    save(args, "attention", "model,block,head,distance_px,entropy_nats", rows, figure)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Few-shot probes of every layer
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
+DRAWS = 20    # random choices of the training images, the same for all models and layers
+
+
 def knn_scores(train, onehot, test, neighbours=5, temperature=0.07):
-    """k nearest neighbours by cosine similarity, each voting with weight exp(similarity / temperature).
-    train (t, D), onehot (t, C), test (s, D) -> (s, C)."""
+    """k nearest neighbours by cosine similarity, each voting with weight exp(similarity /
+    temperature). train (t, D), onehot (t, C), test (s, D) -> (s, C)."""
     similarity = F.normalize(test, dim=1) @ F.normalize(train, dim=1).T
-    near, ids = similarity.topk(min(neighbours, len(train)), dim=1)
-    return torch.einsum("sk,skc->sc", (near / temperature).exp(), onehot[ids])
+    nearest, ids = similarity.topk(min(neighbours, len(train)), dim=1)
+    return torch.einsum("sk,skc->sc", (nearest / temperature).exp(), onehot[ids])
 
 
 def ridge_scores(train, onehot, test, strength=0.01):
     """Ridge regression onto one-hot labels, in its dual form: the features outnumber the images.
 
-    W = argmin |X W - Y|^2 + lambda |W|^2 gives X* W = X* X' (X X' + lambda I)^-1 Y; lambda = strength * mean |x|^2, so
-    that it does not depend on the scale of the features. train (t, D), onehot (t, C), test (s, D) -> (s, C).
+    W = argmin |X W - Y|^2 + lambda |W|^2 gives X* W = X* X' (X X' + lambda I)^-1 Y; lambda =
+    strength * mean |x|^2, so that it does not depend on the scale of the features. train (t, D),
+    onehot (t, C), test (s, D) -> (s, C).
     """
     gram = train @ train.T
-    penalty = (strength * gram.diagonal().mean()).clamp(min=1e-12)
-    return test @ train.T @ torch.linalg.solve(gram + penalty * torch.eye(len(gram), dtype=gram.dtype), onehot)
+    penalty = (strength * gram.diagonal().mean()).clamp(min=1e-12) * torch.eye(len(gram)).to(gram)
+    return test @ train.T @ torch.linalg.solve(gram + penalty, onehot)
 
 
 def draw_shots(labels, shots, seed):
-    """One random choice of `shots` training images per class -> their indices, those of all others. labels (n,) int."""
-    rng, train = np.random.default_rng(seed), []
-    for kind in range(int(labels.max()) + 1):
-        train += rng.permutation(np.flatnonzero(labels == kind))[:shots].tolist()
-    return train, sorted(set(range(len(labels))) - set(train))
+    """One random choice of `shots` training images per class, labels (n,) int -> their indices,
+    and those of all other images."""
+    order = np.random.default_rng(seed).permutation(len(labels))
+    train = [order[labels[order] == kind][:shots] for kind in np.unique(labels)]
+    return np.concatenate(train), np.setdiff1d(order, train)
 
 
-def probe_accuracy(features, labels, shots, draws, seed, neighbours=5, strength=0.01):
-    """Accuracy of both classifiers on the images that were not drawn -> (2, draws) float64: k-NN, ridge.
+def probe_accuracy(features, labels, classifier, shots, draws, seed):
+    """Accuracy in % on the images that are not drawn for training -> a list over draws.
 
-    features (n, D), labels (n,) int. Features are centred by the mean of the training images. Accuracy is the mean over
-    classes, so that features that say nothing score 1 / classes whatever the sizes of the classes.
+    features (n, D), centred by the mean of the training images; labels (n,) int; classifier:
+    `knn_scores` or `ridge_scores`. The mean over classes is taken, so that features that say
+    nothing score 100 / C whatever the sizes of the classes.
     """
-    features, labels = features.double(), np.asarray(labels)
-    onehot, result = F.one_hot(torch.from_numpy(labels)).double(), []
+    features = features.double()
+    onehot = F.one_hot(torch.from_numpy(labels)).double()
+    accuracies = []
     for draw in range(draws):
         train, test = draw_shots(labels, shots, [seed, shots, draw])
         mean = features[train].mean(dim=0)
-        parts = features[train] - mean, onehot[train], features[test] - mean
+        scores = classifier(features[train] - mean, onehot[train], features[test] - mean)
         truth = onehot[test]
-        for scores in (knn_scores(*parts, neighbours), ridge_scores(*parts, strength)):
-            hits = F.one_hot(scores.argmax(dim=1), truth.shape[1]) * truth
-            result.append((hits.sum(dim=0) / truth.sum(dim=0)).mean())
-    return torch.stack(result).view(draws, 2).T
+        correct = scores.argmax(dim=1) == truth.argmax(dim=1)
+        share = truth[correct].sum(dim=0) / truth.sum(dim=0)                # of each class
+        accuracies.append(100 * float(share.mean()))
+    return accuracies
 
 
 @torch.no_grad()
 def probe(args):
-    """Few-shot accuracy of every layer's frozen features: curves probe.png, means and standard errors in probe.csv."""
-    encoders = load_models(args)
-    items, names = list_items(args)
-    classes = sorted(set(names))
-    labels = np.array([classes.index(name) for name in names])
-    fewest = np.bincount(labels).min()
-    if len(classes) < 2 or "" in classes:
-        raise InputError(f"--data {args.data} has no classes: probe needs one folder of images per class")
-    if fewest <= max(args.shots):
-        raise InputError(f"class {classes[np.bincount(labels).argmin()]} has {fewest} of the {len(items)} images, so "
-                         f"--shots {max(args.shots)} leaves none to test on: lower --shots, or raise --images")
-    pooled = [defaultdict(list) for _ in encoders]                                               # layer -> [(B, D)]
-    for images in image_batches(items, args, args.batch_size):
-        for e, layers in zip(encoders, pooled):
-            for layer, tokens in enumerate(representations(e.model, prepare(images, e))):
-                layers[layer].append(tokens.mean(dim=1).cpu())
-    kinds, chance = (f"{args.neighbours}-NN", "ridge"), 100 / len(classes)
-    summary, deepest = {}, max(e.model.depth for e in encoders)    # (model, layer, classifier, shots) -> mean, error
-    for m, layers in enumerate(pooled):
-        for layer in tqdm(layers, desc=f"probe {encoders[m].label}", leave=False):
-            features = torch.cat(layers[layer])
-            for shots in args.shots:
-                accuracy = probe_accuracy(features, labels, shots, args.draws, args.seed, args.neighbours, args.ridge)
-                for kind, values in zip(kinds, 100 * accuracy):
-                    summary[m, layer, kind, shots] = mean_and_error(values.tolist())
-    write_csv(args, ("model", "layer", "classifier", "shots", "top1", "standard_error"),
-              [(encoders[m].label, *key, f"{mean:.3f}", f"{error:.3f}")
-               for (m, *key), (mean, error) in summary.items()])
-    legend = [*zip((e.label for e in encoders), COLORS), ("chance", "#888888")]
-    sheet = Sheet(2 * len(args.shots), len(args.shots), 340, 270, legend,
-                  f"accuracy in % on {len(items)} images of {len(classes)} classes, mean and standard error over "
-                  f"{args.draws} draws; mean patch token, layer 0: patch embedding")
-    for number, (kind, shots) in enumerate((kind, shots) for kind in kinds for shots in args.shots):
-        here = [value for key, value in summary.items() if key[2:] == (kind, shots)]
-        axes = Axes(sheet, number, f"{kind}, {shots} image{'s' * (shots > 1)} per class", "layer", "accuracy (%)",
-                    (0, deepest), limits([chance, *error_ends(here)]), range(0, deepest + 1, 2 if deepest < 20 else 4))
-        axes.line([(0, chance), (deepest, chance)], "#888888")
-        for m, e in enumerate(encoders):
-            means, errors = zip(*(summary[m, layer, kind, shots] for layer in pooled[m]))
-            axes.line(list(enumerate(means)), COLORS[m], errors=errors)
-            print(f"{kind}, {shots} per class, {e.label}: " + " ".join(f"{v:.1f}" for v in means))
-    sheet.save(output(args, ".png"))
+    """Few-shot accuracy of the frozen features of every layer; --data has one folder per class."""
+    models = load_models(args)
+    items, classes = list_items(args)
+    names, labels, sizes = np.unique(classes, return_inverse=True, return_counts=True)
+    if len(names) < 2 or sizes.min() <= max(args.shots):
+        raise InputError(f"--data {args.data}: probe needs one folder per class, two or more, and "
+                         "in each more images than --shots; raise --images, or lower --shots")
+    features = defaultdict(list)                                # (label, layer): [(B, D), ...]
+    for images in batches(items, args, args.batch_size):
+        for label, model in models.items():
+            for layer, tokens in enumerate(representations(model, prepare(model, images))):
+                features[label, layer].append(tokens.mean(dim=1).cpu())
+    lines = defaultdict(list)
+    for name, classifier in (("5-NN", knn_scores), ("ridge", ridge_scores)):
+        for shots in args.shots:
+            quantity = f"{name} accuracy (%), {shots} per class"
+            for (label, layer), parts in features.items():
+                accuracies = probe_accuracy(torch.cat(parts), labels, classifier, shots, DRAWS,
+                                            args.seed)
+                lines[quantity, label].append((layer, *mean_and_error(accuracies)))
+            chance = 100 / len(names)
+            lines[quantity, "chance"] = [(0, chance, 0.0), (layer, chance, 0.0)]
+    draw_lines(args, "probe", lines, "layer",
+               f"{len(items)} images; mean and standard error over {DRAWS} choices of the shots")
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Pre-trained layers kept (Fig. 4)
-# ----------------------------------------------------------------------------------------------------------------------
-def layers(args):
-    """fig4.csv of finetune.py: one row per run with keep_blocks, data_fraction, seed and top1 (percent)."""
-    runs = defaultdict(list)                                                              # (label, fraction, blocks)
-    for label, path in named_inputs(args.files):
-        for row in read_csv(path, ("keep_blocks", "data_fraction", "top1"), numbers=True):
-            runs[label, row["data_fraction"], int(row["keep_blocks"])].append(row["top1"])
-    summary = {key: mean_and_error(values) for key, values in sorted(runs.items())}
-    write_csv(args, ("label", "data_fraction", "keep_blocks", "runs", "top1", "standard_error"),
-              [(*key, len(runs[key]), f"{mean:.3f}", f"{error:.3f}") for key, (mean, error) in summary.items()])
-    legend = list(zip(dict.fromkeys(key[0] for key in runs), COLORS))
-    fractions = sorted({key[1] for key in runs}, reverse=True)
-    sheet = Sheet(len(fractions), min(3, len(fractions)), 360, 290, legend,
-                  "the other blocks start from random weights; mean and standard error over runs")
-    for number, fraction in enumerate(fractions):
-        here = {key: value for key, value in summary.items() if key[1] == fraction}
-        deepest = max(1, *(key[2] for key in here))
-        axes = Axes(sheet, number, f"fine-tuned on {100 * fraction:g}% of the images", "pre-trained blocks kept",
-                    "top-1 (%)", (0, deepest), limits(error_ends(here.values())),
-                    range(0, deepest + 1, 2 if deepest > 6 else 1))
-        for label, color in legend:
-            points = [(key[2], *value) for key, value in here.items() if key[0] == label]
-            axes.line([p[:2] for p in points], color, errors=[p[2] for p in points])
-            print(f"{label}, {100 * fraction:g}% of the images: "
-                  + ", ".join(f"{blocks} blocks {mean:.2f}" for blocks, mean, _ in points))
-    sheet.save(output(args, ".png"))
-
-
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Cost (Fig. 1)
-# ----------------------------------------------------------------------------------------------------------------------
-def timings(run, device, seconds):
-    """Milliseconds that run() takes -> median, 10th and 90th percentile of what fits into `seconds` (5 times at least),
-    after a warm-up of a third of that."""
-    for budget, least in ((seconds / 3, 2), (seconds, 5)):    # the times of the warm-up are thrown away
-        times, start = [], time.perf_counter()
-        while len(times) < least or time.perf_counter() - start < budget:
-            begun = time.perf_counter()
-            run()
-            if device.type != "cpu":
-                getattr(torch, device.type).synchronize()
-            times.append((time.perf_counter() - begun) * 1000)
-    return np.quantile(times, (0.5, 0.1, 0.9)).tolist()
+# --------------------------------------------------------------------------------------------------
+def timings(model, images, seconds):
+    """Milliseconds of a forward pass -> median, 10th and 90th percentile of what fits into
+    `seconds`, eight times at least, without the first quarter, the warm-up."""
+    times = []
+    end = time.perf_counter() + seconds
+    while len(times) < 8 or time.perf_counter() < end:
+        start = time.perf_counter()
+        model(images)
+        if not images.is_cpu:
+            torch.accelerator.synchronize()
+        times.append(1000 * (time.perf_counter() - start))
+    return np.quantile(times[len(times) // 4:], (0.5, 0.1, 0.9)).tolist()
 
 
-def multiply_adds(run):
-    """Multiply-adds of run(), the "FLOPs" of papers (ViT-Tiny: 1.25e9). Attention counts as its two products."""
+def multiply_adds(model, images):
+    """Multiply-adds of a forward pass, the "FLOPs" of papers (ViT-Tiny: 1.25e9). Attention counts
+    as its two products."""
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-        run()
-    return counter.get_total_flops() / 2
+        model(images)
+    return counter.get_total_flops() // 2
+
+
+POINTS = dict(label=str, model=str, top1=number(float, "[0, 100]"))    # columns of --points
 
 
 @torch.no_grad()
 def cost(args):
-    """Models with a classifier of 1000 classes; or any network exported by torch.export.save (FILE.pt2: a tracker, a
-    segmenter), which is measured on the inputs that it was exported with."""
-    points = read_csv(args.points, ("label", "model", "top1", "latency_ms", "source")) if args.points else []
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    device = pick_device(args.device)
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[args.dtype]
-    exported = [argument for argument in args.models if argument.endswith(".pt2")]
-    args.models = [argument for argument in args.models if argument not in exported]
-    networks = [(e.label, e.model.to(dtype), (torch.zeros(1, 3, *args.image_size, dtype=dtype, device=device),), e)
-                for e in (load_models(args, num_classes=1000) if args.models else ())]
-    for label, path in map(named, exported):
-        try:
-            program = torch.export.load(path)
-        except Exception as error:    # of many kinds
-            raise InputError(f"{path} is no network of torch.export.save ({type(error).__name__})") from None
-        networks.append((label, program.module(), program.example_inputs[0], None))
-    where = torch.cuda.get_device_name() if device.type == "cuda" else str(device)
-    threads = torch.get_num_threads()
-    print(f"{where}, {threads} CPU threads, {args.dtype}, torch {torch.__version__}; median [10th-90th percentile] "
-          f"over {args.seconds:g} s after {args.seconds / 3:.2g} s of warm-up")
-    jpeg, rows, latency = io.BytesIO(), [], {}
-    draw_image(0, 0, side=448).save(jpeg, "JPEG")
-    for label, model, inputs, encoder in networks:
-        parameters, macs = sum(p.numel() for p in model.parameters()), multiply_adds(lambda: model(*inputs))
-        print(f"{label}: {parameters / 1e6:.2f}M parameters, {macs / 1e9:.2f}G multiply-adds")
-        runs = [("model alone", len(inputs[0]), lambda: model(*inputs))]
-        if encoder:
-            batch = inputs[0].expand(args.batch_size, -1, -1, -1).contiguous()
-            runs += [("end to end, from a JPEG of 448x448 pixels", 1,
-                      lambda: model(prepare(load_image(jpeg, args.image_size)[None], encoder).to(dtype))),
-                     ("model alone", args.batch_size, lambda: model(batch))]
-        for what, n, run in runs:
-            ms, low, high = timings(run, device, args.seconds)
-            latency.setdefault(label, ms)
-            print(f"  {what}, batch {n}: {ms:.2f} ms [{low:.2f}-{high:.2f}], {1000 * n / ms:.0f} fps")
-            rows.append((label, parameters, int(macs), what, n, *(f"{v:.4g}" for v in (ms, low, high, 1000 * n / ms)),
-                         where, threads, args.dtype))
-    write_csv(args, ("model", "parameters", "multiply_adds", "measured", "batch_size", "ms", "p10", "p90", "fps",
-                     "device", "threads", "dtype"), rows)
-    if points:
-        draw_accuracy_latency(args, points, latency)
+    """Latency at batch size 1, parameters and multiply-adds of models with 1000 classes; with
+    --points, top-1 accuracy against latency (Fig. 1)."""
+    points = read_csv(args.points, POINTS) if args.points else []
+    for row in points:
+        if row["model"] not in named(args.inputs):
+            raise InputError(f"--points: model {row['model']} is not among those to be measured")
+    device = choose_device(args.device)
+    where = torch.cuda.get_device_name() if device.type == "cuda" else device.type
+    where = (f"{where}, {torch.get_num_threads()} CPU thread(s), float32 with matmul precision "
+             f"{torch.get_float32_matmul_precision()}")
+    print(f"{where}; median [10th-90th percentile] in {args.seconds:g} s")
+    lines = defaultdict(list)
+    latency = {}
+    for label, model in load_models(args, num_classes=1000).items():
+        image = torch.zeros(1, 3, *args.image_size, device=device)
+        ms, low, high = timings(model, image, args.seconds)
+        parameters = sum(p.numel() for p in model.parameters()) / 1e6
+        operations = multiply_adds(model, image) / 1e9
+        print(f"{label}: {parameters:.2f}M parameters, {operations:.2f}G multiply-adds, "
+              f"{ms:.2f} ms [{low:.2f}-{high:.2f}]")
+        lines["parameters (M)", label] = [(ms, parameters, 0.0)]
+        lines["multiply-adds (G)", label] = [(ms, operations, 0.0)]
+        latency[label] = ms
+    for row in points:
+        lines["top-1 (%)", row["label"]].append((latency[row["model"]], row["top1"], 0.0))
+    draw_lines(args, "cost", lines, "latency (ms)", where)
 
 
-def draw_accuracy_latency(args, rows, measured):
-    """Fig. 1: top-1 accuracy against latency at batch 1. rows: of --points; measured: label of a model -> ms."""
-    points = []
-    for row in rows:
-        latency = row["latency_ms"] or measured.get(row["model"])
-        if latency:
-            points.append((float(latency), float(row["top1"]), row["label"], row["source"]))
-        else:
-            print(f"{args.points}: {row['label']} is left out, as {row['model']} was not measured")
-    if not points:
-        raise InputError(f"--points {args.points} has no row with a latency: fill in latency_ms, or measure its models")
-    legend, (xs, ys, *_) = dict(zip(dict.fromkeys(source for *_, source in points), COLORS)), zip(*points)
-    sheet = Sheet(1, 1, 720, 440, legend.items())
-    axes = Axes(sheet, 0, "accuracy and latency", "latency at batch 1 (ms)", "top-1 (%)", limits(xs, 0.6), limits(ys))
-    axes.scatter([(x, y, label, legend[source]) for x, y, label, source in points])
-    sheet.save(output(args, ".png"))
+# --------------------------------------------------------------------------------------------------
+# Training curves, and accuracy by pre-trained blocks kept (Fig. 4)
+# --------------------------------------------------------------------------------------------------
+BOOKKEEPING = {"data_share", "img_s", "eta_h", "memory_gb", "unreadable", "stop"}
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Training curves
-# ----------------------------------------------------------------------------------------------------------------------
 def curves(args):
-    """log.jsonl of any script: one JSON object per line; those with a "step" are drawn, whatever they hold."""
-    bookkeeping = {"step", "epoch", "lr", "grad_norm", "img_s", "data_share", "memory_gb", "eta_h", "val_images"}
-    logs = []                                                       # (label, {key: [(step, value)]})
-    for label, path in named_inputs(args.files):
-        if not Path(path).is_file():
-            raise InputError(f"{path} does not exist: give log.jsonl files")
-        points = defaultdict(list)
-        for number, text in enumerate(Path(path).read_text(errors="replace").splitlines(), start=1):
+    """log.jsonl files of any script, or fig4.csv files of finetune.py (Fig. 4)."""
+    lines = {}
+    tables = args.inputs[0].endswith(".csv")
+    for label, source in named(args.inputs).items():
+        lines |= read_fig4(label, source) if tables else read_curves(label, source)
+    if not lines:
+        raise InputError("nothing to draw in these files: give log.jsonl files of runs")
+    xlabel = "pre-trained blocks kept" if tables else "step"
+    draw_lines(args, "fig4" if tables else "curves", lines, xlabel)
+
+
+def read_curves(label, path):
+    """log.jsonl of any script -> {(quantity, label): [(step, value, 0)]} of all that is measured:
+    numbers of images and the like are whole, and constants are left out."""
+    lines = defaultdict(list)
+    try:
+        for values in read_log(path):
+            for key, value in values.items():
+                if isinstance(value, float) and key not in BOOKKEEPING:
+                    lines[key, label].append((values["step"], value, 0.0))
+    except (ValueError, LookupError, AttributeError):
+        raise InputError(f"{path} is not the log.jsonl of a run") from None
+    return {name: points for name, points in lines.items()
+            if len(points) == 1 or len({value for _, value, _ in points}) > 1}
+
+
+def read_fig4(label, path):
+    """fig4.csv of finetune.py -> {(quantity, label, data fraction): [(blocks, mean, error)]}."""
+    runs = defaultdict(list)
+    for row in read_csv(path, dict(keep_blocks=int, data_fraction=float, top1=float)):
+        runs[row["data_fraction"], row["keep_blocks"]].append(row["top1"])
+    lines = defaultdict(list)
+    for (fraction, blocks), top1 in sorted(runs.items()):
+        name = f"{label}, {100 * fraction:g}% of the images"
+        lines["top-1 (%), mean and error over seeds", name].append((blocks, *mean_and_error(top1)))
+    return lines
+
+
+# --------------------------------------------------------------------------------------------------
+# Models and images
+# --------------------------------------------------------------------------------------------------
+UNTRAINED = {**MODELS, "vit_tiny+rpe": functools.partial(MODELS["vit_tiny"], rel_pos_bias=True)}
+
+
+def named(inputs):
+    """[LABEL=]SOURCE ... -> {label: source}. Without a label, the source is its own."""
+    sources = {}
+    for text in inputs:
+        label, equals, source = text.partition("=")
+        if not equals or "/" in label:
+            label = source = text
+        if label in sources:
+            raise InputError(f"two inputs are labelled {label}: tell them apart by LABEL=...")
+        sources[label] = source
+    return sources
+
+
+def find_model(source, num_classes):
+    """SOURCE -> function that builds its model, file or None, image size of the file or None."""
+    if source in UNTRAINED:
+        return functools.partial(UNTRAINED[source], num_classes=num_classes), None, None
+    name, _, file = source.rpartition(":")
+    if not Path(file).exists() or name not in ("", *MODELS):
+        raise InputError(f"{source} is no file, nor MODEL:FILE, nor random, nor one of "
+                         f"{', '.join(UNTRAINED)}")
+    inferred, patch_size = infer_model(file)
+    name = name or inferred
+    state, info = load_state(file)
+    if name.startswith("hiera"):    # an encoder is analysed as it was pre-trained
+        options = dict(q_pool=3 if num_classes or "head.projection.weight" in state else 2)
+    else:
+        rpe = "blocks.0.attn.relative_position_bias_table" in state
+        options = dict(patch_size=patch_size, rel_pos_bias=rpe)
+    build = functools.partial(MODELS[name], num_classes=num_classes, **options)
+    return build, file, info.get("arch", {}).get("img_size")
+
+
+def load_models(args, num_classes=0):
+    """The models of the command line, all at one image size, which is filled in -> {label: model}.
+    Besides, `mean` and `std` of a model are those of the pixels that it was trained on."""
+    sources = named(args.inputs)
+    found = {source: find_model(source, num_classes) for source in sources.values()
+             if source != "random"}
+    if not found:
+        raise InputError("`random` copies the first other model, and there is none: name one")
+    first = next(iter(found.values()))
+    found["random"] = (first[0], None, None)
+    sizes = [size for _, _, size in found.values() if size]
+    args.image_size = pair(args.image_size or max(sizes, default=224))
+    models = {}
+    for label, source in sources.items():
+        build, file, _ = found[source]
+        torch.manual_seed(args.seed)
+        try:
+            model = build(img_size=args.image_size)
+        except ValueError as error:
+            raise InputError(f"--image-size {args.image_size}: {error}") from None
+        info = load_encoder(model, file) if file else {}
+        model.mean = info.get("mean", IMAGENET_MEAN)
+        model.std = info.get("std", IMAGENET_STD)
+        models[label] = model.eval().requires_grad_(False).to(choose_device(args.device))
+    return models
+
+
+def prepare(model, images):
+    """uint8 images -> on the device of the model, normalised as in its training."""
+    return normalize(images.to(model.pos_embed.device), model.mean, model.std)
+
+
+def load_image(item, size):
+    """Image file, or number of a toy picture -> (3, H, W) uint8: the central 224/256 of the picture
+    in the shape of `size`, bicubic and antialiased."""
+    try:
+        return to_tensor(ImageOps.fit(open_item(item), size[::-1], Image.BICUBIC, bleed=1 / 16))
+    except READ_ERRORS as error:
+        raise InputError(f"cannot read image {item} ({type(error).__name__}): remove it from --data"
+                         ) from None
+
+
+def list_items(args):
+    """At most --images items of --data, drawn at random -> items, names of their classes."""
+    if args.data == "toy":    # pictures that pre-training has not seen
+        items = range(7000, 7000 + args.images)
+        classes = [toy_picture(i)[1] for i in items]
+    else:
+        items = list_images(args.data)
+        classes = [Path(file).parent.name for file in items]
+    rng = np.random.default_rng(args.seed)
+    order = rng.permutation(len(items))[:args.images]
+    return [items[i] for i in order], [classes[i] for i in order]
+
+
+def batches(items, args, batch_size):
+    """Images (B, 3, H, W) uint8, read by several threads."""
+    with ThreadPoolExecutor() as pool:
+        for start in tqdm(range(0, len(items), batch_size), leave=False):
+            part = items[start:start + batch_size]
+            yield torch.stack(list(pool.map(load_image, part, [args.image_size] * len(part))))
+
+
+# --------------------------------------------------------------------------------------------------
+# Tables and pictures
+# --------------------------------------------------------------------------------------------------
+def mean_and_error(values):
+    """-> mean, its standard error (0 for a single value)."""
+    n = len(values)
+    return np.mean(values), np.std(values, ddof=min(1, n - 1)) / n ** 0.5
+
+
+def read_csv(path, columns):
+    """Rows of a CSV file as dictionaries. columns: name -> function that reads the text of a cell.
+    Raises InputError naming the line."""
+    rows = []
+    with open(path, newline="", errors="replace") as file:
+        for line, row in enumerate(csv.DictReader(file), start=2):
             try:
-                line = json.loads(text)
-                steps = isinstance(line.get("step"), int)
-            except (json.JSONDecodeError, AttributeError):
-                raise InputError(f"{path}, line {number}, is no JSON object: is it the log.jsonl of a run?") from None
-            for key, value in line.items() if steps else ():
-                if isinstance(value, (int, float)) and math.isfinite(value):
-                    points[key].append((line["step"], value))
-        logs.append((label, points))
-    found = [*dict.fromkeys(key for _, points in logs for key in points)]
-    keys = args.keys or [key for key in found if key not in bookkeeping]
-    missing = [key for key in keys if key not in found]
-    if missing or not keys:
-        raise InputError(f"no line has {', '.join(missing) or 'a loss'}; these files hold: "
-                         f"{', '.join(found) or 'no steps at all'}")
-    write_csv(args, ("label", "key", "step", "value"),
-              [(label, key, *point) for label, points in logs for key in keys for point in points[key]])
-    legend = list(zip((label for label, _ in logs), COLORS))
-    sheet = Sheet(len(keys), min(3, len(keys)), 360, 270, legend)
-    for number, key in enumerate(keys):
-        xs, ys = zip(*(point for _, points in logs for point in points[key]))
-        axes = Axes(sheet, number, key, "step", "", (0, max(1, *xs)), limits(ys))
-        for (_, points), (_, color) in zip(logs, legend):
-            axes.line(points[key], color)
-    for label, points in logs:
-        print(f"{label}: " + ", ".join(f"{key} {points[key][-1][1]:.4g}" for key in keys if points[key]))
-    sheet.save(output(args, ".png"))
+                rows.append({name: read(row[name]) for name, read in columns.items()})
+            except (LookupError, TypeError, ValueError, argparse.ArgumentTypeError) as error:
+                raise InputError(f"{path}, line {line}: {error}; it takes the columns "
+                                 f"{', '.join(columns)}") from None
+    return rows
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Plotting with Pillow
-# ----------------------------------------------------------------------------------------------------------------------
-SCALE = 2    # everything is drawn at twice its size and then reduced, which smooths lines and letters
-COLORS = 9 * ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")    # colour-blind safe
+def save(args, name, header, rows, figure):
+    """Write the table NAME.csv and the picture NAME.png to --out."""
+    path = f"{args.out}/{name}"
+    with open(f"{path}.csv", "w", newline="") as file:
+        csv.writer(file).writerows([header.split(","), *rows])
+    figure.image.reduce(2).save(f"{path}.png")
+    print(f"{path}.png and .csv")
+
+
+def draw_lines(args, name, lines, xlabel, note=""):
+    """{(quantity, label): [(x, y, standard error)]} -> a panel a quantity, a colour a label."""
+    quantities = dict.fromkeys(quantity for quantity, _ in lines)
+    colors = dict(zip(dict.fromkeys(label for _, label in lines), COLORS))
+    figure = Figure(len(quantities), min(3, len(quantities) + 1), colors, note)
+    for quantity in quantities:
+        shown = {label: line for (key, label), line in lines.items() if key == quantity}
+        xs, ys, errors = np.array(sum(shown.values(), [])).T
+        ends = [*(ys - errors), *(ys + errors)]
+        figure.panel(xlabel, quantity, limits(xs), limits(ends))
+        for label, line in shown.items():
+            figure.line(line, colors[label])
+            print(f"{quantity}, {label}:", *(f"{y:.4g}" for _, y, _ in line[-13:]))
+    rows = [(*key, *point) for key, line in lines.items() for point in line]
+    save(args, name, f"quantity,label,{xlabel},value,standard_error", rows, figure)
+
+
+COLORS = 4 * ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000",
+              "#8c564b", "#999999", "#7f3c8d", "#7fb800")    # seven for the colour-blind
 
 
 def magma(value):
-    """Color of a value in 0 .. 1, from black over purple and orange to pale yellow -> (r, g, b)."""
-    channels = (0, 79, 181, 251, 252), (0, 18, 54, 135, 253), (4, 123, 122, 97, 191)
-    return tuple(round(float(np.interp(value, (0, 0.25, 0.5, 0.75, 1), channel))) for channel in channels)
+    """Colour of a value 0 .. 1: black over purple and orange to pale yellow -> (r, g, b)."""
+    anchors = [getrgb(c) for c in ("#000004", "#4f127b", "#b5367a", "#fb8761", "#fcfdbf")]
+    return tuple(int(np.interp(4 * value, range(5), channel)) for channel in zip(*anchors))
 
 
-def round_ticks(low, high, count=5):
-    """Multiples of 1, 2, 2.5 or 5 times a power of ten inside [low, high], about `count` of them."""
-    power = 10.0 ** math.floor(math.log10((high - low) / count))
-    step = next(m * power for m in (1, 2, 2.5, 5, 10) if m * power * count > 0.999 * (high - low))
-    return [k * step for k in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
+def limits(values):
+    """Range of the values and a margin on either side, never empty."""
+    low = min(values)
+    high = max(values)
+    pad = 0.06 * (high - low) or abs(high) / 10 or 1.0
+    return low - pad, high + pad
 
 
-def scaled(*points):
-    return [v * SCALE for point in points for v in point]
+def round_ticks(low, high):
+    """Multiples of 1, 2 or 5 times a power of ten inside [low, high], three to eight of them."""
+    steps = (m * 10.0 ** power for power in range(-12, 13) for m in (1, 2, 5))
+    step = next(step for step in steps if step >= (high - low) / 7)
+    return step * np.arange(math.ceil(low / step), high / step + 1e-9)
 
 
-class Sheet:
-    """`panels` panels of equal size, filled row by row; legend [(label, color)] above, note below; save() crops."""
+class Figure:
+    """A picture of `panels` panels of equal size, a legend {label: color} above and a note below.
 
-    def __init__(self, panels, columns, width, height, legend=(), note=""):
-        self.columns, self.width, self.height, self.font = columns, width, height, ImageFont.load_default(13 * SCALE)
-        rows, room, x, y = math.ceil(panels / columns), 60 + 20 * len(legend) + len(note), 16, 8
-        self.image = Image.new("RGB", scaled((columns * width, rows * height + room)), "white")
+    `panel` begins the next panel, in which the other methods draw. Lengths are in half pixels: the
+    picture is drawn at twice its size and then reduced, which smooths lines and letters.
+    """
+
+    height = 560    # of a panel
+
+    def __init__(self, panels, columns, legend, note):
+        self.columns = min(columns, panels)
+        self.width = 2160 // columns
+        self.count = 0
+        self.font = ImageFont.load_default(26)
+        entry = 80 + max(self.font.getlength(label) for label in legend)
+        per_row = int(self.columns * self.width // entry) or 1
+        self.head = 16 + 40 * math.ceil(len(legend) / per_row)
+        bottom = self.head + math.ceil(panels / columns) * self.height
+        self.image = Image.new("RGB", (self.columns * self.width, bottom + 50), "white")
         self.draw = ImageDraw.Draw(self.image)
-        for label, color in legend:
-            advance = 40 + self.font.getlength(label) / SCALE
-            x, y = (16, y + 20) if x + advance > columns * width and x > 16 else (x, y)
-            self.draw.rectangle(scaled((x, y + 3), (x + 14, y + 13)), color)
-            self.text(x + 20, y, label)
-            x += advance
-        self.top = y + 24 if legend else 4
-        self.bottom = self.top + rows * height
-        for line in textwrap.wrap(note, columns * width // 7):
-            self.text(16, self.bottom, line)
-            self.bottom += 18
+        for i, (label, color) in enumerate(legend.items()):
+            x = 32 + i % per_row * entry
+            y = 16 + i // per_row * 40
+            self.draw.rectangle((x, y + 6, x + 28, y + 26), color)
+            self.text((x + 40, y), label)
+        self.text((32, bottom), note)
 
-    def text(self, x, y, text, anchor="la"):
-        self.draw.text((x * SCALE, y * SCALE), text, "black", self.font, anchor=anchor)
+    def text(self, place, text, anchor="la"):
+        self.draw.text(place, text, "black", self.font, anchor)
 
-    def save(self, path):
-        self.image.crop((0, 0, self.image.width, (self.bottom + 6) * SCALE)).reduce(SCALE).save(path)
-
-
-class Axes:
-    """Panel `number` of a sheet. `place` maps data to pixels of the picture; the others draw in data coordinates."""
-
-    def __init__(self, sheet, number, title, xlabel, ylabel, xlim, ylim, xticks=None, right=16):
-        row, column = divmod(number, sheet.columns)
-        self.sheet, self.draw, self.xlim, self.ylim = sheet, sheet.draw, xlim, ylim
-        self.left, self.right = column * sheet.width + 68, (column + 1) * sheet.width - right
-        self.top, self.bottom = sheet.top + row * sheet.height + 28, sheet.top + (row + 1) * sheet.height - 46
-        sheet.text((self.left + self.right) / 2, self.top - 22, title, "ma")
-        sheet.text((self.left + self.right) / 2, self.bottom + 24, xlabel, "ma")
-        label = Image.new("L", (math.ceil(sheet.font.getlength(ylabel)) + 1, 18 * SCALE))        # drawn, then turned
-        ImageDraw.Draw(label).text((0, 0), ylabel, 255, sheet.font)
-        sheet.image.paste("black", ((self.left - 60) * SCALE, (self.top + self.bottom) * SCALE // 2 - label.width // 2),
-                          label.rotate(90, expand=True))
-        for value in round_ticks(*xlim) if xticks is None else xticks:
-            self.line([(value, ylim[0]), (value, ylim[1])], "#e0e0e0", 1)
-            sheet.text(self.place(value, 0)[0], self.bottom + 5, f"{value:.6g}", "ma")
+    def panel(self, xlabel, ylabel, xlim, ylim):
+        """Frame, grid and labels; the label of the y axis stands above it."""
+        row, column = divmod(self.count, self.columns)
+        self.count += 1
+        left = column * self.width + 110
+        right = (column + 1) * self.width - 32
+        top = self.head + row * self.height + 60
+        bottom = self.head + (row + 1) * self.height - 92
+        self.x_axis = (xlim, (left, right))
+        self.y_axis = (ylim, (bottom, top))
+        self.text((left, top - 10), ylabel, "ld")
+        self.text(((left + right) / 2, bottom + 42), xlabel, "ma")
+        for value in round_ticks(*xlim):
+            x, _ = self.place(value, 0)
+            self.draw.line((x, bottom, x, top), "#e0e0e0", 2)
+            self.text((x, bottom + 8), f"{value:g}", "ma")
         for value in round_ticks(*ylim):
-            self.line([(xlim[0], value), (xlim[1], value)], "#e0e0e0", 1)
-            sheet.text(self.left - 6, self.place(0, value)[1], f"{value:.6g}", "rm")
-        self.draw.rectangle(scaled((self.left, self.top), (self.right, self.bottom)), None, "black", SCALE)
+            _, y = self.place(0, value)
+            self.draw.line((left, y, right, y), "#e0e0e0", 2)
+            self.text((left - 12, y), f"{value:g}", "rm")
+        self.draw.rectangle((left, top, right, bottom), None, "black", 2)
 
     def place(self, x, y):
-        x, y = ((v - low) / (high - low) for v, (low, high) in ((x, self.xlim), (y, self.ylim)))
-        return self.left + x * (self.right - self.left), self.bottom - y * (self.bottom - self.top)
+        """Data -> half pixels."""
+        return np.interp(x, *self.x_axis), np.interp(y, *self.y_axis)
 
-    def dot(self, x, y, color, radius, fill=None):
-        x, y = self.place(x, y)
-        self.draw.ellipse(scaled((x - radius, y - radius), (x + radius, y + radius)), fill, color, SCALE)
-
-    def line(self, points, color, width=2, errors=()):
-        """Segment or polyline, bars of +- errors; dots on a polyline of few points."""
-        self.draw.line(scaled(*(self.place(*p) for p in points)), color, width * SCALE, joint="curve")
-        for (x, y), error in zip(points, errors):
-            self.line([(x, y - error), (x, y + error)], color, 1)
-        for x, y in points if len(points) != 2 and len(points) < 40 else ():
-            self.dot(x, y, color, 3, color)
-
-    def scatter(self, points):
-        """Dots [(x, y, label, color)], each label on the first side where no frame, dot or label is in its way."""
-        taken = [(x - 7, x + 7, y) for x, y in (self.place(*p[:2]) for p in points)]
-        for x, y, label, color in points:
-            self.dot(x, y, color, 5, color)
-            (x, y), w = self.place(x, y), self.sheet.font.getlength(label) / SCALE
-            sides = [(x + 10, y), (x - 10 - w, y), (x - w / 2, y - 14), (x - w / 2, y + 14)]
-            x, y = next(((a, b) for a, b in sides if self.left < a and a + w < self.right and all(
-                a > right or a + w < left or abs(b - row) > 11 for left, right, row in taken)), sides[0])
-            taken.append((x, x + w, y))
-            self.sheet.text(x, y, label, "lm")
+    def line(self, points, color):
+        """Polyline of [(x, y, error)] with bars of +- error, and dots where the points are few."""
+        self.draw.line([self.place(x, y) for x, y, _ in points], color, 4, joint="curve")
+        for x, y, error in points if len(points) < 40 else ():
+            self.draw.line([self.place(x, y - error), self.place(x, y + error)], color, 2)
+            self.draw.regular_polygon((*self.place(x, y), 7), 20, fill=color)
 
     def box(self, x, values, width, color):
-        """Box and whiskers: quartiles, median, the last values within 1.5 quartile ranges, circles beyond."""
-        low, median, high = np.quantile(values, (0.25, 0.5, 0.75))
-        inside = [v for v in values if low - 1.5 * (high - low) <= v <= high + 1.5 * (high - low)]
-        self.line([(x, min(inside)), (x, max(inside))], color, 1)
-        (x0, y1), (x1, y0) = self.place(x - width / 2, low), self.place(x + width / 2, high)
-        self.draw.rectangle(scaled((x0, y0), (x1, y1)), tuple((255 + v) // 2 for v in getrgb(color)), color, SCALE)
-        self.line([(x - width / 2, median), (x + width / 2, median)], color)
-        for v in set(values) - set(inside):
-            self.dot(x, v, color, 2)
+        """Box and whiskers: quartiles, median, lowest and highest value."""
+        lowest, low, median, high, highest = np.quantile(values, (0, 0.25, 0.5, 0.75, 1))
+        left = x - width / 2
+        right = x + width / 2
+        self.draw.line([self.place(x, lowest), self.place(x, highest)], color, 2)
+        self.draw.rectangle([self.place(left, high), self.place(right, low)], "white", color, 3)
+        self.draw.line([self.place(left, median), self.place(right, median)], color, 6)
 
-    def heatmap(self, rows):
-        """Cells of values 0 .. 1 centred on whole coordinates, row 0 at the bottom; a colour bar on the right."""
-        for x, y, value in ((x, y, value) for y, row in enumerate(rows) for x, value in enumerate(row)):
-            (x0, y1), (x1, y0) = self.place(x - 0.5, y - 0.5), self.place(x + 0.5, y + 0.5)
-            self.draw.rectangle([round(v) for v in scaled((x0, y0), (x1, y1))], magma(value))
-        height = self.bottom - self.top
-        for y in range(height + 1):
-            ends = scaled((self.right + 10, self.bottom - y), (self.right + 22, self.bottom - y))
-            self.draw.line(ends, magma(y / height), SCALE)
-        for value in (0, 0.5, 1):
-            self.sheet.text(self.right + 26, self.bottom - value * height, f"{value:g}", "lm")
+    def heatmap(self, values):
+        """Cells (h, w) of values 0 .. 1 centred on whole coordinates, row 0 at the bottom."""
+        for (y, x), value in np.ndenumerate(values):
+            top_left = self.place(x - 0.5, y + 0.5)
+            bottom_right = self.place(x + 0.5, y - 0.5)
+            self.draw.rectangle([top_left, bottom_right], magma(value))
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Numbers, tables, demo, main
-# ----------------------------------------------------------------------------------------------------------------------
-def mean_and_error(values):
-    """-> mean, its standard error (0 for a single value)."""
-    return statistics.mean(values), statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0.0
+# --------------------------------------------------------------------------------------------------
+# Arguments
+# --------------------------------------------------------------------------------------------------
+COMMANDS = dict(cka=cka, attention=attention, probe=probe, cost=cost, curves=curves)
 
 
-def limits(values, margin=0.06):
-    """Range of the values and a margin on either side, never empty."""
-    pad = margin * (max(values) - min(values)) or 0.1 * abs(max(values)) or 1.0
-    return min(values) - pad, max(values) + pad
+def parse_args(argv=None):
+    """Options of the command line, or of the list `argv`."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0],
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    positive = number(int, "[1, inf)")
+    add = parser.add_argument
+    add("command", nargs="?", choices=COMMANDS, help="what to look at")
+    add("inputs", nargs="*", help="checkpoints, MODEL:FILE, names of untrained models, or random "
+                                  "(see the head of this file); of curves: log.jsonl or fig4.csv")
+    add("--out", help="folder for pictures and tables; default: out/analyze, of the demo "
+                      "out/demo/analyze")
+    add("--demo", action="store_true", help="every command on drawn pictures, with the encoders of "
+                                            "pretrain_d2mae.py --demo")
+
+    add = parser.add_argument_group("models (all but curves)").add_argument
+    add("--image-size", type=positive,
+        help="side in pixels; default: the largest stored in a file, else 224")
+    add("--batch-size", type=positive, default=64,
+        help="images per forward pass; of cka, per minibatch of the unbiased HSIC")
+    add("--device", choices=("auto", "cuda", "mps", "cpu"), default="auto")
+    add("--seed", type=number(int, "[0, 4294967296)"), default=0,
+        help="of untrained weights and of the choice of images")
+
+    add("--seconds", type=number(float, "(0, inf)"), default=5.0, help="cost: time for each model")
+    add("--points", help="cost: CSV with the columns label, model (a label of those measured), "
+                         "top1 (%%); draws top-1 accuracy against latency")
+
+    add = parser.add_argument_group("images (cka, attention, probe)").add_argument
+    add("--data", default="data/imagenet/val", help="folder of images, or 'toy' for drawn ones")
+    add("--images", type=positive, default=1024, help="at most so many, at random")
+    add("--shots", type=positive, nargs="+", default=[2, 5, 10],
+        help="probe: training images per class")
+    args = parser.parse_intermixed_args(argv)
+    if not args.demo and not args.inputs:
+        parser.error("give a command and what it is to look at, or --demo")
+    args.out = args.out or ("out/demo/analyze" if args.demo else "out/analyze")
+    return args
 
 
-def error_ends(pairs):
-    """(mean, error) pairs -> mean - error and mean + error of each, for `limits`."""
-    return [mean + sign * error for mean, error in pairs for sign in (-1, 1)]
+# --------------------------------------------------------------------------------------------------
+# Demo, main
+# --------------------------------------------------------------------------------------------------
+def demo(out):
+    """Every command on drawn pictures, as a user would type it."""
+    runs = ("teacher=out/demo/pretrain/teacher", "D2-MAE=out/demo/pretrain", "MAE=out/demo/mae")
+    found = [run for run in runs if Path(run.partition("=")[2], "encoder.pt").exists()]
+    if not found:
+        raise InputError("out/demo/pretrain/encoder.pt is not there: run pretrain_d2mae.py --demo")
+    models = " ".join(f"{run}/encoder.pt" for run in found) + " random"
+    logs = " ".join(f"{run}/log.jsonl" for run in found)
+    for command in (f"cka {models} --data toy --batch-size 128",
+                    f"attention {models} --data toy --images 256",
+                    f"probe {models} --data toy",
+                    "cost vit_tiny vit_tiny+rpe hiera_tiny --points tests/assets/fig1.csv "
+                    "--seconds 1",
+                    f"curves {logs}"):
+        print(f"\n$ python analyze.py {command} --out {out}")
+        main(parse_args([*command.split(), "--out", out]))
 
 
-def output(args, suffix):
-    """--out/COMMAND.suffix, said aloud."""
-    path = Path(args.out) / f"{args.run.__name__}{suffix}"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    print(f"writing {path}")
-    return path
-
-
-def write_csv(args, header, rows):
-    with open(output(args, ".csv"), "w", newline="") as file:
-        csv.writer(file).writerows([header, *rows])
-
-
-def read_csv(path, columns, numbers=False):
-    """Rows of a CSV file as dictionaries; every column of `columns` has to be there, and be a number if asked for."""
-    if not Path(path).is_file():
-        raise InputError(f"{path} does not exist: give a .csv file")
-    with open(path, newline="", errors="replace") as file:
-        rows = list(csv.DictReader(file))
-    missing = [c for c in columns if not rows or c not in rows[0]]
-    if missing:
-        raise InputError(f"{path} lacks the column(s) {', '.join(missing)}, or has no row")
-    try:
-        return [{c: float(row[c]) for c in columns} for row in rows] if numbers else rows
-    except (TypeError, ValueError):
-        raise InputError(f"{path} has a row in which {', '.join(columns)} are not all numbers") from None
-
-
-def demo(folder=Path("out/demo")):
-    """Every command above on drawn images, as a user would type them."""
-    trained = {"MAE": folder / "teacher/encoder.pt", "D2-MAE": folder / "encoder.pt"}
-    for number, (label, path) in enumerate(list(trained.items()), start=1):
-        if not path.exists():
-            print(f"{path} is not there (pretrain_d2mae.py --demo makes it): an untrained encoder stands in for it")
-            torch.manual_seed(number)
-            model = MODELS["vit_tiny"](img_size=64, patch_size=8)
-            (folder / "analyze").mkdir(parents=True, exist_ok=True)
-            trained[f"untrained-{number}"] = folder / f"analyze/untrained-{number}.pt"
-            torch.save(dict(model=model.state_dict(), arch=model.arch), trained[f"untrained-{number}"])
-            del trained[label]
-    models = [f"{label}={path}" for label, path in trained.items()]
-    points = Path(__file__).parent / "tests/assets/fig1.csv"
-    sweeps, logs = sorted(folder.rglob("fig4.csv")), [path.with_name("log.jsonl") for path in trained.values()]
-    runs = [["cka", models[0], "random", *models, "--data", "shapes", "--images", 384],
-            ["attention", "random", *models, "--data", "shapes", "--images", 128],
-            ["probe", "random", *models, "--data", "shapes", "--images", 800, "--draws", 10],
-            ["cost", "vit_tiny", "vit_tiny+rpe", "hiera_tiny", "--seconds", 1, "--batch-size", 16,
-             *(["--points", os.path.relpath(points)] if points.exists() else [])]]
-    runs += [["layers", *sweeps]] if sweeps else []
-    if all(log.exists() for log in logs):
-        runs.append(["curves", *(f"{label}={log}" for label, log in zip(trained, logs))])
-    for run in runs:
-        run = [str(word) for word in (*run, "--out", folder / "analyze")]
-        print("\n$ python analyze.py", *run)
-        args = parse_args(run)
-        args.run(args)
+def main(args):
+    if args.demo:
+        return demo(args.out)
+    Path(args.out).mkdir(parents=True, exist_ok=True)
+    COMMANDS[args.command](args)
 
 
 if __name__ == "__main__":
-    try:
-        arguments = parse_args()
-        demo() if arguments.demo else arguments.run(arguments)
-    except (InputError, OSError) as error:    # loader processes put their traceback before the sentence
-        sys.exit(f"error: {str(error).strip().splitlines()[-1].removeprefix('models.InputError: ')}")
+    with plain_errors():
+        main(parse_args())

@@ -1,36 +1,38 @@
-"""Fine-tuning and transfer of a pre-trained encoder to image classification (paper Sec. "experiments", Fig. 4).
+"""Fine-tuning and transfer of a pre-trained encoder to image classification (Sec. "experiments").
 
-    torchrun --nproc_per_node=8 finetune.py --data data/imagenet --init out/pretrain/encoder.pt           # 300 epochs
-    torchrun --nproc_per_node=8 finetune.py --data data/imagenet --init encoder.pt --rpe --epochs 1000    # paper: 79.4
-    torchrun --nproc_per_node=2 finetune.py --recipe transfer --dataset cifar100 --download --init encoder.pt
-    python finetune.py --data my_pictures --init encoder.pt --shots 10 --batch-size 32                    # your own
+    torchrun --nproc_per_node=8 finetune.py --data data/imagenet --init out/pretrain/encoder.pt
+    torchrun --nproc_per_node=8 finetune.py --data data/imagenet --init encoder.pt --rpe \\
+        --epochs 1000
+    torchrun --nproc_per_node=2 finetune.py --recipe transfer --dataset cifar100 --download \\
+        --init encoder.pt
+    python finetune.py --data my_pictures --init encoder.pt --shots 10 --batch-size 32
+    python finetune.py --data data/imagenet --init encoder.pt --sweep-keep-blocks 0 3 6 9 12 \\
+        --data-fraction 0.1 1 --seed 0 1 2                                  # Fig. 4
     python finetune.py --init out/finetune/best.pt --predict cat.jpg dog.jpg
-    python finetune.py --demo                                                                   # no files, 3 minutes
+    python finetune.py --demo                                               # needs no files
 
-A recipe is one dict of RECIPES; an option on the command line overrides its entry. The classifier is
-head(fc_norm(mean patch token)); norm and head always start fresh, the encoder comes from --init, whole or up to block
---keep-blocks. From scratch is the absence of --init.
+A recipe is one dict of RECIPES; `--recipe mae mixup=0 erasing=0` changes some of its entries. The
+classifier is head(fc_norm(mean patch token)). Norm and head always start fresh, the encoder from
+--init, whole or up to one of its blocks; without --init all of it does. Read RECIPES, then `train`.
 
-Shapes: B images, K classes, D width, H x W pixels.
+Shapes: B images, K classes, H x W pixels.
 
 NOTES, departures from the authors' code:
-- Crops, flips and RandAugment are a function of (seed, epoch, image), and every test image is counted once, at any
-  number of processes; theirs follow the process, and their sampler repeats images to fill the last batch.
-- RandAugment, erasing, mixup and cutmix are written out here, as timm, which the authors use, defines them.
-- The probes on a frozen encoder (linear, knn) are no part of the paper. They average the last block's patch tokens and
-  normalise them by a norm without learned scale: D2-MAE's own final norm was trained on block 8.
+- Crops, flips and RandAugment are a function of (seed, epoch, image), mixing and erasing one of
+  (seed, step, process): a run does not depend on its workers, and resumes as if never interrupted.
+- Every test image is counted once at any number of processes; theirs repeat some to fill a batch.
+- Mixup, CutMix and the rectangles of random erasing are torchvision's: a batch mixes with itself
+  shifted by one image (timm: reversed), and CutMix rounds its rectangle another way.
+- A JPEG is decoded at reduced size where a crop would be reduced by as much anyway.
+- Transfer: the authors give epochs, warm-up and rate of CIFAR-100 alone, and one rate for the other
+  sets; the rest of the entries of DATASETS is chosen here, in the proportions of CIFAR-100.
 """
 import argparse
-import contextlib
-import copy
-import csv
-import functools
-import json
+import datetime
+import itertools
 import math
 import os
-import shutil
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -40,1126 +42,813 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-import torchvision
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageEnhance, ImageOps
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset
+from torch.nn.utils import clip_grad_norm_
+from torch.utils.data import DataLoader, Dataset, DistributedSampler
 from torchvision import datasets
-from torchvision.transforms import v2
+from torchvision.transforms import RandomErasing, v2
 from torchvision.transforms.v2 import functional as TF
 from tqdm import tqdm
 
-try:
-    import resource    # peak memory; Windows has none
-except ImportError:
-    resource = None
+from models import (IMAGENET_MEAN, IMAGENET_STD, MODELS, READ_ERRORS, TOY_CLASSES, InputError,
+                    add_run_options, average_over_processes, check_readable, check_step,
+                    choose_device, choose_dtype, infer_model, load_encoder, load_state, log_line,
+                    mix_seed, normalize, number, open_item, parallel, param_groups, plain,
+                    plain_errors, random_crop, read_file, resume, save_checkpoint, start_log,
+                    to_tensor, toy_picture)
 
-from models import (IMAGENET_MEAN, IMAGENET_STD, MODELS, InputError, infer_model, layer_id, load_encoder, load_state,
-                    normalize, read_file)
-
-IMAGE_TYPES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
-BICUBIC = v2.InterpolationMode.BICUBIC
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Recipes and data sets
-# ----------------------------------------------------------------------------------------------------------------------
+BICUBIC = Image.Resampling.BICUBIC
 RECIPES = {
-    # the paper's improved recipe: light augmentation suits a small model
-    "improved": dict(epochs=300, warmup_epochs=5, batch_size=1024, optimizer="adamw", base_lr=1e-3, min_lr=1e-6,
-                     weight_decay=0.05, layer_decay=0.85, drop_path=0.0, clip_grad=0.0, smoothing=0.0,
-                     rand_augment=10, mixup=0.2, cutmix=0.0, erasing=0.0),
-    # that of MAE, made for large models
-    "mae": dict(epochs=100, warmup_epochs=5, batch_size=1024, optimizer="adamw", base_lr=1e-3, min_lr=1e-6,
-                weight_decay=0.05, layer_decay=0.85, drop_path=0.1, clip_grad=0.0, smoothing=0.1,
-                rand_augment=9, mixup=0.8, cutmix=1.0, erasing=0.25),
-    # other data sets, crop and flip alone; epochs, warm-up and rate are those of CIFAR-100 unless DATASETS has others
-    "transfer": dict(epochs=50, warmup_epochs=10, batch_size=512, optimizer="sgd", base_lr=0.05, min_lr=1e-6,
-                     weight_decay=0.0, layer_decay=0.75, drop_path=0.0, clip_grad=1.0, smoothing=0.0,
-                     rand_augment=0, mixup=0.0, cutmix=0.0, erasing=0.0),
-    # frozen encoder -> mean patch token, LayerNorm and BatchNorm without learned scale -> linear head
-    "linear": dict(epochs=90, warmup_epochs=10, batch_size=1024, optimizer="sgd", base_lr=0.1, min_lr=0.0,
-                   weight_decay=0.0, layer_decay=1.0, drop_path=0.0, clip_grad=0.0, smoothing=0.0,
-                   rand_augment=0, mixup=0.0, cutmix=0.0, erasing=0.0),
-    # frozen encoder -> mean patch token, LayerNorm, unit length -> weighted vote of the nearest training images
-    "knn": dict(neighbours=20, temperature=0.07, batch_size=256),
+    "improved": dict(    # the paper's: light augmentation suits a small model
+        epochs=300, warmup_epochs=5, batch_size=1024, optimizer="adamw",
+        base_lr=1e-3, min_lr=1e-6, weight_decay=0.05, layer_decay=0.85, clip_grad=0.0,
+        drop_path=0.0, smoothing=0.0, mixup=0.2, cutmix=0.0,
+        rand_augment=10.0, erasing=0.0, min_crop=0.08),
+    "mae": dict(         # that of MAE, made for large models
+        epochs=100, warmup_epochs=5, batch_size=1024, optimizer="adamw",
+        base_lr=1e-3, min_lr=1e-6, weight_decay=0.05, layer_decay=0.85, clip_grad=0.0,
+        drop_path=0.1, smoothing=0.1, mixup=0.8, cutmix=1.0,
+        rand_augment=9.0, erasing=0.25, min_crop=0.08),
+    "transfer": dict(    # other data sets: crop and flip alone; DATASETS has entries of its own
+        epochs=50, warmup_epochs=10, batch_size=512, optimizer="sgd",
+        base_lr=0.05, min_lr=1e-6, weight_decay=0.0, layer_decay=0.75, clip_grad=1.0,
+        drop_path=0.0, smoothing=0.0, mixup=0.0, cutmix=0.0,
+        rand_augment=0.0, erasing=0.0, min_crop=0.08),
 }
-
-# torchvision class, its arguments for the parts of the training and the test split, entries of the transfer recipe.
-# CIFAR-100 is the authors' projects/eval_tools/scripts/transfer.sh: rate 0.1 at batch 512, 50 epochs, 10 of warm-up.
-# CIFAR-10 takes the same here. For the others their finetuning_transfer_exp.py has rate 0.03 at batch 512 and leaves
-# the epochs to the user: chosen here, a fifth of them warm-up as for CIFAR-100.
-DATASETS = {
-    "folder": dict(),
-    "imagenet": dict(),
-    "toy": dict(),
-    "cifar10": dict(make=datasets.CIFAR10, train=[dict(train=True)], test=[dict(train=False)],
-                    recipe=dict(epochs=50, warmup_epochs=10, base_lr=0.05)),
-    "cifar100": dict(make=datasets.CIFAR100, train=[dict(train=True)], test=[dict(train=False)],
-                     recipe=dict(epochs=50, warmup_epochs=10, base_lr=0.05)),
-    "flowers": dict(make=datasets.Flowers102, train=[dict(split="train"), dict(split="val")], test=[dict(split="test")],
+RANGES = dict(    # of the entries that --recipe NAME KEY=VALUE changes; the others are options
+    min_lr="[0, inf)", weight_decay="[0, inf)",
+    layer_decay="(0, 1]",     # block k of n trains at lr * decay^(n + 1 - k), embeddings as k = 0
+    drop_path="[0, 1)",       # stochastic depth of the last block
+    smoothing="[0, 1)",       # of labels
+    mixup="[0, inf)",         # alpha of Beta(alpha, alpha); with both, each batch takes one
+    cutmix="[0, inf)",
+    rand_augment="[0, 10]",   # mean level; torchvision counts to 30
+    erasing="[0, 1]",         # probability
+    min_crop="(0, 1]",        # smallest area of a crop
+)
+CIFAR = dict(train=[dict(train=True)], test=[dict(train=False)], fields=("data", "targets"))
+SMALL = dict(train=[dict(split="trainval")], test=[dict(split="test")],
+             recipe=dict(epochs=100, warmup_epochs=20, base_lr=0.015))
+DATASETS = {    # torchvision's class, its arguments for the parts of a split, its fields of
+    "folder": {},    # pictures and labels, and what the transfer recipe, CIFAR's, has for it
+    "imagenet": {},
+    "toy": {},
+    "cifar10": dict(CIFAR, make=datasets.CIFAR10),
+    "cifar100": dict(CIFAR, make=datasets.CIFAR100),
+    "flowers": dict(SMALL, make=datasets.Flowers102, fields=("_image_files", "_labels"),
+                    train=[dict(split="train"), dict(split="val")],
                     recipe=dict(epochs=150, warmup_epochs=30, base_lr=0.015)),
-    "pets": dict(make=datasets.OxfordIIITPet, train=[dict(split="trainval")], test=[dict(split="test")],
-                 recipe=dict(epochs=100, warmup_epochs=20, base_lr=0.015)),
-    "aircraft": dict(make=datasets.FGVCAircraft, train=[dict(split="trainval")], test=[dict(split="test")],
-                     recipe=dict(epochs=100, warmup_epochs=20, base_lr=0.015)),
-    "cars": dict(make=datasets.StanfordCars, train=[dict(split="train")], test=[dict(split="test")],
-                 recipe=dict(epochs=100, warmup_epochs=20, base_lr=0.015)),
+    "pets": dict(SMALL, make=datasets.OxfordIIITPet, fields=("_images", "_labels")),
+    "aircraft": dict(SMALL, make=datasets.FGVCAircraft, fields=("_image_files", "_labels")),
+    "cars": dict(SMALL, make=datasets.StanfordCars, fields=("_samples",),
+                 train=[dict(split="train")],
+                 source="nobody hosts it for download any more; its files, found as told in "
+                        "github.com/pytorch/vision/issues/7545, belong into stanford_cars/ there"),
 }
-
-# --demo: 30 pictures of each of 4 shapes, at the size of the encoder that `pretrain_d2mae.py --demo` leaves
-DEMO = dict(dataset="toy", out="out/demo/finetune", shots=50, epochs=16, warmup_epochs=2, batch_size=25, base_lr=8e-3,
-            rand_augment=0.0, mixup=0.0, crop_scale=(0.5, 1.0), eval_every=8, workers=2, log_every=10)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Arguments: the defaults are the paper's recipes
-# ----------------------------------------------------------------------------------------------------------------------
-def parse_args(argv=None, **defaults):
-    """Options of the command line, or of the list `argv`; `defaults` stand in for the paper's values (DEMO)."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0],
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    cores = (os.cpu_count() or 2) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    add = parser.add_argument_group("model").add_argument
-    add("--init", help="checkpoint to start from (README, 'Checkpoints'); absent: from scratch. With --eval and "
-                       "--predict the classifier to use, by default best.pt in --out")
-    add("--model", choices=("auto", *MODELS), default="auto", help="auto: that of --init, or vit_tiny")
-    add("--rpe", action="store_true", help="relative position bias in every block, zero where --init has none")
-    add("--keep-blocks", type=int, help="load only the embedding and so many blocks (Fig. 4), the rest random")
-    add("--image-size", type=int, nargs="+", help="side, or height and width; default: that of --init, or 224")
-    add("--patch-size", type=int, help="side of a ViT patch; default: that of --init, or of the model")
-
-    add = parser.add_argument_group("data").add_argument
-    add("--dataset", choices=tuple(DATASETS), default="folder",
-        help="folder: train/CLASS/*.jpg and val/CLASS/*.jpg; imagenet: such a folder, 1000 classes; toy: drawn shapes")
-    add("--data", help="where it lies; default: data/DATASET")
-    add("--download", action="store_true", help="let torchvision download the set into --data first")
-    add("--data-fraction", type=float, nargs="+", default=[1.0], help="share of each class's training images (Fig. 4); "
-                                                                      "several values with --sweep-keep-blocks")
-    add("--shots", type=int, help="so many training images per class, seeded; fewer are a part of more")
-    add("--mean", type=float, nargs=3, help="per channel, of pixels in [0, 1]; default: --init's, or ImageNet's")
-    add("--std", type=float, nargs=3, help="per channel, of pixels in [0, 1]; default: --init's, or ImageNet's")
-    add("--crop-scale", type=float, nargs=2, default=(0.08, 1.0), help="area range of RandomResizedCrop")
-    add("--skip-corrupt", action="store_true", help="leave out unreadable files and count them; default: stop")
-    add("--workers", type=int, default=max(1, min(16, cores)), help="loader processes per training process")
-
-    add = parser.add_argument_group("recipe: an option given overrides the recipe's entry").add_argument
-    add("--recipe", choices=tuple(RECIPES), default="improved", help="a dict of RECIPES at the top of finetune.py")
-    add("--epochs", type=int, help="paper: improved 300 (1000 with --rpe), mae 100, CIFAR-100 50")
-    add("--warmup-epochs", type=float, help="linear from 0")
-    add("--batch-size", type=int, help="images per optimizer step over all processes")
-    add("--accum-steps", type=int, default=1, help="micro-steps that one batch is split into, per process")
-    add("--optimizer", choices=("adamw", "sgd"), help="adamw: betas 0.9, 0.999; sgd: momentum 0.9")
-    add("--base-lr", type=float, help="per 256 images: lr = base_lr * batch_size / 256")
-    add("--min-lr", type=float, help="end of the cosine")
-    add("--weight-decay", type=float, help="none on biases, norms, tokens and position tables")
-    add("--layer-decay", type=float, help="block k of n trains at lr * decay^(n + 1 - k), embeddings at decay^(n + 1)")
-    add("--drop-path", type=float, help="stochastic depth of the last block")
-    add("--clip-grad", type=float, help="largest gradient norm; 0: no clipping")
-    add("--smoothing", type=float, help="label smoothing")
-    add("--rand-augment", type=float, help="mean level of timm's RandAugment, 0 to 10 (torchvision: to 30); 0: none")
-    add("--mixup", type=float, help="alpha; 0: none")
-    add("--cutmix", type=float, help="alpha; 0: none. With both, each batch takes one of the two")
-    add("--erasing", type=float, help="probability of random erasing")
-    add("--ema", type=float, help="decay of averaged weights, which are then what is evaluated; default: none")
-    add("--neighbours", type=int, help="of the k-NN probe")
-    add("--temperature", type=float, help="of the k-NN probe: a vote weighs exp(cosine / temperature)")
-
-    add = parser.add_argument_group("run").add_argument
-    add("--out", default="out/finetune", help="folder for checkpoints, log, pictures; the same command resumes there")
-    add("--eval", action="store_true", help="evaluate a classifier on the test split, and no more")
-    add("--predict", nargs="+", metavar="IMAGE", help="print the five likeliest classes of each image, and no more")
-    add("--sweep-keep-blocks", type=int, nargs="*", metavar="K", help="Fig. 4: one run per K (default: 0..depth), "
-        "--data-fraction and --sweep-seeds -> fig4.csv, fig4.png")
-    add("--sweep-seeds", type=int, nargs="+", help="seeds of the sweep; default: --seed")
-    add("--no-resume", action="store_true", help="start again although --out holds a checkpoint")
-    add("--device", choices=("auto", "cuda", "mps", "cpu"), default="auto")
-    add("--dtype", choices=("auto", "bf16", "fp16", "fp32"), default="auto",
-        help="auto: bf16 on GPUs that have it, fp16 with loss scaling on others, fp32 on mps and cpu")
-    add("--compile", action="store_true", help="torch.compile the model")
-    add("--seed", type=int, default=0)
-    add("--max-steps", type=int, help="stop after so many optimizer steps (the schedule stays that of --epochs)")
-    add("--log-every", type=int, default=20, help="optimizer steps per line of log.jsonl")
-    add("--eval-every", type=int, default=1, help="epochs between evaluations; the last epoch always")
-    add("--demo", action="store_true", help="defaults for two small runs on drawn shapes: from scratch, and from "
-                                            "out/demo/encoder.pt once pretrain_d2mae.py --demo has been run")
-    parser.set_defaults(**defaults)
-    return check_numbers(parser.parse_args(argv), zero="workers seed keep_blocks sweep_keep_blocks sweep_seeds")
+DEMO = dict(dataset="toy", out="out/demo/finetune", model="vit_nano", image_size=[48], patch_size=8,
+            shots=5, seed=[0, 1, 2], epochs=30, batch_size=16, rand_augment=0.0, mixup=0.0,
+            smoothing=0.1, layer_decay=1.0, min_crop=0.7, workers=0, eval_every=30,
+            demo_lr={"scratch": 1.6e-2, "pre-trained": 1.6e-2})    # --base-lr of each start
 
 
-def change(args, **values):
-    """A copy of the options with other values for some."""
-    return argparse.Namespace(**{**vars(args), **values})
+# --------------------------------------------------------------------------------------------------
+# Method: augmentation
+# --------------------------------------------------------------------------------------------------
+def affine(image, coefficients, fill):
+    """Pillow image whose pixel (x, y) is that of (a x + b y + c, d x + e y + f)."""
+    return image.transform(image.size, Image.Transform.AFFINE, coefficients, BICUBIC,
+                           fillcolor=fill)
 
 
-def resolve(args):
-    """Options of one run, all defaults filled in: the given option, else the data set's, the recipe's or --init's."""
-    if len(args.data_fraction) > 1:
-        raise InputError("several values of --data-fraction belong to --sweep-keep-blocks")
-    args = change(args, data_fraction=args.data_fraction[0], data=args.data or f"data/{args.dataset}")
-    if not 0 < args.data_fraction <= 1 or (args.shots is not None and args.shots < 1):
-        raise InputError("--data-fraction must lie in (0, 1] and --shots be at least 1")
-    if not 0 < args.crop_scale[0] <= args.crop_scale[1] <= 1:
-        raise InputError(f"--crop-scale {args.crop_scale[0]} {args.crop_scale[1]} must be a range within (0, 1]")
-    if not args.init and (args.keep_blocks is not None or args.recipe in ("linear", "knn")):
-        option = f"--recipe {args.recipe}" if args.keep_blocks is None else "--keep-blocks"
-        raise InputError(f"{option} uses a pre-trained encoder: give --init FILE")
-    of_set = DATASETS[args.dataset].get("recipe", {}) if args.recipe == "transfer" else {}
-    for key, value in {**RECIPES[args.recipe], **of_set}.items():
-        setattr(args, key, value if getattr(args, key) is None else getattr(args, key))
-
-    info = load_state(args.init)[1] if args.init else {}
-    arch, patch = info.get("arch", {}), None
-    if args.model == "auto":
-        args.model, patch = infer_model(args.init) if args.init else ("vit_tiny", None)
-    if args.model.startswith("hiera"):
-        args.patch_size = None
-        if args.rpe:
-            raise InputError("--rpe is defined for ViT: Hiera attends in windows and pools its tokens")
-    else:
-        standard = MODELS[args.model].keywords.get("patch_size", 16)
-        args.patch_size = args.patch_size or patch or arch.get("patch_size") or standard
-    size = args.image_size or arch.get("img_size") or [224]
-    args.image_size = list(size) * 2 if len(size) == 1 else list(size)
-    if len(args.image_size) != 2:
-        raise InputError(f"--image-size takes one number, or height and width, not {len(args.image_size)} numbers")
-    if max(args.smoothing or 0, args.ema or 0) >= 1 or args.temperature == 0:
-        raise InputError("--smoothing and --ema must lie below 1, --temperature above 0")
-    args.mean = list(args.mean or info.get("mean") or IMAGENET_MEAN)
-    args.std = list(args.std or info.get("std") or IMAGENET_STD)
-    return args
+def solarize_add(image, value):
+    """Add to the dark half of all values."""
+    return image.point([min(255, i + value) if i < 128 else i for i in range(256)] * 3)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Data
-# ----------------------------------------------------------------------------------------------------------------------
-def read_image(path):
-    """Any image file -> (3, H, W) uint8 RGB: grey, palette, CMYK, 16-bit and alpha (dropped) included."""
-    with open(path, "rb") as file:
-        png = file.read(4) == b"\x89PNG"    # a damaged one crashes torchvision's decoder and the process with it
-    try:
-        if not png:
-            image = torchvision.io.decode_image(str(path), mode=torchvision.io.ImageReadMode.RGB)
-            return image[0] if image.dim() == 4 else image                     # first frame of an animation
-    except (RuntimeError, AttributeError):    # a format that only Pillow reads, a broken file, a torchvision without it
-        pass
-    with Image.open(path) as image:
-        if image.mode.startswith("I"):                                         # 16-bit grey, which convert() would clip
-            image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
-        image.info.pop("transparency", None)                                   # of a palette: dropped like any other
-        return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
+def posterize(image, bits):
+    """Keep so many bits of all values; 0, which ImageOps refuses, is black."""
+    return image.point([i & (256 - 2 ** (8 - bits)) for i in range(256)] * 3)
 
 
-TOY_CLASSES = ["disc", "square", "triangle", "ring"]
-
-
-@functools.lru_cache(maxsize=None)
-def draw_toy(index, size=64):
-    """Image number `index` of the toy set -> (3, size, size) uint8: a striped shape, TOY_CLASSES[index % 4], on shaded,
-    noisy ground. Place, size, angle, colours and stripes are random, so that no pixel tells the class."""
-    rng = np.random.default_rng([11, index])
-    y, x = np.mgrid[-1:1:size * 1j, -1:1:size * 1j]
-    direction, angle, radius = rng.uniform(0, 2 * np.pi), rng.uniform(-0.4, 0.4), rng.uniform(0.5, 0.7)
-    shade = 0.25 * (np.cos(direction) * x + np.sin(direction) * y)
-    image = rng.uniform(0.2, 0.8, 3) + shade[..., None] + rng.normal(0, 0.02, (size, size, 3))
-    x, y = x - rng.uniform(-0.2, 0.2), y - rng.uniform(-0.2, 0.2)
-    u, v = (x * np.cos(angle) + y * np.sin(angle)) / radius, (y * np.cos(angle) - x * np.sin(angle)) / radius
-    inside = (np.hypot(u, v) < 1, np.maximum(abs(u), abs(v)) < 0.8, (v < 0.6) & (v > 1.9 * abs(u) - 0.9),
-              (np.hypot(u, v) < 1) & (np.hypot(u, v) > 0.55))[index % 4]
-    stripes, colors = np.sin(rng.uniform(4, 12) * u + rng.uniform(0, 6)) > 0, rng.uniform(0, 1, (2, 3))
-    image[inside] = colors[stripes[inside].astype(int)]
-    return torch.from_numpy((image.clip(0, 1) * 255).astype(np.uint8)).permute(2, 0, 1)
-
-
-def read_item(dataset, index):
-    """Image `index` of a torchvision data set -> (3, H, W) uint8."""
-    return TF.pil_to_tensor(dataset[index][0].convert("RGB"))
-
-
-class LabelledImages(Dataset):
-    """Training item (epoch, index) -> image (3, H, W) uint8 cropped, flipped and RandAugmented by (seed, epoch, index),
-    label, index of the item that was read, 1 if that one stands in for an unreadable one.
-
-    items: list of (what load() takes, label). With train=False a key is an index and the image the centre crop after
-    its short side was resized to size / 0.875 (256 for 224), bicubic; an unreadable one has label -1.
-    """
-
-    def __init__(self, items, load, size, classes, train=True, crop_scale=(0.08, 1.0), magnitude=0, seed=0,
-                 skip_corrupt=False):
-        self.items, self.load, self.size, self.train = items, load, size, train
-        self.magnitude, self.seed, self.skip_corrupt = magnitude, seed, skip_corrupt
-        for what, label in items:
-            if not 0 <= label < classes:    # on a GPU it would end in a device-side assertion, far from its cause
-                raise InputError(f"image {what} has label {label}, the {classes} classes are 0..{classes - 1}")
-        self.transform = v2.Compose([
-            v2.RandomResizedCrop(size, tuple(crop_scale), ratio=(3 / 4, 4 / 3), interpolation=BICUBIC, antialias=True),
-            v2.RandomHorizontalFlip()]) if train else v2.Compose([
-                v2.Resize(round(max(size) / 0.875), interpolation=BICUBIC, antialias=True), v2.CenterCrop(size)])
-
-    def __len__(self):
-        return len(self.items)
-
-    def __getitem__(self, key):
-        epoch, index = key if self.train else (0, key)
-        torch.default_generator.manual_seed(hash((self.seed, epoch, index)) % 2 ** 63)
-        for tries in range(100):
-            what, label = self.items[index]
-            try:
-                image = self.load(what)
-            except (OSError, RuntimeError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-                if not self.skip_corrupt:
-                    raise InputError(f"cannot read image {what} ({type(error).__name__}): remove it, or go on without "
-                                     "it by --skip-corrupt") from None
-                if not self.train:
-                    return torch.zeros(3, *self.size, dtype=torch.uint8), -1, index, 1
-                index = (index + 1) % len(self.items)
-            else:
-                image = self.transform(image)
-                image = rand_augment(image, self.magnitude) if self.train and self.magnitude else image
-                return image, label, index, int(tries > 0)
-        raise InputError(f"100 unreadable images in a row, up to {what}: is --data a folder of images?")
-
-
-def list_folder(folder):
-    """A folder of class folders -> class names, [(file, label)]. Raises InputError if flat or a class is empty."""
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise InputError(f"{folder} is not a folder: --data needs train/CLASS/*.jpg and val/CLASS/*.jpg below it")
-    classes = sorted(p.name for p in folder.iterdir() if p.is_dir())
-    if not classes:
-        flat = sum(p.suffix.lower() in IMAGE_TYPES for p in folder.iterdir())
-        raise InputError(f"{folder} holds {flat} images and no class folders: move each image into a folder named "
-                         f"after its class, {folder}/CLASS/ (ImageNet's val comes flat: use valprep.sh)")
-    items = [(str(file), label) for label, name in enumerate(classes)
-             for file in sorted((folder / name).rglob("*")) if file.suffix.lower() in IMAGE_TYPES]
-    empty = [classes[k] for k in sorted(set(range(len(classes))) - {label for _, label in items})]
-    if empty:
-        raise InputError(f"{folder} has {len(empty)} class folder(s) without an image: {', '.join(empty[:5])}; remove "
-                         "or fill them")
-    return classes, items
-
-
-def torchvision_items(name, folder, split, download=False):
-    """Split 'train' or 'test' of a torchvision data set -> class names, [(index, label)], loader."""
-    parts, labels = [], []
-    for arguments in DATASETS[name][split]:
-        try:
-            part = DATASETS[name]["make"](folder, download=download, **arguments)
-        except ModuleNotFoundError as error:
-            raise InputError(f"--dataset {name} is read with {error.name}: pip install {error.name}") from None
-        except (RuntimeError, FileNotFoundError, ValueError) as error:
-            raise InputError(f"--dataset {name} is not complete in {folder} ({str(error).splitlines()[0]}): "
-                             "add --download, or give its folder by --data") from None
-        parts.append(part)    # torchvision has no common name for labels
-        labels += getattr(part, "targets", None) or getattr(part, "_labels", None) or [s[1] for s in part._samples]
-    return list(parts[0].classes), list(enumerate(map(int, labels))), functools.partial(read_item, ConcatDataset(parts))
-
-
-def select(items, fraction=1.0, shots=None, seed=0):
-    """A share, or so many, of each class's items (at least one), in their order. Less is always a part of more."""
-    kept, by_class = [], {}
-    for number, (_, label) in enumerate(items):
-        by_class.setdefault(label, []).append(number)
-    for label, numbers in by_class.items():
-        generator = torch.Generator().manual_seed(seed * 100_003 + label)
-        count = min(shots or len(numbers), max(1, round(fraction * len(numbers))))
-        kept += [numbers[i] for i in torch.randperm(len(numbers), generator=generator)[:count].tolist()]
-    return [items[number] for number in sorted(kept)]
-
-
-def make_data(args, train=True):
-    """-> training set (None with train=False), test set, class names, one line that says what they are."""
-    if args.dataset == "toy":
-        names = classes = TOY_CLASSES
-        load = test_load = draw_toy
-        items, test_items = ([(i, i % 4) for i in numbers] for numbers in (range(1200), range(1200, 1500)))
-    elif args.dataset in ("folder", "imagenet"):
-        load = test_load = read_image
-        names, test_items = list_folder(Path(args.data, "val"))
-        classes, items = list_folder(Path(args.data, "train")) if train else (names, [])
-    else:
-        names, test_items, test_load = torchvision_items(args.dataset, args.data, "test")
-        classes, items, load = torchvision_items(args.dataset, args.data, "train") if train else (names, [], None)
-    if names != classes:
-        missing, extra = sorted(set(classes) - set(names)), sorted(set(names) - set(classes))
-        raise InputError(f"{args.data}/train has {len(classes)} classes, {args.data}/val {len(names)}, not the same: "
-                         f"val lacks {', '.join(missing[:5]) or 'none'}, train lacks {', '.join(extra[:5]) or 'none'}")
-    if args.dataset == "imagenet" and len(classes) != 1000:
-        raise InputError(f"--dataset imagenet has 1000 classes, {args.data} {len(classes)}: for a part of it give "
-                         "--dataset folder")
-    make = functools.partial(LabelledImages, size=args.image_size, classes=len(classes), skip_corrupt=args.skip_corrupt)
-    test_set = make(test_items, test_load, train=False)
-    said = f"{len(test_set)} test images, {len(classes)} classes"
-    if not train:
-        return None, test_set, classes, f"{args.dataset}: {said}"
-    chosen = select(items, args.data_fraction, args.shots, args.seed)
-    train_set = make(chosen, load, crop_scale=args.crop_scale, magnitude=args.rand_augment or 0, seed=args.seed)
-    return train_set, test_set, classes, f"{args.dataset}: {len(chosen)} of {len(items)} training images, {said}"
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Method: augmentation, mixing, loss
-# ----------------------------------------------------------------------------------------------------------------------
-def move(image, shear=(0, 0), shift=(0, 0)):
-    """Shear (pixels per pixel, from the upper left corner) and shift (share of the side) of a Pillow image, bicubic."""
-    return TF.affine(image, 0, [shift[0] * image.width, shift[1] * image.height], 1,
-                     [math.degrees(math.atan(s)) for s in shear], BICUBIC, FILL, center=[0, 0])
-
-
-FILL = [124, 116, 104]    # the mean colour of ImageNet
-RAND_AUGMENT = {    # operation: (level m in 0..10, random sign s) -> argument v; (Pillow image x, v) -> image
-    "AutoContrast": (lambda m, s: None, lambda x, v: TF.autocontrast(x)),
-    "Equalize": (lambda m, s: None, lambda x, v: TF.equalize(x)),
-    "Invert": (lambda m, s: None, lambda x, v: TF.invert(x)),
-    "Rotate": (lambda m, s: s * 3 * m, lambda x, v: TF.rotate(x, v, BICUBIC, fill=FILL)),    # degrees
-    "Posterize": (lambda m, s: 4 - int(0.4 * m),                                             # bits that stay, 0: black
-                  lambda x, v: x.point([i & (256 - 2 ** (8 - v)) for i in range(256)] * 3)),
-    "Solarize": (lambda m, s: 256 - int(25.6 * m), lambda x, v: TF.solarize(x, v)),          # inverted from there on
-    "SolarizeAdd": (lambda m, s: int(11 * m),
-                    lambda x, v: x.point([min(255, i + v) if i < 128 else i for i in range(256)] * 3)),
-    "Color": (lambda m, s: 1 + s * 0.09 * m, lambda x, v: TF.adjust_saturation(x, v)),
-    "Contrast": (lambda m, s: 1 + s * 0.09 * m, lambda x, v: TF.adjust_contrast(x, v)),
-    "Brightness": (lambda m, s: 1 + s * 0.09 * m, lambda x, v: TF.adjust_brightness(x, v)),
-    "Sharpness": (lambda m, s: 1 + s * 0.09 * m, lambda x, v: TF.adjust_sharpness(x, v)),
-    "ShearX": (lambda m, s: s * 0.03 * m, lambda x, v: move(x, shear=(v, 0))),
-    "ShearY": (lambda m, s: s * 0.03 * m, lambda x, v: move(x, shear=(0, v))),
-    "TranslateX": (lambda m, s: s * 0.045 * m, lambda x, v: move(x, shift=(v, 0))),
-    "TranslateY": (lambda m, s: s * 0.045 * m, lambda x, v: move(x, shift=(0, v))),
+RAND_AUGMENT = {    # (RGB image x, level m in -10..10, its sign random, fill colour f) -> image
+    "AutoContrast": lambda x, m, f: ImageOps.autocontrast(x),
+    "Equalize": lambda x, m, f: ImageOps.equalize(x),
+    "Invert": lambda x, m, f: ImageOps.invert(x),
+    "Rotate": lambda x, m, f: x.rotate(3 * m, BICUBIC, fillcolor=f),               # degrees
+    "Posterize": lambda x, m, f: posterize(x, 4 - int(0.4 * abs(m))),              # bits that stay
+    "Solarize": lambda x, m, f: ImageOps.solarize(x, 256 - int(25.6 * abs(m))),    # threshold
+    "SolarizeAdd": lambda x, m, f: solarize_add(x, int(11 * abs(m))),
+    "Color": lambda x, m, f: ImageEnhance.Color(x).enhance(1 + 0.09 * m),
+    "Contrast": lambda x, m, f: ImageEnhance.Contrast(x).enhance(1 + 0.09 * m),
+    "Brightness": lambda x, m, f: ImageEnhance.Brightness(x).enhance(1 + 0.09 * m),
+    "Sharpness": lambda x, m, f: ImageEnhance.Sharpness(x).enhance(1 + 0.09 * m),
+    "ShearX": lambda x, m, f: affine(x, (1, 0.03 * m, 0, 0, 1, 0), f),
+    "ShearY": lambda x, m, f: affine(x, (1, 0, 0, 0.03 * m, 1, 0), f),
+    "TranslateX": lambda x, m, f: affine(x, (1, 0, 0.045 * m * x.width, 0, 1, 0), f),
+    "TranslateY": lambda x, m, f: affine(x, (1, 0, 0, 0, 1, 0.045 * m * x.height), f),
 }
 
 
-def rand_augment(image, magnitude, std=0.5, count=2):
-    """RandAugment as timm counts it, "rand-m{magnitude}-mstd{std}-inc1": (3, H, W) uint8 -> the same.
+def rand_augment(image, magnitude, fill):
+    """RandAugment as timm counts it, "rand-m{magnitude}-mstd0.5-inc1", of a Pillow RGB image.
 
-    `count` operations, drawn with replacement, each applied with probability 1/2 at a level ~ N(magnitude, std) clipped
-    to [0, 10], where 10 is the strongest. On Pillow images, where they are Pillow's own and faster than on tensors.
+    Two operations, drawn with replacement, each applied with probability 1/2 at a level
+    ~ N(magnitude, 0.5) clipped to [0, 10], 10 being the strongest. Uncovered pixels get `fill`.
     """
-    picture = None
-    for _ in range(count):
-        argument, operation = list(RAND_AUGMENT.values())[torch.randint(len(RAND_AUGMENT), ()).item()]
-        (apply, sign), noise = torch.rand(2).tolist(), torch.randn(()).item()
-        if apply < 0.5:
-            picture = picture or TF.to_pil_image(image)
-            level = min(10.0, max(0.0, magnitude + std * noise))
-            picture = operation(picture, argument(level, 1 if sign < 0.5 else -1))
-    return image if picture is None else TF.pil_to_tensor(picture)
+    operations = list(RAND_AUGMENT.values())
+    for _ in range(2):
+        operation = operations[torch.randint(len(operations), ())]
+        level = (magnitude + 0.5 * torch.randn(())).clamp(0, 10).item()
+        sign = 1 if torch.rand(()) < 0.5 else -1
+        if torch.rand(()) < 0.5:
+            image = operation(image, sign * level, fill)
+    return image
 
 
-def random_erasing(images, probability, area=(0.02, 1 / 3), aspect=(0.3, 1 / 0.3)):
-    """Fill a rectangle of an image with normal noise, with this probability. (B, 3, H, W) normalised -> the same.
-
-    Each image draws ten rectangles of random area (share of the image) and aspect and takes the first that fits.
-    Nothing here waits for the device.
-    """
-    B, _, H, W = images.shape
-    new = functools.partial(torch.empty, device=images.device)
-    pixels, log_aspect = H * W * new(B, 10).uniform_(*area), new(B, 10).uniform_(*map(math.log, aspect))
-    h, w = ((pixels * ratio).sqrt().round() for ratio in (log_aspect.exp(), (-log_aspect).exp()))    # (B, 10)
-    fits = (h < H) & (w < W)
-    first = fits.float().argmax(dim=1, keepdim=True)
-    h, w = h.gather(1, first), w.gather(1, first)                                                    # (B, 1)
-    top, left = ((new(B, 1).uniform_() * (total - side + 1)).floor() for total, side in ((H, h), (W, w)))
-    y, x = (torch.arange(n, device=images.device) for n in (H, W))
-    inside = ((y >= top) & (y < top + h))[:, :, None] & ((x >= left) & (x < left + w))[:, None]      # (B, H, W)
-    hit = (new(B, 1).uniform_() < probability) & fits.any(dim=1, keepdim=True)
-    return torch.where((inside & hit[:, :, None])[:, None], torch.randn_like(images), images)
+def random_erasing(images, probability):
+    """Fill a random rectangle of some of the images with normal noise, in place (arXiv 1708.04896,
+    the "pixel" mode of timm). (B, 3, H, W), normalised. The host never waits for the device."""
+    for image in images:
+        if torch.rand(()) < probability:
+            top, left, h, w, _ = RandomErasing.get_params(
+                image, (0.02, 1 / 3), (0.3, 1 / 0.3), [0.0])    # area, aspect, unused value
+            image[:, top:top + h, left:left + w].normal_()
 
 
-def soft_targets(labels, classes, smoothing=0.0):
-    """Labels (B,) -> (B, K): 1 - smoothing on the label, plus smoothing / K everywhere."""
-    off = torch.full((len(labels), classes), smoothing / classes, device=labels.device)
-    return off.scatter_add(1, labels[:, None], off.new_full((len(labels), 1), 1 - smoothing))
+def build_mixing(args, classes):
+    """Mixup (arXiv 1710.09412) or CutMix (1905.04899), of both a random one for each batch: images
+    (B, 3, H, W), labels (B,) -> images, targets (B, K); of neither, what came in."""
+    kinds = {v2.MixUp: args.mixup, v2.CutMix: args.cutmix}
+    choices = [kind(alpha=alpha, num_classes=classes) for kind, alpha in kinds.items() if alpha]
+    return v2.RandomChoice(choices or [v2.Identity()])
 
 
-def mix_batch(images, targets, mixup, cutmix):
-    """Mix each image with its partner in the reversed batch, one lam ~ Beta(alpha, alpha) for all, of any number.
-
-    Mixup: lam * x + (1 - lam) * partner. CutMix: a rectangle of area 1 - lam, cut off at the border, is the partner's,
-    and lam becomes the share of pixels kept. With both, a coin decides. images (B, 3, H, W), targets (B, K).
-    """
-    cut = cutmix > 0 and (mixup == 0 or torch.rand(()).item() < 0.5)
-    alpha, (H, W) = cutmix if cut else mixup, images.shape[2:]
-    lam = torch.distributions.Beta(alpha, alpha).sample().item()
-    if cut:
-        half, mixed = math.sqrt(1 - lam) / 2, images.clone()
-        (top, bottom), (left, right) = ((round(max(0, c - half) * n), round(min(1, c + half) * n))
-                                        for c, n in zip(torch.rand(2).tolist(), (H, W)))
-        mixed[:, :, top:bottom, left:right] = images.flip(0)[:, :, top:bottom, left:right]
-        lam = 1 - (bottom - top) * (right - left) / (H * W)
-    else:
-        mixed = lam * images + (1 - lam) * images.flip(0)
-    return mixed, lam * targets + (1 - lam) * targets.flip(0)
-
-
-def soft_cross_entropy(logits, targets):
-    """L = mean over images of -sum_k t_k log p_k. logits, targets (B, K); in float32."""
-    return -(targets * F.log_softmax(logits.float(), dim=1)).sum(dim=1).mean()
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Method: model and probes
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
+# Method: model and optimizer
+# --------------------------------------------------------------------------------------------------
 def build_model(args, classes):
-    """Classifier of --model with fresh norm and head; with --recipe linear and knn on a frozen encoder."""
-    vit_only = {} if args.model.startswith("hiera") else dict(patch_size=args.patch_size, rel_pos_bias=args.rpe)
-    model = MODELS[args.model](args.image_size, num_classes=classes, drop_path=args.drop_path or 0.0, **vit_only)
-    if args.recipe in ("linear", "knn"):
-        model.requires_grad_(False)
-        model.head = nn.Identity()
-    if args.recipe == "linear":    # the BatchNorm puts the features of any encoder on one scale, for one learning rate
-        model.head = nn.Sequential(nn.BatchNorm1d(model.embed_dim, affine=False), nn.Linear(model.embed_dim, classes))
-        nn.init.normal_(model.head[1].weight, std=0.01)
-        nn.init.zeros_(model.head[1].bias)
+    """Classifier of --model, its encoder from --init if there is one."""
+    kind = {}
+    if not args.model.startswith("hiera"):
+        kind = dict(patch_size=args.patch_size, rel_pos_bias=args.rpe)
+    model = MODELS[args.model](img_size=args.image_size, num_classes=classes,
+                               drop_path=args.drop_path, **kind)
+    if args.rpe:
+        init_beit(model)
+    if args.init:
+        load_encoder(model, args.init, args.keep_blocks)
     return model
 
 
-def knn_scores(features, train_features, train_labels, classes, neighbours=20, temperature=0.07, chunk=512):
-    """Weighted k-NN: scores (n, K), at each class the sum of exp((cosine - 1) / temperature) over the nearest training
-    images of it. features (n, D) and train_features (N, D) of length 1; `chunk` rows at a time bound the memory."""
-    scores = features.new_zeros(len(features), classes)
-    for start in range(0, len(features), chunk):
-        cosine, nearest = (features[start:start + chunk] @ train_features.T).topk(min(neighbours, len(train_features)))
-        scores[start:start + chunk].scatter_add_(1, train_labels[nearest], ((cosine - 1) / temperature).exp())
-    return scores
+def init_beit(model):
+    """Initial weights of the authors' models with relative position bias, those of BEiT (arXiv
+    2106.08254): truncated normal, the ends of the residual branches of block k over sqrt(2 k)."""
+    for module in model.modules():
+        if isinstance(module, (nn.Linear, nn.Conv2d)) and module is not model.head:
+            nn.init.trunc_normal_(module.weight, std=0.02)
+    for k, block in enumerate(model.blocks, start=1):
+        block.attn.proj.weight.data /= math.sqrt(2 * k)
+        block.mlp.fc2.weight.data /= math.sqrt(2 * k)
 
 
-@torch.no_grad()
-def extract(model, loader, args, device):
-    """-> features (n, D) of length 1 and labels (n,), on the device."""
-    features, labels, dtype = [], [], amp_dtype(args.dtype, device)
-    for images, target, _, _ in loader:
-        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            x = model(normalize(images.to(device), args.mean, args.std))
-        features.append(F.normalize(x.float(), dim=1))
-        labels.append(target.to(device))
-    return torch.cat(features), torch.cat(labels)
+def build_optimizer(model, args, lr):
+    """AdamW or SGD over the layers' groups, whose rates are lr * lr_scale."""
+    groups = param_groups(model, args.weight_decay, args.layer_decay, model.depth)
+    if args.optimizer == "adamw":
+        return torch.optim.AdamW(groups, lr, betas=(0.9, 0.999), fused=True)
+    return torch.optim.SGD(groups, lr, momentum=0.9, nesterov=True)
 
 
-def gather_rows(x, world):
-    """Rows of all processes, whose numbers may differ -> one tensor, the same everywhere."""
-    if world == 1:
-        return x
-    sizes = [torch.zeros((), dtype=torch.long, device=x.device) for _ in range(world)]
-    dist.all_gather(sizes, torch.tensor(len(x), device=x.device))
-    padded = torch.cat([x, x.new_zeros(int(max(sizes)) - len(x), *x.shape[1:])])
-    parts = [torch.empty_like(padded) for _ in range(world)]
-    dist.all_gather(parts, padded)
-    return torch.cat([part[:int(n)] for part, n in zip(parts, sizes)])
-
-
+# --------------------------------------------------------------------------------------------------
+# Training
+# --------------------------------------------------------------------------------------------------
 def lr_at(step, total, warmup, lr, min_lr):
-    """Learning rate of optimizer step `step` (from 0): linear warm-up from 0, then half a cosine down to min_lr."""
+    """Learning rate of step `step` (from 0): linear warm-up from 0, then half a cosine."""
     if step < warmup:
         return lr * step / warmup
-    return min_lr + (lr - min_lr) / 2 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
+    done = (step - warmup) / max(1, total - warmup)
+    return min_lr + (lr - min_lr) / 2 * (1 + math.cos(math.pi * done))
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Process group, batches, optimizer groups, checkpoint, log, training epoch (the same text in every training script)
-# ----------------------------------------------------------------------------------------------------------------------
-def init_distributed(device):
-    """torchrun sets RANK, LOCAL_RANK and WORLD_SIZE; without them this is one process. -> rank, world, torch.device"""
-    rank, local_rank, world = (int(os.environ.get(*v)) for v in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
-    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    if device == "auto":
-        device = next(name for name in available if available[name])
-    if not available[device]:
-        raise InputError(f"--device {device} is not available on this machine: choose another, or auto")
-    device = torch.device(device, local_rank) if device == "cuda" else torch.device(device)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-        torch.set_float32_matmul_precision("high")
-    if world > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    return rank, world, device
+def train(args):
+    """One run into args.out, from scratch, --init or its last.pt -> the last evaluation, a dict."""
+    run = rank, world, device, dtype = init_distributed(args)
+    torch.manual_seed(args.seed)
+    train_set, test_set = make_data(args, rank, world)
+    classes = train_set.classes
+    model = build_model(args, len(classes)).to(device)
+    mixing = build_mixing(args, len(classes))
+    sampler = EpochSampler(train_set, args.batch_size, args.accum_steps, rank, world, args.seed)
+    epoch = sampler.steps_per_epoch
+    last_step = args.epochs * epoch
+    peak_lr = args.base_lr * sampler.batch_size / 256
+    optimizer = build_optimizer(model, args, peak_lr)
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    describe(run, args, model, train_set, test_set, sampler, optimizer)
+    state = resume(args, FIXED, model, optimizer, scaler, rank, world)
+    check_classes(classes, state.get("classes", classes), args.data, f"{args.out}/last.pt")
+    step = sampler.first_step = state["step"]
+    best = state.get("best", -1.0)    # top-1
+    network = parallel(model, args, device, world)
+    batches = iter(DataLoader(train_set, sampler.micro_batch, sampler=sampler,
+                              num_workers=args.workers, pin_memory=device.type == "cuda"))
+    log = RunLog(args, step, last_step, sampler.batch_size, rank)
 
+    while True:
+        # evaluate every few epochs and at the end
+        if step >= last_step or (step and step % (args.eval_every * epoch) == 0):
+            result = report(run, args, model, test_set, step, best)
+            best = max(best, result["top1"])
+        if step >= last_step:
+            break
 
-def amp_dtype(name, device):
-    """--dtype as a torch.dtype; auto takes bf16 on GPUs that have it, fp16 on other GPUs, fp32 elsewhere."""
-    if name == "auto":
-        name = "fp32" if device.type != "cuda" else "bf16" if torch.cuda.is_bf16_supported() else "fp16"
-    return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[name]
+        # forward and backward, in micro-steps in which the host never waits for the device
+        started = time.perf_counter()
+        waited = total_loss = 0.0
+        items = []
+        network.train()
+        torch.manual_seed(mix_seed(args.seed, step, rank))
+        for micro_step in range(args.accum_steps):
+            before = time.perf_counter()
+            images, labels, index, unreadable = next(batches)
+            waited += time.perf_counter() - before
+            items += zip(index.tolist(), unreadable.tolist())
+            images = normalize(images.to(device, non_blocking=True), args.mean, args.std)
+            random_erasing(images, args.erasing)
+            images, targets = mixing(images, labels.to(device, non_blocking=True))
+            network.require_backward_grad_sync = micro_step == args.accum_steps - 1    # of DDP
+            with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+                logits = network(images).float()    # (B, K)
+            loss = F.cross_entropy(logits, targets, label_smoothing=args.smoothing)
+            scaler.scale(loss / args.accum_steps).backward()
+            total_loss += loss.detach() / args.accum_steps
 
+        # clip, and look at the loss before it can harm the weights: the one wait of a step
+        lr = lr_at(step, last_step, args.warmup_epochs * epoch, peak_lr, args.min_lr)
+        scaler.unscale_(optimizer)
+        grad_norm = clip_grad_norm_(model.parameters(), args.clip_grad or math.inf)
+        values = dict(loss=total_loss, grad_norm=grad_norm, stop=log.stop.is_set(),
+                      unreadable=world * sum(unreadable for _, unreadable in items))
+        values = average_over_processes(values, world, device)
+        check_step(values, total_loss, items, train_set, args, step, lr, scaler)
 
-class EpochBatches:
-    """Batch sampler: lists of (epoch, index) keys, the same global batches for any number of processes, micro-steps.
-
-    An epoch is a seeded permutation cut into batches of `batch` (an incomplete last one is left out), each dealt out to
-    accum_steps x world. A set smaller than `batch` makes one batch of all it has. Set `epoch`, and `start` to the
-    optimizer steps of it that are already done, before iterating.
-    """
-
-    def __init__(self, n, batch, accum_steps, rank, world, seed):
-        self.n, self.accum_steps, self.rank, self.world, self.seed = n, accum_steps, rank, world, seed
-        self.per_process = min(batch, n) // (accum_steps * world)
-        if batch % (accum_steps * world) or not self.per_process:
-            raise InputError(f"--batch-size {batch} cannot be dealt out evenly to {world} process(es) x --accum-steps "
-                             f"{accum_steps} from {n} images: choose a multiple of {accum_steps * world}, and at least "
-                             "as many images")
-        self.batch = self.per_process * accum_steps * world
-        self.steps, self.epoch, self.start = n // self.batch, 0, 0
-
-    def __len__(self):
-        return (self.steps - self.start) * self.accum_steps
-
-    def __iter__(self):
-        generator = torch.Generator().manual_seed(self.seed * 100_003 + self.epoch)
-        order = torch.randperm(self.n, generator=generator).tolist()
-        for micro in range(self.start * self.accum_steps, self.steps * self.accum_steps):
-            first = (micro * self.world + self.rank) * self.per_process
-            yield [(self.epoch, i) for i in order[first:first + self.per_process]]
-
-
-def check_numbers(args, zero):
-    """Refuse integer options below 1 (those named in `zero`: below 0), negative and NaN ones -> args."""
-    for name, value in vars(args).items():
-        for v in value if isinstance(value, (list, tuple)) else [value]:
-            low = int(isinstance(v, int) and name not in zero.split())
-            if isinstance(v, (int, float)) and not isinstance(v, bool) and not v >= low:
-                raise InputError(f"--{name.replace('_', '-')} {v} must be at least {low}")
-    return args
-
-
-def param_groups(model, weight_decay, layer_decay=1.0, depth=12):
-    """Optimizer groups: lr_scale = layer_decay^(depth + 1 - layer); no weight decay on biases, norms, tokens, position
-    tables. Names may start with 'encoder.'."""
-    groups, undecayed = {}, ("cls_token", "mask_token", "pos_embed", "relative_position_bias_table")
-    for name, p in model.named_parameters():
-        if p.requires_grad:
-            layer = depth + 1 if layer_decay == 1 else layer_id(name.removeprefix("encoder."), depth)
-            groups.setdefault((layer, p.dim() > 1 and not name.endswith(undecayed)), []).append(p)
-    return [{"params": params, "weight_decay": weight_decay if decayed else 0.0, "layer": layer,
-             "lr_scale": layer_decay ** (depth + 1 - layer)} for (layer, decayed), params in sorted(groups.items())]
-
-
-def save_checkpoint(path, **state):
-    """Write plain types and tensors atomically: a killed job never leaves half a file under the name `path`."""
-    torch.save(state, f"{path}.tmp")
-    os.replace(f"{path}.tmp", path)
-
-
-def resume(path, args, images):
-    """State saved in `path`, or None. The options must be those of the interrupted run, but for the free ones, and so
-    must the number of training images."""
-    free = "workers device compile max_steps log_every eval_every save_every no_resume eval predict mode stride".split()
-    if args.no_resume or not Path(path).exists():
-        return None
-    state = read_file(path)
-    if not isinstance(state, dict) or not {"args", "images", "optimizer"} <= state.keys():
-        raise InputError(f"{path} is no checkpoint to go on from: give another --out, or --no-resume to start again")
-    now, before = json.loads(json.dumps(vars(args))), state["args"]
-    changed = [f"--{k.replace('_', '-')} {before.get(k)}" for k in now if k not in free and before.get(k) != now[k]]
-    changed += [f"{state['images']} training images, not {images}"] if state["images"] != images else []
-    if changed:
-        raise InputError(f"{path} was written with {', '.join(changed[:5])}: give the same options to go on, another "
-                         "--out, or --no-resume to start again")
-    return state
-
-
-def log_line(path, rank, **values):
-    """Append one JSON object to log.jsonl (rank 0 only)."""
-    if rank == 0:
-        values = {k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in values.items()}
-        with open(path, "a") as file:
-            file.write(json.dumps(values) + "\n")
-
-
-def read_log(path):
-    """The objects in log.jsonl, but for a line that a killed run left unfinished."""
-    return [json.loads(line) for line in Path(path).read_text().splitlines() if line.endswith("}")]
-
-
-def open_log(path, rank, args, step):
-    """Keep what a resumed run logged up to its checkpoint; a new log begins with the options and the git commit."""
-    if rank == 0:
-        lines = read_log(path) if step and Path(path).exists() else []
-        git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
-        commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() if shutil.which("git") else ""
-        lines = [v for v in lines if v.get("step", 0) <= step] or [{"args": vars(args), "commit": commit}]
-        Path(path).write_text("".join(json.dumps(v) + "\n" for v in lines))
-
-
-def memory_gb(device):
-    """Peak memory: allocated on a GPU, resident of this process elsewhere (0 where the system does not tell)."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated() / 2 ** 30
-    unit = 2 ** 30 if sys.platform == "darwin" else 2 ** 20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit if resource else 0.0
-
-
-def train_epoch(model, loader, losses_of, names_of, optimizer, scaler, lr_of, step, until, total, args, rank, world,
-                device, stop):
-    """Optimizer steps from `step` to the end of the epoch or to `until` -> next step, True if SIGTERM asked to stop.
-
-    losses_of(model, batch) -> dict of scalars, "loss" first; names_of(batch) -> its images, for error messages;
-    lr_of(step) -> learning rate; `total` steps of the whole run, for the estimate of the time left. Losses stay on the
-    device and are read every --log-every steps, when they are also averaged over processes and written to log.jsonl.
-    Raises FloatingPointError on every process if a loss is not finite on any; nothing has been saved since.
-    """
-    model.train()
-    sampler, dtype, log = loader.batch_sampler, amp_dtype(args.dtype, device), Path(args.out) / "log.jsonl"
-    params = [p for group in optimizer.param_groups for p in group["params"]]
-    end, asked, finite, window = min(step + sampler.steps - sampler.start, until), False, None, []
-    batches, waited, begun, first = iter(loader), 0.0, time.perf_counter(), step
-    bar = tqdm(total=end - step, desc=f"epoch {sampler.epoch + 1}", disable=rank != 0, leave=False)
-    while step < end and not asked:
-        for micro in range(args.accum_steps):
-            waiting = time.perf_counter()
-            batch = next(batches)
-            waited += time.perf_counter() - waiting
-            torch.manual_seed((args.seed * 1_000_003 + step) * 4096 + micro * world + rank)   # no RNG state to save
-            last = micro == args.accum_steps - 1
-            with contextlib.nullcontext() if world == 1 or last else model.no_sync():         # one all-reduce a step
-                with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-                    losses = losses_of(model, batch)
-                scaler.scale(losses["loss"] / args.accum_steps).backward()
-            window.append((step, names_of(batch), {k: v.detach().float() for k, v in losses.items()}))
-        lr = lr_of(step)
+        # update
         for group in optimizer.param_groups:
             group["lr"] = lr * group["lr_scale"]
-        scaler.unscale_(optimizer)
-        grad_norm = nn.utils.clip_grad_norm_(params, args.clip_grad or math.inf)
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
         step += 1
-        if step % args.log_every and step < end and not (stop.is_set() and world == 1):
-            continue
 
-        # the only place where the host waits for the device, and processes for each other's losses
-        own = torch.stack([torch.stack([*values.values()]) for _, _, values in window])       # (micro-steps, losses)
-        mean, flag = own / world, torch.tensor([float(stop.is_set())], device=device)
-        if world > 1:
-            dist.all_reduce(mean)
-            dist.all_reduce(flag)
-        asked, bad = flag.item() > 0, (~mean.isfinite().all(dim=1)).nonzero().flatten().tolist()
-        if bad:
-            where, names, _ = window[bad[0]]
-            for r in range(world):    # every process names its own images, one after another
-                if r == rank and not own[bad[0]].isfinite().all():
-                    print(f"non-finite loss in process {rank}, images: {', '.join(names)}", file=sys.stderr, flush=True)
-                if world > 1:
-                    dist.barrier()
-            finite = mean[bad[0] - 1, 0].item() if bad[0] else finite
-            raise FloatingPointError(
-                f"the loss is {mean[bad[0], 0].item()} at step {where}, lr {lr_of(where):.3g}, last finite {finite};"
-                f" checkpoints in {args.out} are from before; try --dtype fp32, --clip-grad 1 or a lower learning rate")
-        finite, seconds = mean[-1, 0].item(), time.perf_counter() - begun
-        means, rate, share = mean.mean(dim=0).tolist(), (step - first) * sampler.batch / seconds, waited / seconds
-        eta, memory = (total - step) * sampler.batch / rate / 3600, memory_gb(device)
-        log_line(log, rank, step=step, epoch=sampler.epoch + 1, **dict(zip(window[0][2], means)), lr=lr,
-                 grad_norm=grad_norm.item(), img_s=rate, data_share=share, memory_gb=memory, eta_h=eta)
-        bar.update(step - first)
-        bar.set_postfix_str(f"loss {means[0]:.4f}, {rate:.0f} img/s, data {share:.0%}, {eta:.2g} h left")
-        if rank == 0 and step >= 50 > first:
-            bar.write(f"after {step} steps: {rate:.0f} images/s, {memory:.1f} GB, {eta:.2g} hours to go")
-        if rank == 0 and share > 0.3 and step == end:
-            bar.write(f"waiting for data {share:.0%} of the time: more --workers, or a faster disk, would help")
-        window, waited, begun, first = [], 0.0, time.perf_counter(), step
-    bar.close()
-    if not torch.stack([p.isfinite().all() for p in params]).all():    # a last update can do it; once per epoch
-        raise FloatingPointError(f"weights are not finite after step {step}; checkpoints in {args.out} are from before;"
-                                 " try a lower learning rate")
-    return step, asked
+        # log, save
+        log.add(step, lr, values, time.perf_counter() - started, waited)
+        if step % epoch == 0 or step == last_step or values["stop"]:
+            save("last.pt", rank, args, model, classes, step, best,
+                 optimizer=optimizer.state_dict(), scaler=scaler.state_dict())
+        if values["stop"] and step < last_step:
+            break
+
+    log.close(step)
+    return result
 
 
-def draw_curves(path, panels):
-    """Line charts side by side as a PNG. panels: title -> {label: [(x, y), ...]}."""
-    font, width, height = ImageFont.load_default(13), 430, 300
-    colors = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#000000")
-    image = Image.new("RGB", (width * len(panels), height), "white")
-    draw = ImageDraw.Draw(image)
-    for i, (title, lines) in enumerate(panels.items()):
-        left, top, right, bottom = i * width + 62, 34, (i + 1) * width - 16, height - 34
-        xs, ys = ([p[axis] for line in lines.values() for p in line] or [0, 1] for axis in (0, 1))
-        (x0, x1), (y0, y1) = ((min(v), max(v) if max(v) > min(v) else min(v) + 1) for v in (xs, ys))
-
-        def place(x, y):
-            return left + (x - x0) / (x1 - x0) * (right - left), bottom - (y - y0) / (y1 - y0) * (bottom - top)
-
-        draw.text((left, 8), title, "black", font)
-        for k in range(5):
-            x, y = x0 + (x1 - x0) * k / 4, y0 + (y1 - y0) * k / 4
-            draw.line([place(x0, y), place(x1, y)], "#dddddd")
-            draw.text((left - 6, place(x0, y)[1]), f"{y:.3g}", "black", font, anchor="rm")
-            draw.text((place(x, y0)[0], bottom + 6), f"{x:.4g}", "black", font, anchor="ma" if k < 4 else "ra")
-        for k, (label, line) in enumerate(lines.items()):
-            points = [place(*p) for p in line]
-            draw.line(points, colors[k % 5], 2)
-            for x, y in points if len(points) < 40 else ():
-                draw.ellipse([x - 2, y - 2, x + 2, y + 2], colors[k % 5])
-            draw.text((right - 4, top + 4 + 16 * k), label, colors[k % 5], font, anchor="ra")
-    image.save(path)
+def save(name, rank, args, model, classes, step, best, **training):
+    """A classifier: best.pt, or last.pt, with all that its run needs to go on."""
+    if rank == 0:
+        save_checkpoint(Path(args.out, name), model=model.state_dict(), arch=model.arch,
+                        classes=classes, mean=args.mean, std=args.std, args=plain(args),
+                        step=step, best=best, **training)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Evaluation and pictures
-# ----------------------------------------------------------------------------------------------------------------------
-@torch.no_grad()
-def evaluate(classify, classes, loader, args, world, device):
-    """Accuracies in % and loss over the test images, each counted once at any world size -> dict, confusion matrix.
-
-    classify: normalised images (B, 3, H, W) -> scores (B, K). The matrix (K, K) has true classes in rows.
-    """
-    sums, confusion = torch.zeros(4, device=device), torch.zeros(classes * classes, device=device)
-    dtype, begun = amp_dtype(args.dtype, device), time.perf_counter()
-    for images, target, _, _ in loader:
-        images, target = (x.to(device, non_blocking=True) for x in (images, target))
-        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            scores = classify(normalize(images, args.mean, args.std)).float()
-        seen, truth = (target >= 0).float(), target.clamp(min=0)                     # unreadable files have -1
-        top = scores.topk(min(5, classes)).indices                                   # (B, 5), best first
-        right = (top == truth[:, None]) * seen[:, None]
-        loss = F.cross_entropy(scores, truth, reduction="none") * seen
-        sums += torch.stack([seen.sum(), right[:, 0].sum(), right.sum(), loss.sum()])
-        confusion.index_add_(0, truth * classes + top[:, 0], seen)
-    if world > 1:
-        dist.all_reduce(sums)
-        dist.all_reduce(confusion)
-    (n, top1, top5, loss), confusion = sums.tolist(), confusion.view(classes, classes).cpu()
-    if not n:
-        raise InputError("no test image could be read: is the test split of --data complete?")
-    images = confusion.sum(dim=1)
-    mean_class = (confusion.diagonal() / images)[images > 0].mean().item()
-    return {"top1": 100 * top1 / n, "top5": 100 * top5 / n, "mean_class": 100 * mean_class, "val_loss": loss / n,
-            "test_images": int(n), "test_img_s": n / (time.perf_counter() - begun)}, confusion
-
-
-def sentence(values):
-    return (f"top-1 {values['top1']:.2f}, top-5 {values['top5']:.2f}, mean over classes {values['mean_class']:.2f}, "
-            f"loss {values['val_loss']:.4f} on {values['test_images']} images")
-
-
-def write_classes(out, classes, confusion):
-    """classes.csv: images and top-1 of each class, and the class it is most often taken for. Up to 100 classes:
-    confusion.png, each row (true class) in shares of its images, white 0, dark blue 1."""
-    with open(Path(out, "classes.csv"), "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
-        writer = csv.writer(file)
-        writer.writerow(("class", "images", "top1", "most_confused_with", "confused_images"))
-        for k, (name, row) in enumerate(zip(classes, confusion)):
-            images, top1 = int(row.sum()), 100 * row[k].item() / max(1, row.sum().item())
-            wrong, other = row.index_fill(0, torch.tensor(k), 0).max(dim=0)
-            writer.writerow((name, images, f"{top1:.2f}", classes[other] if wrong else "", int(wrong)))
-    K, font = len(classes), ImageFont.load_default(12)
-    if K > 100:
+def describe(run, args, model, train_set, test_set, sampler, optimizer):
+    """Print what this run is, once."""
+    rank, world, device, dtype = run
+    if rank != 0:
         return
-    cell = max(8, min(30, 900 // K))
-    names = [name if len(name) <= 24 else name[:23] + "..." for name in classes] if cell >= 12 else [""] * K
-    side, width = K * cell, max(90, 12 + max(int(font.getlength(name)) for name in names))
-    rows, columns = (Image.new("RGB", (width, side), "white") for _ in range(2))
-    for k, name in enumerate(names):
-        ImageDraw.Draw(rows).text((width - 4, (k + 0.5) * cell), name, "black", font, anchor="rm")
-        ImageDraw.Draw(columns).text((4, (k + 0.5) * cell), name, "black", font, anchor="lm")
-    share = (confusion / confusion.sum(dim=1, keepdim=True).clamp(min=1)).numpy()
-    pixels = Image.fromarray((255 - share[..., None] * np.array([235, 180, 110])).astype(np.uint8))
-    sheet = Image.new("RGB", (width + side + 12, width + side + 12), "white")
-    sheet.paste(rows, (0, width))
-    sheet.paste(columns.transpose(Image.Transpose.ROTATE_90), (width, 0))
-    ImageDraw.Draw(sheet).rectangle([width - 1, width - 1, width + side, width + side], outline="black")
-    sheet.paste(pixels.resize((side, side), Image.Resampling.NEAREST), (width, width))
-    ImageDraw.Draw(sheet).text((8, 8), "rows: true\ncolumns:\npredicted", "black", font)
-    sheet.save(Path(out, "confusion.png"))
+    parameters = sum(p.numel() for p in model.parameters()) / 1e6
+    print(f"\n{args.out}: {args.model} of {parameters:.2f}M parameters, from "
+          f"{args.init or 'scratch'}; {args.dataset}: {len(train_set)} training images, "
+          f"{len(test_set)} test images")
+    peak_lr = optimizer.defaults["lr"]
+    print(f"recipe {args.recipe}, {sampler.steps_per_epoch} steps an epoch, warm-up "
+          f"{args.warmup_epochs:.3g} of {args.epochs} epochs; {device}, {dtype}\n"
+          f"batch {sampler.batch_size} = {sampler.micro_batch} images x {world} process(es) x "
+          f"{args.accum_steps} micro-steps; lr {peak_lr:.3g} = {args.base_lr:g} * batch / 256")
+    scales = {group["layer"]: group["lr_scale"] for group in optimizer.param_groups}
+    rates = " ".join(f"{peak_lr * scale:.2g}" for scale in scales.values())
+    print(f"lr of layers {min(scales)} (embedding) to {max(scales)} (head): {rates}; weight decay "
+          f"{args.weight_decay:g} on matrices, 0 on biases, norms and tokens")
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Main
-# ----------------------------------------------------------------------------------------------------------------------
-def shard(dataset, batch_size, args, rank, world, device):
-    """Loader over this process's part of a data set, each item once over all processes."""
-    return DataLoader(Subset(dataset, range(rank, len(dataset), world)), batch_size, num_workers=args.workers,
-                      pin_memory=device.type == "cuda")
+# --------------------------------------------------------------------------------------------------
+# Data
+# --------------------------------------------------------------------------------------------------
+def centre_crop(image, size):
+    """The authors' test image: shorter side to size / 0.875 (256 for 224), bicubic, then the centre
+    -> Pillow RGB of `size`, height and width."""
+    image = TF.resize(image.convert("RGB"), [int(max(size) / 0.875)], BICUBIC)
+    return TF.center_crop(image, size)
 
 
-def make_optimizer(model, args, say):
-    """AdamW or SGD over the layers' groups; says the rate of each layer and what of it decays."""
-    groups = param_groups(model, args.weight_decay, args.layer_decay, model.depth)
-    for layer in sorted({group["layer"] for group in groups}):
-        own = [group for group in groups if group["layer"] == layer]
-        parts = [f"{sum(p.numel() for p in g['params']):,} values at weight decay {g['weight_decay']:g}" for g in own]
-        scale = own[0]["lr_scale"]
-        say(f"  layer {layer:2d}: lr {args.lr * scale:.3g} = {args.lr:.3g} * {scale:.4f}; {', '.join(parts)}")
-    if args.optimizer == "adamw":
-        return torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.999), fused=True)
-    return torch.optim.SGD(groups, lr=args.lr, momentum=0.9)
+class LabelledImages(Dataset):
+    """Item (epoch, index) -> image (3, h, w) uint8, label, index, and whether the file could not be
+    read (another image stands in for it). All randomness comes from (seed, epoch, index).
+
+    items: [(picture, label)], a picture being a path, the number of a toy picture, or pixels
+    (H, W, 3). Training images are cropped, flipped and RandAugmented, test images centre crops.
+    """
+
+    def __init__(self, items, classes, args, train=True):
+        self.items = items
+        self.classes = classes
+        self.args = args
+        self.train = train
+        strange = {label for _, label in items} - set(range(len(classes)))
+        if strange:    # on a GPU a crash, far from its cause
+            raise InputError(f"labels {sorted(strange)[:5]} are none of the {len(classes)} classes "
+                             "from 0 on: is --data complete?")
+
+    def __len__(self):
+        return len(self.items)
+
+    def name(self, index):
+        picture = self.items[index][0]
+        return f"number {index}" if isinstance(picture, np.ndarray) else str(picture)
+
+    def __getitem__(self, key):
+        epoch, index = key
+        with torch.random.fork_rng(devices=[]):    # the process's own generator is left alone
+            torch.default_generator.manual_seed(mix_seed(self.args.seed, epoch, index))
+            for tries in range(100):
+                picture, label = self.items[(index + tries) % len(self)]
+                try:
+                    image = self.crop(picture)
+                except READ_ERRORS:
+                    continue
+                if self.train and self.args.rand_augment:
+                    fill = tuple(round(255 * value) for value in self.args.mean)
+                    image = TF.to_pil_image(image)
+                    image = to_tensor(rand_augment(image, self.args.rand_augment, fill))
+                return image, label, index, tries > 0
+        raise InputError(f"100 unreadable images in a row, from {self.name(index)} on: is --data a "
+                         "folder of images?")
+
+    def crop(self, picture):
+        image = Image.fromarray(picture) if isinstance(picture, np.ndarray) else open_item(picture)
+        if self.train:
+            return random_crop(image, self.args.image_size, (self.args.min_crop, 1))
+        return to_tensor(centre_crop(image, self.args.image_size))
 
 
-def update_ema(pairs, decay):
-    """averaged = decay * averaged + (1 - decay) * now, for pairs (averaged, now) of tensors; counters are copied."""
-    for averaged, now in pairs:
-        averaged.lerp_(now, 1 - decay) if averaged.is_floating_point() else averaged.copy_(now)
+def list_items(args, split):
+    """Split "train" or "test" of --dataset -> [(picture, label)], class names; or InputError."""
+    if args.dataset == "toy":
+        numbers = range(2000) if split == "train" else range(7000, 7800)
+        return [(i, toy_picture(i)[1]) for i in numbers], list(TOY_CLASSES)
+    if args.dataset in ("folder", "imagenet"):
+        return list_folder(Path(args.data, "train" if split == "train" else "val"))
+    return list_torchvision(args, split)
 
 
-def run(args, rank, world, device):
-    """One run: data, model, training with resume, evaluation, pictures -> the last evaluation, with 'seconds'."""
-    args, say = resolve(args), print if rank == 0 else lambda *_: None
-    out = Path(args.out)
-    out.mkdir(parents=True, exist_ok=True)
-    torch.manual_seed(args.seed)
-    entries = {key: (getattr(args, key), value) for key, value in RECIPES[args.recipe].items()}
-    say(f"\nrecipe {args.recipe}: " + ", ".join(f"{key} {now}" + (f" (recipe: {value})" if now != value else "")
-                                                for key, (now, value) in entries.items()))
-    # data
-    if args.download:
-        if rank == 0 and "make" in DATASETS[args.dataset]:
-            for split in ("train", "test"):
-                torchvision_items(args.dataset, args.data, split, download=True)
-        if world > 1:
-            dist.barrier()
-        args.download = False    # no part of the run: the same command without it goes on
-    train_set, test_set, classes, said = make_data(args)
-    say(said)
-
-    # model
-    model = build_model(args, len(classes))
-    if args.keep_blocks is not None and not 0 <= args.keep_blocks <= model.depth:
-        raise InputError(f"--keep-blocks {args.keep_blocks} must lie in 0..{model.depth}")
-    if args.init:
-        load_encoder(model, args.init, args.keep_blocks)
-    model.to(device)
-    kept = "" if args.keep_blocks is None else f", its embedding and blocks 1..{args.keep_blocks} alone"
-    millions = sum(p.numel() for p in model.parameters()) / 1e6
-    start = args.init + kept if args.init else "scratch"
-    say(f"{args.model} at {'x'.join(map(str, args.image_size))}: {millions:.2f}M parameters, starting from {start}")
-    if args.recipe == "knn":
-        return run_knn(model, train_set, test_set, classes, args, rank, world, device)
-
-    # recipe
-    batches = EpochBatches(len(train_set), args.batch_size, args.accum_steps, rank, world, args.seed)
-    loader = DataLoader(train_set, batch_sampler=batches, num_workers=args.workers, persistent_workers=args.workers > 0,
-                        pin_memory=device.type == "cuda")
-    test_loader = shard(test_set, max(64, batches.per_process), args, rank, world, device)
-    if args.recipe == "linear" and batches.per_process < 2:
-        raise InputError("the BatchNorm of --recipe linear needs 2 images per process: raise --batch-size")
-    args.lr = args.base_lr * batches.batch / 256
-    total, warmup = args.epochs * batches.steps, int(args.warmup_epochs * batches.steps)
-    until, dtype = min(total, args.max_steps or total), amp_dtype(args.dtype, device)
-    smaller = "" if batches.batch == args.batch_size else f" (not {args.batch_size}: the data set is smaller)"
-    say(f"{batches.per_process} images x {world} process(es) x {args.accum_steps} accumulation = batch {batches.batch}"
-        f"{smaller}; lr {args.lr:.3g} = {args.base_lr:g} * {batches.batch} / 256; {batches.steps} steps per epoch; "
-        f"{device}, {dtype}")
-    optimizer = make_optimizer(model, args, say)
-    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    judged = copy.deepcopy(model) if args.ema else model    # what is evaluated, and saved in best.pt
-    step, best, state = 0, {"top1": -1.0}, resume(out / "last.pt", args, len(train_set))
-    if state and state["classes"] != classes:
-        raise InputError(f"{out}/last.pt was trained on other classes than those of {args.data}: give another --out")
-    if state:
-        model.load_state_dict(state["model"])
-        judged.load_state_dict(state["ema"] or state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        scaler.load_state_dict(state["scaler"])
-        step, best = state["step"], state["best"]
-        say(f"{out}/last.pt: {'finished already' if step >= until else 'going on'} after step {step} of {total}")
-    open_log(out / "log.jsonl", rank, args, step)
-    if args.ema:
-        pairs = list(zip(judged.state_dict().values(), model.state_dict().values()))
-        optimizer.register_step_post_hook(lambda *_: update_ema(pairs, args.ema))
-    student = torch.compile(model) if args.compile else model
-    if world > 1:
-        student = DistributedDataParallel(student, device_ids=[device.index] if device.type == "cuda" else None,
-                                          gradient_as_bucket_view=True)
-    skipped = 0
-
-    def losses_of(student, batch):
-        nonlocal skipped
-        images, labels, _, unreadable = batch
-        skipped += int(unreadable.sum())
-        images = normalize(images.to(device, non_blocking=True), args.mean, args.std)
-        targets = soft_targets(labels.to(device, non_blocking=True), len(classes), args.smoothing)
-        if args.erasing:
-            images = random_erasing(images, args.erasing)
-        if args.mixup or args.cutmix:
-            images, targets = mix_batch(images, targets, args.mixup, args.cutmix)
-        return {"loss": soft_cross_entropy(student(images), targets)}
-
-    def names_of(batch):
-        return [str(train_set.items[i][0]) for i in batch[2].tolist()]
-
-    def lr_of(step):
-        return lr_at(step, total, warmup, args.lr, args.min_lr)
-
-    def save(name, model, **training):
-        if rank == 0:
-            save_checkpoint(out / name, model=model.state_dict(), arch=model.arch, classes=classes, mean=args.mean,
-                            std=args.std, step=step, best=best, args=json.loads(json.dumps(vars(args))), **training)
-
-    def save_last():
-        save("last.pt", model, optimizer=optimizer.state_dict(), scaler=scaler.state_dict(), images=len(train_set),
-             ema=judged.state_dict() if args.ema else None)
-
-    def report():
-        nonlocal best
-        judged.eval()
-        for buffer in judged.buffers() if world > 1 else ():    # the probe's BatchNorm: that of the first
-            dist.broadcast(buffer, 0)
-        values, confusion = evaluate(judged, len(classes), test_loader, args, world, device)
-        log_line(out / "log.jsonl", rank, step=step, **values)
-        say(f"epoch {step // batches.steps}: {sentence(values)}")
-        if values["top1"] > best["top1"]:
-            best = dict(values, step=step)
-            save("best.pt", judged)
-        return values, confusion
-
-    # training
-    stop, begun = threading.Event(), time.perf_counter()
-    signal.signal(signal.SIGTERM, lambda *_: stop.set())
-    while step < until:
-        batches.epoch, batches.start = divmod(step, batches.steps)
-        step, stopped = train_epoch(student, loader, losses_of, names_of, optimizer, scaler, lr_of, step, until, total,
-                                    args, rank, world, device, stop)
-        if skipped:
-            say(f"epoch {batches.epoch + 1}: {skipped} unreadable files replaced in process {rank}")
-        save_last()
-        if stopped:
-            raise SystemExit(f"stopped by SIGTERM after step {step}; the same command goes on from {out}/last.pt")
-        if step < until and step % (batches.steps * args.eval_every) == 0:
-            report()
-            save_last()
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)    # nothing left to save
-    seconds = time.perf_counter() - begun
-    values, confusion = report()
-    save_last()
-    if rank == 0:
-        write_classes(out, classes, confusion)
-        lines = read_log(out / "log.jsonl")
-        curve = lambda key: [(v["step"], v[key]) for v in lines if key in v]
-        draw_curves(out / "curves.png", {"loss by step": {"train": curve("loss"), "test": curve("val_loss")},
-                                         "top-1 by step, %": {"test": curve("top1")}})
-        print(f"last top-1 {values['top1']:.2f}, best {best['top1']:.2f} after epoch {best['step'] // batches.steps}; "
-              f"{seconds:.0f} s\nlast.pt, best.pt, classes.csv and pictures are in {out}")
-    return dict(values, seconds=seconds)
+def list_folder(folder):
+    """A folder of class folders -> [(file, label)], class names, or InputError."""
+    try:
+        found = datasets.ImageFolder(folder)
+    except OSError as error:
+        raise InputError(f"{folder} has no images in class folders ({error}): --data needs "
+                         "train/CLASS/ and val/CLASS/ below it, none of them empty; ImageNet's val "
+                         "comes flat and is sorted by valprep.sh") from None
+    return found.samples, found.classes
 
 
-def run_knn(model, train_set, test_set, classes, args, rank, world, device):
-    """The k-NN probe: features of the training images under test crops, then a weighted vote for each test image."""
-    model.eval()
-    train_set = LabelledImages(train_set.items, train_set.load, args.image_size, len(classes), train=False,
-                               skip_corrupt=args.skip_corrupt)
-    own = tqdm(shard(train_set, args.batch_size, args, rank, world, device), "features", disable=rank != 0, leave=False)
-    features, labels = (gather_rows(x, world) for x in extract(model, own, args, device))
-    features, labels = features[labels >= 0], labels[labels >= 0]
+def list_torchvision(args, split):
+    """Split of a data set of torchvision -> [(file or pixels, label)], class names."""
+    known = DATASETS[args.dataset]
+    items = []
+    for arguments in known[split]:
+        try:
+            part = known["make"](args.data, download=args.download, **arguments)
+        except (ImportError, OSError, RuntimeError, ValueError) as error:
+            remedy = known.get("source", "add --download, or give its folder by --data")
+            raise InputError(f"--dataset {args.dataset} cannot be read from {args.data} "
+                             f"({str(error).splitlines()[0]}): {remedy}") from None
+        columns = [getattr(part, field) for field in known["fields"]]
+        items += zip(*columns) if len(columns) == 2 else columns[0]
+    items = [(picture, int(label)) for picture, label in items]
+    numbers = map(str, range(1, 103))    # of flowers, whose names old versions lack
+    return items, list(getattr(part, "classes", numbers))
 
-    def vote(images):    # -> logarithm of the share of votes, so that the loss is that of the votes as probabilities
-        x = F.normalize(model(images).float(), dim=1)
-        with torch.autocast(device.type, enabled=False):
-            votes = knn_scores(x, features, labels, len(classes), args.neighbours, args.temperature)
-        return (votes / votes.sum(dim=1, keepdim=True).clamp(min=1e-30)).clamp(min=1e-12).log()
-    loader = shard(test_set, args.batch_size, args, rank, world, device)
-    values, confusion = evaluate(vote, len(classes), loader, args, world, device)
-    log_line(Path(args.out, "log.jsonl"), rank, args=vars(args), **values)
-    if rank == 0:
-        write_classes(args.out, classes, confusion)
-        print(f"{args.neighbours} nearest neighbours: {sentence(values)}")
+
+def select(items, fraction, shots, seed):
+    """A share, or so many, of each class's items (at least one), in their order. Less is always a
+    part of more."""
+    labels = np.array([label for _, label in items])
+    kept = []
+    for label in np.unique(labels).tolist():
+        members = np.flatnonzero(labels == label)
+        generator = torch.Generator().manual_seed(mix_seed(seed, label))
+        order = torch.randperm(len(members), generator=generator)
+        count = min(shots or len(members), max(1, round(fraction * len(members))))
+        kept += members[order[:count].numpy()].tolist()
+    return [items[i] for i in sorted(kept)]
+
+
+def make_data(args, rank, world):
+    """-> training set, test set, of the same classes. With --download, process 0 comes first."""
+    if args.download and rank > 0:
+        dist.barrier()
+    items, classes = list_items(args, "train")
+    test_items, test_classes = list_items(args, "test")
+    if args.download and rank == 0 and world > 1:
+        dist.barrier()
+    check_classes(classes, test_classes, f"{args.data}/train", f"{args.data}/val")
+    if args.dataset == "imagenet" and len(classes) != 1000:
+        raise InputError(f"--dataset imagenet has 1000 classes, {args.data} {len(classes)}: for a "
+                         "part of it give --dataset folder")
+    items = select(items, args.data_fraction, args.shots, args.seed)
+    args.train_images = len(items)    # one of FIXED
+    return (LabelledImages(items, classes, args),
+            LabelledImages(test_items, classes, args, train=False))
+
+
+def check_classes(a, b, name_a, name_b):
+    """Raise InputError unless the two lists of class names are the same."""
+    for k, (class_a, class_b) in enumerate(itertools.zip_longest(a, b, fillvalue="absent")):
+        if class_a != class_b:
+            raise InputError(f"{name_a} has {len(a)} classes, {name_b} {len(b)}, not the same: "
+                             f"class {k} is {class_a} here and {class_b} there")
+
+
+# --------------------------------------------------------------------------------------------------
+# Evaluation
+# --------------------------------------------------------------------------------------------------
+def report(run, args, model, test_set, step, best):
+    """Evaluate on all processes -> values; process 0 logs them, and keeps the best classifier."""
+    values = evaluate(run, args, model, test_set)
+    if run[0] == 0:
+        log_line(Path(args.out, "log.jsonl"), step=step, **values)
+    if values["top1"] > best:
+        save("best.pt", run[0], args, model, test_set.classes, step, values["top1"])
     return values
 
 
-def sweep(args, rank, world, device):
-    """Fig. 4: accuracy against the number of pre-trained blocks that are kept, one line per share of the data."""
-    known = MODELS[resolve(change(args, data_fraction=[1.0])).model].keywords
-    depth = known.get("depth") or sum(known["stages"])
-    blocks = args.sweep_keep_blocks or range(depth + 1)
-    if max(blocks) > depth or not all(0 < share <= 1 for share in args.data_fraction):    # now, not after hours
-        raise InputError(f"--sweep-keep-blocks must lie in 0..{depth}, --data-fraction in (0, 1]")
-    if not args.init or len(args.data_fraction) > 5:
-        raise InputError("--sweep-keep-blocks needs --init FILE, and takes at most 5 values of --data-fraction")
-    rows, seeds = [], args.sweep_seeds or [args.seed]
-    for share, seed, k in ((share, seed, k) for share in args.data_fraction for seed in seeds for k in blocks):
-        one = change(args, keep_blocks=k, data_fraction=[share], seed=seed, sweep_keep_blocks=None, sweep_seeds=None,
-                     out=f"{args.out}/blocks{k}-data{share:g}-seed{seed}")
-        rows.append((k, share, seed, round(run(one, rank, world, device)["top1"], 3)))
-        if rank == 0:    # after every run, so that an interrupted sweep has its part
-            with open(Path(args.out, "fig4.csv"), "w", newline="") as file:
-                csv.writer(file).writerows([("keep_blocks", "data_fraction", "seed", "top1"), *rows])
-            lines = {}    # label -> points, means over the seeds
-            for x, y in sorted({r[:2] for r in rows}):
-                values = [r[3] for r in rows if r[:2] == (x, y)]
-                lines.setdefault(f"{100 * y:g}% of the data", []).append((x, sum(values) / len(values)))
-            draw_curves(Path(args.out, "fig4.png"), {"top-1 in % by pre-trained blocks kept": lines})
+@torch.no_grad()
+def evaluate(run, args, model, test_set):
+    """Accuracies in % and loss over the test images, each once at any world size -> dict, which
+    process 0 prints. Unreadable images are left out."""
+    rank, world, device, dtype = run
+    model.eval()
+    own = [(0, index) for index in range(rank, len(test_set), world)]
+    sums = torch.zeros(len(test_set.classes), 4, device=device)    # images, right, in five, loss
+    bad = []
+    for images, labels, index, unreadable in DataLoader(test_set, 128, sampler=own,
+                                                        num_workers=args.workers):
+        bad += index[unreadable].tolist()
+        if unreadable.all():
+            continue
+        images = normalize(images[~unreadable].to(device), args.mean, args.std)
+        labels = labels[~unreadable].to(device)
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            logits = model(images).float()                                      # (B, K)
+        guesses = logits.topk(min(5, logits.shape[1])).indices                  # (B, 5), best first
+        right = guesses == labels[:, None]
+        loss = F.cross_entropy(logits, labels, reduction="none")
+        row = torch.stack([torch.ones_like(loss), right[:, 0], right.any(dim=1), loss], dim=1)
+        sums.index_add_(0, labels, row)
+    if world > 1:
+        dist.all_reduce(sums)
+    check_readable(test_set, bad, args, world, device)
+    n, right, in_five, loss = sums.sum(dim=0).tolist()
+    of_class = sums[sums[:, 0] > 0]
+    mean_class = (of_class[:, 1] / of_class[:, 0]).mean().item()
+    values = dict(top1=100 * right / n, top5=100 * in_five / n, mean_class=100 * mean_class,
+                  val_loss=loss / n, test_images=int(n))
     if rank == 0:
-        print(f"\nFig. 4: {args.out}/fig4.csv, {args.out}/fig4.png")
+        tqdm.write("top-1 {top1:.2f}, top-5 {top5:.2f}, mean over classes {mean_class:.2f}, loss "
+                   "{val_loss:.4f} on {test_images} images".format(**values))
+    return values
 
 
-def compare(args, rank, world, device):
-    """The demo: the same training from scratch and from an encoder, side by side."""
-    encoder, runs = args.init or "out/demo/encoder.pt", {}
-    if Path(encoder).exists():
-        like = resolve(change(args, init=encoder))
-        args = change(args, model=like.model, patch_size=like.patch_size, image_size=like.image_size)
-        runs[encoder] = run(change(args, init=encoder, out=f"{args.out}/pretrained"), rank, world, device)
-    else:
-        args = change(args, patch_size=args.patch_size or 8, image_size=args.image_size or [64])
-    runs["scratch"] = run(change(args, init=None, out=f"{args.out}/scratch"), rank, world, device)
-    if rank == 0:
-        print(f"\n{'start':32s} top-1 %  seconds")
-        for name, values in runs.items():
-            print(f"{name:32s} {values['top1']:7.2f}  {values['seconds']:7.0f}")
-        if len(runs) == 1:
-            print(f"for the comparison run python pretrain_d2mae.py --demo first: it writes {encoder}")
-
-
-def load_classifier(args, device):
-    """The classifier of --init, or best.pt in --out -> model, class names, its options, path."""
+def load_classifier(args):
+    """The classifier of --init, or best.pt in --out -> model, class names, options of its run."""
     path = args.init or f"{args.out}/best.pt"
     file = read_file(path)
-    if not isinstance(file, dict) or "classes" not in file or "recipe" not in file.get("args", ()):
-        raise InputError(f"{path} holds no classifier with class names: give a best.pt of finetune.py by --init")
-    stored = argparse.Namespace(**file["args"])
+    if not isinstance(file, dict) or "recipe" not in file.get("args", ()):
+        raise InputError(f"{path} holds no classifier with class names: give a best.pt of "
+                         "finetune.py by --init")
+    stored = argparse.Namespace(**dict(file["args"], init=None))    # its weights are in this file
     model = build_model(stored, len(file["classes"]))
-    model.load_state_dict(file.get("ema") or file["model"])
-    return model.to(device).eval(), file["classes"], stored, path
+    model.load_state_dict(file["model"])
+    return model.eval(), file["classes"], stored
+
+
+def evaluate_file(args):
+    """--eval: a classifier on the test images of --data, by default those of its training."""
+    run = init_distributed(args)
+    model, classes, stored = load_classifier(args)
+    for key in ("dataset", "data", "download", "workers", "skip_corrupt"):
+        if getattr(args, key) is not None:
+            setattr(stored, key, getattr(args, key))
+    items, names = list_items(stored, "test")
+    check_classes(names, classes, stored.data, "the classifier")
+    evaluate(run, stored, model.to(run[2]), LabelledImages(items, classes, stored, train=False))
 
 
 @torch.no_grad()
-def predict(args, device):
+def predict(args):
     """--predict: a line per image with its five likeliest classes and their probabilities."""
-    model, classes, stored, _ = load_classifier(args, device)
-    images = LabelledImages([(name, 0) for name in args.predict], read_image, stored.image_size, 1, train=False)
-    for i, name in enumerate(args.predict):
+    device = choose_device(args.device)
+    model, classes, stored = load_classifier(args)
+    model.to(device)
+    for name in args.predict:
         try:
-            image = images[i][0]
-        except InputError:
-            raise InputError(f"--predict {name} is no readable image file") from None
-        logits = model(normalize(image[None].to(device), stored.mean, stored.std))[0]
-        top = logits.softmax(dim=0).topk(min(5, len(classes)))
-        print(f"{name}: " + ", ".join(f"{classes[k]} {100 * p:.1f}%" for p, k in zip(*map(torch.Tensor.tolist, top))))
+            image = centre_crop(open_item(name), stored.image_size)
+        except READ_ERRORS as error:
+            raise InputError(f"--predict {name} cannot be read as an image "
+                             f"({type(error).__name__})") from None
+        logits = model(normalize(to_tensor(image)[None].to(device), stored.mean, stored.std))[0]
+        top = logits.softmax(0).topk(min(5, len(classes)))
+        print(f"{name}: " + ", ".join(f"{classes[k]} {100 * p:.1f}%" for p, k in zip(*top)))
 
 
-def evaluate_file(args, rank, world, device):
-    """--eval: a classifier on the test split of --data, by default that of its training; the classes must agree."""
-    model, classes, stored, path = load_classifier(args, device)
-    where = dict(dataset=stored.dataset, data=stored.data)
-    if args.data or args.dataset != "folder":    # another set than that of the training
-        where = dict(data=args.data or f"data/{args.dataset}")
-    args = change(args, image_size=stored.image_size, mean=stored.mean, std=stored.std, data_fraction=1.0, **where)
-    _, test_set, names, said = make_data(args, train=False)
-    if names != classes:
-        first = next((i for i, (a, b) in enumerate(zip(classes, names)) if a != b), min(len(classes), len(names)))
-        here, there = ((of + ["absent"])[min(first, len(of))] for of in (names, classes))
-        raise InputError(f"{args.data} has {len(names)} classes, {path} was trained on {len(classes)}: class {first} "
-                         f"is {here} here and {there} there; give the data set of the training")
-    loader = tqdm(shard(test_set, args.batch_size or 64, args, rank, world, device), disable=rank != 0, leave=False)
-    values, confusion = evaluate(model, len(classes), loader, args, world, device)
-    if rank == 0:
-        Path(args.out).mkdir(parents=True, exist_ok=True)
-        write_classes(args.out, classes, confusion)
-        print(f"{said}\n{path}: {sentence(values)}; {values['test_img_s']:.0f} images/s\n{args.out}/classes.csv")
+# --------------------------------------------------------------------------------------------------
+# Process group, sampler, log (the same text in every training script)
+# --------------------------------------------------------------------------------------------------
+def init_distributed(args, minutes=10):
+    """Join torchrun's process group, if there is one -> rank, world, torch.device, torch.dtype."""
+    rank = int(os.environ.get("RANK", 0))
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    device = choose_device(args.device)
+    if world > 1 and not dist.is_initialized():
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=datetime.timedelta(minutes=minutes))
+    return rank, world, device, choose_dtype(args.dtype, device)
+
+
+class EpochSampler(DistributedSampler):
+    """Yields (epoch, index) for this process without end, starting at optimizer step `first_step`.
+    A batch is the same for any number of processes and micro-steps; a data set smaller than it
+    gives one batch, rounded down to a multiple of processes x micro-steps."""
+
+    def __init__(self, dataset, batch_size, accum_steps, rank, world, seed):
+        super().__init__(dataset, world, rank, seed=mix_seed(seed), drop_last=True)
+        parts = accum_steps * world
+        self.micro_batch = min(batch_size, len(dataset)) // parts
+        self.batch_size = self.micro_batch * parts
+        if batch_size % parts or not self.batch_size:
+            raise InputError(f"--batch-size {batch_size} of {len(dataset)} items cannot be dealt "
+                             f"out to {world} process(es) x --accum-steps {accum_steps}: choose "
+                             f"a multiple of {parts}, and no fewer items than that")
+        self.steps_per_epoch = len(dataset) // self.batch_size
+        self.first_step = 0
+
+    def __iter__(self):
+        share = self.batch_size // self.num_replicas
+        epoch, done = divmod(self.first_step, self.steps_per_epoch)
+        while True:
+            self.set_epoch(epoch)
+            indices = list(super().__iter__())[:share * self.steps_per_epoch]
+            yield from ((epoch, index) for index in indices[share * done:])
+            epoch += 1
+            done = 0
+
+
+class RunLog:
+    """Progress bar and log.jsonl, written by process 0. SIGTERM sets `stop`: finish the step, save
+    and leave, which `train` does once any process was asked to."""
+
+    def __init__(self, args, step, last_step, batch_size, rank):
+        self.path = Path(args.out, "log.jsonl") if rank == 0 else None
+        start_log(self.path, args, step)
+        self.every = args.log_every
+        self.batch_size = batch_size
+        self.window = []
+        self.stop = threading.Event()
+        signal.signal(signal.SIGTERM, lambda *_: self.stop.set())
+        self.bar = tqdm(total=last_step, initial=step, unit="step", disable=rank != 0)
+
+    def add(self, step, lr, values, seconds, waited):
+        """Note a step: its values, how long it took and waited for data. A line every few steps."""
+        self.window.append({**values, "lr": lr, "seconds": seconds, "data_share": waited / seconds})
+        self.bar.update()
+        if step % self.every and step < self.bar.total and not values["stop"]:
+            return
+        means = {k: sum(v[k] for v in self.window) / len(self.window) for k in self.window[0]}
+        rate = self.batch_size / means.pop("seconds")
+        hint = ", more --workers would help" if means["data_share"] > 0.3 else ""
+        self.bar.set_postfix_str(f"loss {means['loss']:.4f}, {rate:.0f} img/s, waiting for data "
+                                 f"{means['data_share']:.0%}{hint}", refresh=False)
+        log_line(self.path, step=step, **means, img_s=rate,
+                 eta_h=(self.bar.total - step) * self.batch_size / rate / 3600,
+                 memory_gb=torch.cuda.max_memory_allocated() / 2 ** 30)
+        self.window = []
+
+    def close(self, step):
+        """End the bar; after SIGTERM, exit with status 1."""
+        self.bar.close()
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        if step < self.bar.total:
+            message = f"stopped by SIGTERM after step {step}; the same command goes on from there"
+            sys.exit(message if self.path else 1)
+
+
+# --------------------------------------------------------------------------------------------------
+# Arguments: the defaults are the paper's recipes
+# --------------------------------------------------------------------------------------------------
+FIXED = ("init", "keep_blocks", "model", "rpe", "image_size", "patch_size", "dataset",
+         "data_fraction", "train_images", "shots", "mean", "std", "recipe", "optimizer", "epochs",
+         "warmup_epochs", "batch_size", "seed", *RANGES)    # see `models.resume`
+
+
+def recipe_word(text):
+    """An argparse type: the name of a recipe, or KEY=VALUE for one of its entries, as a pair."""
+    if text in RECIPES:
+        return text
+    key, _, value = text.partition("=")
+    if key not in RANGES:
+        raise argparse.ArgumentTypeError(f"{text} is neither a recipe nor KEY=VALUE for one of the "
+                                         "entries named in RANGES, at the top of finetune.py")
+    return key, number(float, RANGES[key])(value)
+
+
+def parse_args(argv=None, **defaults):
+    """Options of the command line, or of the list `argv`; `defaults` stand in for the paper's."""
+    parser = argparse.ArgumentParser(
+        usage="%(prog)s [options]", description=__doc__.split("\n\n")[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    add = parser.add_argument_group("model").add_argument
+    add("--init", help="checkpoint to start from (README, 'Checkpoints'); absent: from scratch. "
+                       "For --eval and --predict the classifier, by default best.pt in --out")
+    add("--keep-blocks", "--sweep-keep-blocks", type=number(int, "[0, inf)"), nargs="+",
+        help="load only the embedding and so many blocks of --init, the rest random; several "
+             "numbers: a run each, and fig4.csv (Fig. 4)")
+    add("--model", choices=tuple(MODELS), help="default: that of --init, or vit_tiny")
+    add("--rpe", action="store_true",
+        help="relative position bias in every block, zero where --init has none")
+    add("--image-size", type=number(int, "[1, inf)"), nargs="+",
+        help="side, or height and width, in pixels; default: that of --init, or 224")
+
+    add = parser.add_argument_group("data").add_argument
+    add("--dataset", choices=tuple(DATASETS),
+        help="folder (the default): train/CLASS/*.jpg and val/CLASS/*.jpg; imagenet: the same, of "
+             "1000 classes; toy: drawn pictures")
+    add("--data", help="where it lies; default: data/DATASET")
+    add("--download", action="store_true", help="let torchvision download it into --data first")
+    add("--data-fraction", type=number(float, "(0, 1]"), nargs="+", default=[1.0],
+        help="share of each class's training images; several: a run each (Fig. 4)")
+    add("--shots", type=number(int, "[1, inf)"), help="so many training images of each class")
+    hint = ": of pixels in [0, 1], so divide values of 0..255 by 255"
+    add("--mean", type=number(float, "[0, 1]", hint), nargs=3,
+        help="of pixels in [0, 1]; default: --init's, or ImageNet's")
+    add("--std", type=number(float, "(0, 1]", hint), nargs=3,
+        help="of pixels in [0, 1]; default: --init's, or ImageNet's")
+    add("--skip-corrupt", action="store_true",
+        help="replace unreadable files by others and count them; default: stop")
+
+    add = parser.add_argument_group("recipe; an option stands above its entry").add_argument
+    add("--recipe", type=recipe_word, nargs="+", default=["improved"],
+        help="improved, mae or transfer, then KEY=VALUE for entries of it to change")
+    add("--epochs", type=number(int, "[1, inf)"),
+        help="paper: improved 300 (1000 with --rpe), mae 100, CIFAR-100 50")
+    add("--warmup-epochs", type=number(float, "[0, inf)"),
+        help="linear from 0; default: the recipe's, in a shorter run fewer in proportion")
+    add("--batch-size", type=number(int, "[1, inf)"),
+        help="images per optimizer step over all processes; paper: 1024, transfer 512")
+    add("--base-lr", type=number(float, "[0, 1e9]"),
+        help="per 256 images: lr = base_lr * batch_size / 256; paper: 1e-3, CIFAR-100 0.05")
+    add("--clip-grad", type=number(float, "[0, inf)"),
+        help="largest gradient norm; 0: no clipping; paper: 0, transfer 1")
+
+    add = add_run_options(parser, "out/finetune")
+    add("--eval", action="store_true", help="evaluate a classifier on the test images, and no more")
+    add("--predict", nargs="+", help="print the likeliest classes of image files, and no more")
+    add("--compile", action="store_true", help="torch.compile the model")
+    add("--seed", type=number(int, "[0, 4294967296)"), nargs="+", default=[0],
+        help="several: a run each (Fig. 4)")
+    add("--demo", action="store_true", help="a few minutes on drawn pictures: from scratch against "
+                                            "the encoder of `pretrain_d2mae.py --demo`")
+    parser.set_defaults(patch_size=None, eval_every=1, log_every=20)    # epochs, steps
+    parser.set_defaults(**defaults)
+    args = parser.parse_args(argv)
+    if args.demo and not defaults:
+        return parse_args(argv, **DEMO)
+    return args
+
+
+def resolve(args, **values):
+    """Options of one run, a copy: `values` in place of some, and the defaults that depend on others
+    filled in, by the recipe, the data set and --init. InputError for what has no meaning."""
+    args = argparse.Namespace(**{**vars(args), **values})
+    args.dataset = args.dataset or "folder"
+    args.data = args.data or f"data/{args.dataset}"
+
+    # recipe
+    recipe = {}
+    for word in ["improved", *args.recipe]:
+        recipe.update(dict(RECIPES[word], name=word) if word in RECIPES else [word])
+    args.recipe = recipe.pop("name")
+    if args.recipe == "transfer":
+        recipe.update(DATASETS[args.dataset].get("recipe", {}))
+    if args.epochs:    # a shorter run warms up less, a longer one no more
+        recipe["warmup_epochs"] *= min(1, args.epochs / recipe["epochs"])
+    for key, value in recipe.items():
+        if getattr(args, key, None) is None:
+            setattr(args, key, value)
+    if args.warmup_epochs >= args.epochs:
+        raise InputError(f"--warmup-epochs {args.warmup_epochs:g} must be fewer than --epochs "
+                         f"{args.epochs}")
+
+    # model, image size, normalisation
+    info = {}
+    name = "vit_tiny"
+    patch = None
+    if args.init:
+        args.init = os.path.normpath(args.init)
+        info = load_state(args.init)[1]
+        name, patch = infer_model(args.init)
+    args.model = args.model or name
+    known = MODELS[args.model].keywords
+    hiera = args.model.startswith("hiera")
+    args.patch_size = 32 if hiera else patch or args.patch_size or known["patch_size"]
+    size = args.image_size or info.get("arch", {}).get("img_size", [224])
+    args.image_size = [size[0], size[-1]]
+    if len(size) > 2 or any(side % args.patch_size for side in size):
+        raise InputError(f"--image-size {size} must be a side, or height and width, multiples of "
+                         f"{args.patch_size} for this --model")
+    args.mean = args.mean or info.get("mean") or IMAGENET_MEAN
+    args.std = args.std or info.get("std") or IMAGENET_STD
+    if hiera and args.rpe:
+        raise InputError("--rpe is defined for ViT: Hiera attends in windows and pools its tokens")
+
+    depth = known.get("depth") or sum(known["stages"])
+    if args.keep_blocks is not None and not (args.init and args.keep_blocks <= depth):
+        raise InputError(f"--keep-blocks {args.keep_blocks} takes 0..{depth} blocks of a "
+                         "pre-trained encoder: give --init FILE, and no more than it has")
+    return args
+
+
+# --------------------------------------------------------------------------------------------------
+# Main
+# --------------------------------------------------------------------------------------------------
+def plan(args):
+    """The runs that the options describe, resolved: one, or for Fig. 4 one for each combination of
+    several --keep-blocks, --data-fraction and --seed."""
+    blocks = args.keep_blocks or [None]
+    runs = []
+    for k, fraction, seed in itertools.product(blocks, args.data_fraction, args.seed):
+        out = f"{args.out}/blocks{k}-data{fraction:g}-seed{seed}"
+        runs.append(resolve(args, keep_blocks=k, data_fraction=fraction, seed=seed, out=out))
+    if len(runs) == 1:
+        runs[0].out = args.out
+    return runs
+
+
+def sweep(args, runs):
+    """Fig. 4: accuracy against the number of pre-trained blocks kept -> fig4.csv, written after
+    every run. `analyze.py curves` draws it."""
+    rows = "keep_blocks,data_fraction,seed,top1\n"
+    for run in runs:
+        result = train(run)
+        rows += f"{run.keep_blocks},{run.data_fraction},{run.seed},{result['top1']:.3f}\n"
+        Path(args.out, "fig4.csv").write_text(rows)
+
+
+def demo(args):
+    """A few labelled drawings: training from scratch against training from an encoder."""
+    encoder = args.init or "out/demo/pretrain/encoder.pt"
+    top1 = {"scratch": []}
+    if Path(encoder).exists():
+        top1["pre-trained"] = []
+    else:
+        print(f"to compare, run python pretrain_d2mae.py --demo first: it writes {encoder}")
+    for seed, start in itertools.product(args.seed, list(top1)):
+        init = encoder if start == "pre-trained" else None
+        run = resolve(args, init=init, base_lr=args.demo_lr[start], seed=seed, data_fraction=1.0,
+                      out=f"{args.out}/{start}-{seed}")
+        top1[start].append(train(run)["top1"])
+    print(f"\ntop-1 in % after {args.shots} drawings of each class, mean and its standard error")
+    if len(top1) > 1:
+        top1["difference"] = np.subtract(top1["pre-trained"], top1["scratch"])
+    for name, values in top1.items():
+        error = np.std(values, ddof=1) / math.sqrt(len(values))
+        print(f"{name:12s} {np.mean(values):5.1f} +- {error:.1f}")
 
 
 def main(args):
-    rank, world, device = init_distributed(args.device)
+    """What the options ask for: a prediction, an evaluation, the demo, one run, or a sweep."""
     if args.predict:
-        return predict(args, device)
-    job = evaluate_file if args.eval else sweep if args.sweep_keep_blocks is not None else compare if args.demo else run
-    job(args, rank, world, device)
+        return predict(args)
+    if args.eval:
+        return evaluate_file(args)
+    if args.demo:
+        return demo(args)
+    runs = plan(args)
+    if len(runs) > 1:
+        return sweep(args, runs)
+    train(runs[0])
 
 
 if __name__ == "__main__":
-    try:
-        arguments = parse_args()
-        main(parse_args(**DEMO) if arguments.demo else arguments)
-    except (InputError, FloatingPointError, OSError) as error:    # after a loader process's traceback, its last line
-        sys.exit(f"error: {str(error).strip().splitlines()[-1].removeprefix('models.InputError: ')}")
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    with plain_errors():
+        main(parse_args())

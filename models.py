@@ -36,8 +36,9 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+from torchvision.ops import StochasticDepth
 from torchvision.transforms import InterpolationMode, RandomResizedCrop
-from torchvision.transforms.v2.functional import resize
+from torchvision.transforms.v2.functional import pil_to_tensor, resize
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -68,12 +69,11 @@ def sincos_2d(dim, grid, class_token=True):
     The first half of the channels encodes the column, the second the row; in each half all sines
     stand before all cosines, at frequencies omega_i = 10000^(-i / (dim / 4)).
     """
-    h, w = grid
     omega = 10000 ** -(torch.arange(dim // 4, dtype=torch.float64) / (dim / 4))    # on the host
-    y, x = torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij")
+    y, x = torch.cartesian_prod(*map(torch.arange, grid)).T                        # 2 x (N,)
     halves = []
     for axis in (x, y):
-        angles = axis.flatten()[:, None] * omega                                   # (N, dim / 4)
+        angles = axis[:, None] * omega                                             # (N, dim / 4)
         halves += [angles.sin(), angles.cos()]
     table = torch.cat(halves, dim=1).float()
     if class_token:
@@ -97,9 +97,8 @@ def relative_position_index(grid):
     three rows of the table are class -> patch, patch -> class and class -> class.
     """
     h, w = grid
-    y, x = torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij")
-    dy = y.flatten()[:, None] - y.flatten()
-    dx = x.flatten()[:, None] - x.flatten()
+    places = torch.cartesian_prod(torch.arange(h), torch.arange(w))
+    dy, dx = (places[:, None] - places).unbind(dim=2)                   # query minus key, (N, N)
     rows = (2 * h - 1) * (2 * w - 1)
     index = torch.empty(h * w + 1, h * w + 1, dtype=torch.long)
     index[1:, 1:] = (dy + h - 1) * (2 * w - 1) + dx + w - 1
@@ -112,23 +111,6 @@ def relative_position_index(grid):
 # --------------------------------------------------------------------------------------------------
 # Parts shared by ViT and Hiera
 # --------------------------------------------------------------------------------------------------
-class DropPath(nn.Module):
-    """Stochastic depth: a residual branch is dropped for whole samples, the others are scaled by
-    1 / (1 - rate), 0 <= rate < 1."""
-
-    def __init__(self, rate):
-        super().__init__()
-        if not 0 <= rate < 1:
-            raise ValueError(f"drop path rate {rate} must lie in [0, 1)")
-        self.rate = rate
-
-    def forward(self, x):
-        if not self.training or self.rate == 0:
-            return x
-        keep = torch.rand(x.shape[0], *[1] * (x.dim() - 1), device=x.device) >= self.rate
-        return x * keep / (1 - self.rate)
-
-
 class LayerScale(nn.Module):
     def __init__(self, dim, init):
         super().__init__()
@@ -205,7 +187,7 @@ class Attention(nn.Module):
         return self.proj(x.transpose(1, 2).reshape(B, T, D))
 
     def logits(self, x, rel_pos_index=None):
-        """Pre-softmax map (B, H, T, T) in float32 of the tokens (B, T, D). Only q, k are projected."""
+        """Pre-softmax map (B, H, T, T) in float32 of tokens (B, T, D). Only q, k are projected."""
         B, T, D = x.shape
         qk = F.linear(x, self.qkv.weight[:2 * D], self.qkv.bias[:2 * D])
         q, k = qk.view(B, T, 2, self.num_heads, -1).permute(2, 0, 3, 1, 4)    # 2 x (B, H, T, d)
@@ -225,11 +207,23 @@ class Block(nn.Module):
         self.norm2 = LayerNorm(dim)
         self.mlp = Mlp(dim, 4 * dim)
         self.ls2 = nn.Identity() if layer_scale is None else LayerScale(dim, layer_scale)
-        self.drop_path = DropPath(drop_path)
+        self.drop_path = StochasticDepth(drop_path, mode="row")    # drops whole samples
 
     def forward(self, x, rel_pos_index=None):
         x = x + self.drop_path(self.ls1(self.attn(self.norm1(x), rel_pos_index)))
         return x + self.drop_path(self.ls2(self.mlp(self.norm2(x))))
+
+
+def take_patches(images, patch_size, ids=None):
+    """(B, 3, H, W) -> patches (B, N, 3, p, p) in raster order, or those of ids (B, V) in its order.
+    Indexing a view copies those patches and never touches the others."""
+    B, p = len(images), patch_size
+    h, w = images.shape[2] // p, images.shape[3] // p
+    patches = images.view(B, 3, h, p, w, p).permute(0, 2, 4, 1, 3, 5)         # (B, h, w, 3, p, p)
+    if ids is None:
+        return patches.flatten(1, 2)
+    batch = torch.arange(B, device=images.device)[:, None]
+    return patches[batch, ids // w, ids % w]
 
 
 class PatchEmbed(nn.Module):
@@ -242,15 +236,8 @@ class PatchEmbed(nn.Module):
 
     def forward(self, images, ids_keep=None):
         """(B, 3, H, W) -> (B, N, D) in raster order, or (B, V, D) in that of ids_keep (B, V)."""
-        B, p = images.shape[0], self.patch_size
-        h, w = images.shape[2] // p, images.shape[3] // p
-        patches = images.view(B, 3, h, p, w, p).permute(0, 2, 4, 1, 3, 5)     # (B, h, w, 3, p, p)
-        if ids_keep is None:
-            patches = patches.flatten(1, 2)
-        else:    # indexing a view copies the visible patches and never touches the others
-            batch = torch.arange(B, device=images.device)[:, None]
-            patches = patches[batch, ids_keep // w, ids_keep % w]             # (B, V, 3, p, p)
-        return F.linear(patches.flatten(2), self.proj.weight.flatten(1), self.proj.bias)
+        patches = take_patches(images, self.patch_size, ids_keep).flatten(2)
+        return F.linear(patches, self.proj.weight.flatten(1), self.proj.bias)
 
 
 class VisionTransformer(nn.Module):
@@ -319,11 +306,12 @@ class VisionTransformer(nn.Module):
         """Tokens after the blocks in `taps`, not normalised -> {tap: (B, T, D)}. No block after the
         last tap runs."""
         x = self.embed(images, ids_keep)
-        features = {0: x}
+        features = {0: x} if 0 in taps else {}
         for number, block in enumerate(self.blocks[:max(taps)], start=1):
             x = block(x, self.rel_pos_index)
-            features[number] = x if number in taps else None
-        return {tap: features[tap] for tap in taps}
+            if number in taps:
+                features[number] = x
+        return features
 
     def forward(self, images):
         """(B, 3, H, W) -> logits (B, classes); without a head, normalised tokens (B, T, D)."""
@@ -337,15 +325,15 @@ class VisionTransformer(nn.Module):
         features = self.forward_features(images, taps)
         return [features[tap][:, 1:].transpose(1, 2).unflatten(2, self.grid) for tap in taps]
 
-    def attention_map(self, x, block):
-        """Pre-softmax map (B, H, T, T) of `block` from its input, the tokens after block - 1."""
-        block = self.blocks[block - 1]
+    def attention_map(self, x, number):
+        """Pre-softmax map (B, H, T, T) of block `number` from its input, the tokens before it."""
+        block = self.blocks[number - 1]
         return block.attn.logits(block.norm1(x), self.rel_pos_index)
 
-    def representation(self, x, block):
-        """Representation of `block` (Fig. 2) from its output x: normalised by the next block's
-        norm1, by `norm` for the last."""
-        return self.blocks[block].norm1(x) if block < self.depth else self.norm(x)
+    def representation(self, x, number):
+        """Representation of block `number` (Fig. 2) from its output x: normalised by the next
+        block's norm1, by `norm` for the last."""
+        return self.blocks[number].norm1(x) if number < self.depth else self.norm(x)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -434,7 +422,7 @@ class HieraBlock(nn.Module):
         self.attn = MaskUnitAttention(dim, dim_out, num_heads, q_pool, tokens_per_unit)
         self.norm2 = LayerNorm(dim_out)
         self.mlp = Mlp(dim_out, 4 * dim_out)
-        self.drop_path = DropPath(drop_path)
+        self.drop_path = StochasticDepth(drop_path, mode="row")    # drops whole samples
         if dim != dim_out:
             self.proj = nn.Linear(dim, dim_out)
 
@@ -536,11 +524,12 @@ class Hiera(nn.Module):
         """Unrolled tokens after the blocks in `taps` -> {tap: (B, T, D of the block)}. No block
         after the last tap runs."""
         x = self.embed(images, ids_keep)
-        features = {0: x}
+        features = {0: x} if 0 in taps else {}
         for number, block in enumerate(self.blocks[:max(taps)], start=1):
             x = block(x)
-            features[number] = x if number in taps else None
-        return {tap: features[tap] for tap in taps}
+            if number in taps:
+                features[number] = x
+        return features
 
     def forward(self, images):
         """(B, 3, H, W) -> logits head(norm(mean token)) (B, classes); without a classifier, all
@@ -560,12 +549,12 @@ class Hiera(nn.Module):
             maps.append(reroll(features[tap], self.unit_grid, rounds).permute(0, 3, 1, 2))
         return maps
 
-    def attention_map(self, x, block):
-        """Pre-softmax map of `block` from its input, the unrolled tokens after block - 1.
+    def attention_map(self, x, number):
+        """Pre-softmax map of block `number` from its input, the unrolled tokens before it.
 
         (B, H, T, T) for a global block, (B * U, H, queries, keys) for one attending within units.
         """
-        block = self.blocks[block - 1]
+        block = self.blocks[number - 1]
         return block.attn.logits(block.norm1(x))
 
 
@@ -614,7 +603,7 @@ def param_groups(model, weight_decay, layer_decay=1.0, depth=12):
 # Reading checkpoints
 # --------------------------------------------------------------------------------------------------
 class InputError(ValueError):
-    """Something that the user gave cannot be used. The message, one sentence, is what is printed."""
+    """Something that the user gave cannot be used. Its message is one sentence, and is printed."""
 
 
 HUGGING_FACE_NAMES = (    # files first; q_proj and the like are what transformers 5 calls them
@@ -775,10 +764,8 @@ def load_encoder(model, path, keep_blocks=None):
     model.load_state_dict(loaded, strict=False)
 
     if int(os.environ.get("RANK", 0)) == 0:
-        fresh = sorted({short_name(k) for k in target if k not in loaded}) or ["none"]
-        ignored = sorted({short_name(k) for k in state if k not in loaded}) or ["none"]
-        print(f"{path}: loaded {len(loaded)} tensors, fresh: {', '.join(fresh)}, ignored "
-              f"{len(state) - len(loaded)}: {', '.join(ignored)}")
+        print(f"{path}: loaded {len(loaded)} tensors, fresh {len(target) - len(loaded)}, ignored "
+              f"{len(state) - len(loaded)}")
         if not info.get("arch") and not isinstance(model, Hiera):
             print(f"{path}: {model.arch['num_heads']} heads assumed, which weights do not tell")
     return info
@@ -789,10 +776,6 @@ def in_encoder(key, depth):
     and a 13th block do not."""
     return (key.startswith(("patch_embed.", "pos_embed", "cls_token", "blocks."))
             and block_number(key) < depth and not key.endswith("relative_position_index"))
-
-
-def short_name(key):
-    return re.sub(r"\.?\d.*|\.(weight|bias|proj)+$", "", key)
 
 
 def check_encoder(model, state, arch, path):
@@ -829,7 +812,7 @@ def resize_position_table(key, table, model, arch, path):
         n = table.shape[1] - extra
         old = old or [round(n ** 0.5)] * 2
         if old[0] * old[1] != n or table.shape[2] != model.pos_embed.shape[2]:
-            raise InputError(f"checkpoint {path}: pos_embed is {tuple(table.shape)}, the model's is "
+            raise InputError(f"checkpoint {path}: pos_embed is {tuple(table.shape)}, the model's "
                              f"{tuple(model.pos_embed.shape)}: choose the --model of the file")
         return torch.cat([table[:, :extra], resize_grid(table[:, extra:], old, model.grid)], dim=1)
     side = round((table.shape[0] - 3) ** 0.5)
@@ -980,6 +963,24 @@ def number(kind, interval, hint=""):
     return parse
 
 
+def add_run_options(parser, out):
+    """What every training script is asked alike: where to, how much at a time, on what -> a
+    function that adds more options to this group."""
+    add = parser.add_argument_group("run").add_argument
+    add("--out", default=out,
+        help="folder for checkpoints, log, pictures; the same command goes on there")
+    add("--no-resume", action="store_true", help="start again although --out holds a checkpoint")
+    add("--accum-steps", type=number(int, "[1, inf)"), default=1,
+        help="micro-steps that one batch is split into, per process")
+    cores = (os.cpu_count() or 2) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    add("--workers", type=number(int, "[0, inf)"), default=max(1, min(16, cores)),
+        help="loader processes per training process")
+    add("--device", choices=("auto", "cuda", "mps", "cpu"), default="auto")
+    add("--dtype", choices=("auto", "bf16", "fp16", "fp32"), default="auto",
+        help="auto: bf16 on GPUs that have it, fp16 with loss scaling on others, else fp32")
+    return add
+
+
 @contextlib.contextmanager
 def plain_errors():
     """What the user can mend ends in one sentence a machine and exit status 1, no traceback."""
@@ -1027,8 +1028,7 @@ def choose_dtype(name, device):
     """--dtype as a torch.dtype; auto takes bf16 on GPUs that have it, fp16 on others, else fp32."""
     if name == "auto" and device.type == "cuda":    # before Ampere bf16 is emulated, and slow
         name = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-    dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16}
-    return dtypes.get(name, torch.float32)
+    return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(name, torch.float32)
 
 
 def log_line(path, **values):
@@ -1065,7 +1065,6 @@ def start_log(path, args, step):
 # --------------------------------------------------------------------------------------------------
 IMAGE_TYPES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
 READ_ERRORS = (OSError, RuntimeError, ValueError, SyntaxError, Image.DecompressionBombError)
-BICUBIC = InterpolationMode.BICUBIC
 
 
 def list_images(folder):
@@ -1091,10 +1090,8 @@ def open_image(path):
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I") or image.mode == "F":
         grey = np.nan_to_num(np.asarray(image, dtype=np.float64))
-        unit = image.mode == "F" and grey.max() <= 1
-        top = 1 if unit else 255 if grey.max() <= 255 and image.mode != "I;16" else 65535
-        if grey.max() > 65535:
-            top = 2 ** 31 - 1
+        tops = (65535,) if image.mode == "I;16" else (1, 255, 65535, 2 ** 31)
+        top = next(top for top in tops if grey.max() <= top)
         image = Image.fromarray((grey.clip(0, top) / top * 255).astype(np.uint8))
     image.info.pop("transparency", None)    # of a palette: dropped like any other
     return image.convert("RGB")
@@ -1107,7 +1104,7 @@ def read_image(path):
 
 def to_tensor(image):
     """Pillow image -> (3, H, W) uint8."""
-    return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
+    return pil_to_tensor(image.convert("RGB"))
 
 
 def open_item(item):
@@ -1116,8 +1113,8 @@ def open_item(item):
 
 
 def random_crop(image, size, scale):
-    """RandomResizedCrop to `size` (h, w), of `scale` of the area and ratio 3/4 .. 4/3, and a random
-    flip -> Pillow RGB. Draws from torch's global generator.
+    """RandomResizedCrop of a Pillow image to `size` (h, w), of `scale` of the area and ratio 3/4 ..
+    4/3, and a random flip -> (3, h, w) uint8. Draws from torch's global generator.
 
     A JPEG is decoded at 1/2, 1/4 or 1/8 of its size where the crop would be reduced by as much
     anyhow. torch resizes uint8 three times as fast as Pillow, to the same pixels but for rounding.
@@ -1127,10 +1124,8 @@ def random_crop(image, size, scale):
     image.draft("RGB", (full_width * size[1] // w, image.height * size[0] // h))    # JPEG alone
     reduced = image.width / full_width
     box = [round(edge * reduced) for edge in (left, top, left + w, top + h)]
-    crop = resize(to_tensor(image.crop(box)), list(size), BICUBIC, antialias=True)
-    if torch.rand(()) < 0.5:
-        crop = crop.flip(2)
-    return Image.fromarray(crop.permute(1, 2, 0).numpy())
+    crop = resize(to_tensor(image.crop(box)), list(size), InterpolationMode.BICUBIC, antialias=True)
+    return crop.flip(2) if torch.rand(()) < 0.5 else crop
 
 
 # --------------------------------------------------------------------------------------------------

@@ -44,22 +44,21 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import nn
 from torch.nn.utils import clip_grad_norm_
 from torch.optim import AdamW
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
-from torchvision.transforms import v2
-from torchvision.utils import make_grid
+from torchvision.utils import draw_bounding_boxes, make_grid
 from tqdm import tqdm
 
-from models import (BICUBIC, IMAGENET_MEAN, IMAGENET_STD, MODELS, READ_ERRORS, Block, HieraBlock,
-                    InputError, LayerNorm, attention_logits, average_over_processes, check_readable,
-                    check_step, choose_device, choose_dtype, infer_model, init_mae,
-                    init_patch_embed, list_images, load_encoder, load_state, log_line, mix_seed,
-                    normalize, number, open_item, parallel, param_groups, plain, plain_errors,
-                    random_crop, read_log, reroll, resume, save_checkpoint, sincos_2d, start_log,
-                    to_tensor)
+from models import (IMAGENET_MEAN, IMAGENET_STD, MODELS, READ_ERRORS, Block, HieraBlock,
+                    InputError, LayerNorm, add_run_options, attention_logits,
+                    average_over_processes, check_readable, check_step, choose_device,
+                    choose_dtype, infer_model, init_mae, init_patch_embed, list_images,
+                    load_encoder, load_state, log_line, mix_seed, normalize, number, open_item,
+                    parallel, param_groups, plain, plain_errors, random_crop, read_log, reroll,
+                    resume, save_checkpoint, sincos_2d, start_log, take_patches, to_tensor)
 
 RECIPE = dict(    # Sec. 4; settings without an option. All others: `parse_args`
     decoder_dim=96, decoder_depth=1, decoder_heads=3,
@@ -71,8 +70,8 @@ RECIPE = dict(    # Sec. 4; settings without an option. All others: `parse_args`
     log_every=20,                           # optimizer steps per line of log.jsonl
 )
 DEMO = dict(data="toy", out="out/demo/pretrain", model="vit_nano", image_size=[48], patch_size=8,
-            crop_scale=(0.7, 1.0), epochs=12, batch_size=32, base_lr=1.6e-2, val_images=128,
-            workers=0, eval_every=3)
+            crop_scale=(1.0, 1.0), epochs=11, batch_size=32, base_lr=1.6e-2, alpha=0.02,
+            val_images=128, workers=0, eval_every=3)    # alpha: a toy teacher has large logits
 DEMO_TEACHER = dict(method="mae", model="vit_tiny", epochs=6, base_lr=1.2e-2, decoder_tap=None,
                     distill="attention", distill_layers=None)
 
@@ -91,11 +90,7 @@ def random_masking(noise, mask_ratio):
 def patch_pixels(images, ids, patch_size, channels_last=True):
     """Pixels of the patches `ids` (B, M) of images (B, 3, H, W) -> (B, M, P), ordered (row, column,
     channel) as in MAE, or (channel, row, column) as in Hiera. Only those patches are copied."""
-    B, p = len(images), patch_size
-    h, w = images.shape[2] // p, images.shape[3] // p
-    patches = images.view(B, 3, h, p, w, p).permute(0, 2, 4, 1, 3, 5)        # (B, h, w, 3, p, p)
-    batch = torch.arange(B, device=images.device)[:, None]
-    patches = patches[batch, ids // w, ids % w]                              # (B, M, 3, p, p)
+    patches = take_patches(images, patch_size, ids)                          # (B, M, 3, p, p)
     if channels_last:
         patches = patches.permute(0, 1, 3, 4, 2)
     return patches.flatten(2)
@@ -147,7 +142,7 @@ class MaskedAutoencoder(nn.Module):
     encoder: VisionTransformer without a head. decoder_tap: block whose normalised output the
     decoder reads. teacher: read for its number of heads only, not stored. decoupled: D2-MAE, the
     student's map comes from a 13th attention behind the last block. HieraMaskedAutoencoder
-    overrides build_decoder, latent, forward_decoder, patches and paste.
+    overrides build_decoder, latent, position_rows, patches and paste.
     """
 
     def __init__(self, encoder, decoder_tap=12, decoder_dim=96, decoder_depth=1, decoder_heads=3,
@@ -221,20 +216,23 @@ class MaskedAutoencoder(nn.Module):
         return self.encoder.norm(features[self.decoder_tap])
 
     def forward_decoder(self, latent, ids_keep, ids_masked):
-        """Visible tokens (B, T, D) -> pixels of the masked patches (B, M, P), in ids_masked's order.
+        """Visible tokens (B, T, D) -> pixels of the masked patches (B, M, P), in their order.
 
         Tokens stand as [class, ids_keep, ids_masked].
         """
-        B, M = ids_masked.shape
         x = self.decoder_embed(latent)                                          # (B, 1 + V, D_dec)
-        mask_tokens = self.mask_token.expand(B, M, -1).to(x.dtype)              # autocast's dtype
-        x = torch.cat([x, mask_tokens], dim=1)                                  # (B, 1 + N, D_dec)
-        class_row = ids_keep.new_zeros(B, 1)
-        rows = torch.cat([class_row, ids_keep + 1, ids_masked + 1], dim=1)
-        x = x + self.decoder_pos_embed[0][rows]
+        B, T, _ = x.shape
+        rows = self.position_rows(ids_keep, ids_masked)                         # (B, 1 + N)
+        mask_tokens = self.mask_token.expand(B, rows.shape[1] - T, -1).to(x.dtype)
+        x = torch.cat([x, mask_tokens], dim=1) + self.decoder_pos_embed[0][rows]
         for block in self.decoder_blocks:
-            x = block(x)
-        return self.decoder_pred(self.decoder_norm(x[:, -M:]))
+            x = block(x)                                                        # (B, 1 + N, D_dec)
+        return self.decoder_pred(self.decoder_norm(x[:, T:]))
+
+    def position_rows(self, ids_keep, ids_masked):
+        """Row of the decoder's position table for each of its tokens; row 0 is the class token's."""
+        class_row = ids_keep.new_zeros(len(ids_keep), 1)
+        return torch.cat([class_row, ids_keep + 1, ids_masked + 1], dim=1)
 
     def target(self, images, ids_masked):
         """What the decoder should predict: pixels of the masked patches (B, M, P)."""
@@ -313,7 +311,7 @@ def build_student(args, teacher):
 # Training
 # --------------------------------------------------------------------------------------------------
 def lr_at(step, total, warmup, lr, min_lr):
-    """Learning rate of optimizer step `step` (from 0): linear warm-up from 0, then half a cosine."""
+    """Learning rate of step `step` (from 0): linear warm-up from 0, then half a cosine."""
     if step < warmup:
         return lr * step / warmup
     done = (step - warmup) / max(1, total - warmup)
@@ -403,13 +401,14 @@ def train(args):
 
 
 def save(args, model, optimizer, scaler, step, rank):
-    """last.pt, all that the run needs to go on; encoder.pt, what the other scripts start from."""
+    """encoder.pt, what the other scripts start from; then last.pt, all that the run needs to go
+    on: a run killed between the two makes both again."""
     if rank == 0:
         about = dict(arch=model.encoder.arch, mean=list(args.mean), std=list(args.std),
                      norm_pix=args.norm_pix, args=plain(args), step=step)
+        save_checkpoint(Path(args.out, "encoder.pt"), model=model.encoder.state_dict(), **about)
         save_checkpoint(Path(args.out, "last.pt"), model=model.state_dict(),
                         optimizer=optimizer.state_dict(), scaler=scaler.state_dict(), **about)
-        save_checkpoint(Path(args.out, "encoder.pt"), model=model.encoder.state_dict(), **about)
 
 
 def describe(run, args, model, train_set, val_set, sampler, peak_lr):
@@ -419,8 +418,8 @@ def describe(run, args, model, train_set, val_set, sampler, peak_lr):
         return
     encoder = sum(p.numel() for p in model.encoder.parameters()) / 1e6
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad) / 1e6
-    print(f"{args.method} on {args.model}: encoder {encoder:.2f}M parameters, {trained:.2f}M trained "
-          f"with decoder and adapter; decoder on block {args.decoder_tap}, distilled: "
+    print(f"{args.method} on {args.model}: encoder {encoder:.2f}M parameters, {trained:.2f}M "
+          f"trained with decoder and adapter; decoder on block {args.decoder_tap}, distilled: "
           f"{args.distill_layers or 'none'}")
     print(f"{len(train_set)} training images, {len(val_set)} held out; {sampler.steps_per_epoch} "
           f"steps an epoch, warm-up {args.warmup_epochs:g} of {args.epochs} epochs")
@@ -482,16 +481,9 @@ class HieraMaskedAutoencoder(MaskedAutoencoder):
         x = x.unflatten(1, (4 ** rounds, -1)).transpose(1, 2).flatten(0, 1)     # (B V, 4^r, C)
         return reroll(x, (1, 1), rounds).permute(0, 3, 1, 2)
 
-    def forward_decoder(self, latent, ids_keep, ids_masked):
-        """Visible tokens (B, 4 V, D) -> pixels of the masked ones (B, 4 M, P)."""
-        ids_keep, ids_masked = self.raster_ids(ids_keep), self.raster_ids(ids_masked)
-        B, M = ids_masked.shape
-        x = self.decoder_embed(latent)
-        x = torch.cat([x, self.mask_token.expand(B, M, -1).to(x.dtype)], dim=1)
-        x = x + self.decoder_pos_embed[0][torch.cat([ids_keep, ids_masked], dim=1)]
-        for block in self.decoder_blocks:
-            x = block(x)
-        return self.decoder_pred(self.decoder_norm(x[:, -M:]))
+    def position_rows(self, ids_keep, ids_masked):
+        """There is no class token: rows are the raster indices of 4 tokens a unit."""
+        return self.raster_ids(torch.cat([ids_keep, ids_masked], dim=1))
 
     def patches(self, images, ids):
         return patch_pixels(images, self.raster_ids(ids), 16, channels_last=False)
@@ -578,7 +570,6 @@ class Images(Dataset):
         self.seed = args.seed
         self.cells = cells
         self.train = train
-        self.centre = v2.Compose([v2.Resize(max(self.size), BICUBIC), v2.CenterCrop(self.size)])
 
     def __len__(self):
         return len(self.items)
@@ -597,8 +588,9 @@ class Images(Dataset):
                     if self.train:
                         image = random_crop(image, self.size, self.scale)
                     else:
-                        image = self.centre(image)
-                    return to_tensor(image), noise, index, tries > 0
+                        image = ImageOps.fit(image, self.size[::-1], Image.BICUBIC)
+                        image = to_tensor(image)
+                    return image, noise, index, tries > 0
                 except READ_ERRORS:
                     continue
         raise InputError(f"100 unreadable images in a row, from {self.name(index)} on: is --data a "
@@ -629,7 +621,7 @@ def make_data(args, cells):
 # Evaluation and pictures
 # --------------------------------------------------------------------------------------------------
 def report(run, args, model, teacher, val_set, step):
-    """Evaluate on all processes; process 0 logs it, prints it, and draws once training has begun."""
+    """Evaluate on all processes; process 0 logs, prints, and draws once training has begun."""
     values = evaluate(run, args, model, teacher, val_set)
     rank, _, device, _ = run
     if rank != 0:
@@ -646,8 +638,8 @@ def report(run, args, model, teacher, val_set, step):
     noise = torch.stack([item[1] for item in items]).to(device)
     images = normalize(images, args.mean, args.std)
     draw_reconstructions(model, images, noise, args, out / "reconstruction.png")
-    if teacher and not isinstance(model, AblatedAutoencoder):
-        draw_attention(model, teacher, images[:4], args, out / "attention.png")
+    if teacher and type(model) is MaskedAutoencoder:
+        draw_attention(model, teacher, images, args, out / "attention.png")
 
 
 @torch.no_grad()
@@ -713,44 +705,26 @@ def draw_reconstructions(model, images, noise, args, path):
 
 @torch.no_grad()
 def draw_attention(model, teacher, images, args, path):
-    """PNG: softmax attention of two patches an image in the student's last map, after the adapter
+    """PNG: softmax attention of one patch an image in the student's last map, after the adapter
     over heads, and in the teacher's; mean over heads, all patches visible."""
-    encoder = model.encoder
-    B, _, H, W = images.shape
-    ids = torch.arange(model.cells, device=images.device).expand(B, -1)
-    student = model.student_map(encoder.forward_features(images, model.taps, ids)).float()
-    student = model.attn_adapter(student)
-    maps = []
-    for logits in (student, model.teacher_signal(teacher, images, ids).float()):
-        attention = logits.softmax(dim=-1).mean(dim=1).cpu()                    # (B, T, T)
-        if isinstance(model, HieraMaskedAutoencoder):    # unrolled -> raster, queries and keys
-            h, w = (2 * n for n in encoder.unit_grid)
-            tokens = torch.arange(h * w).view(1, -1, 1)
-            order = reroll(tokens, encoder.unit_grid, 1).flatten()
-            attention = attention[:, order][:, :, order]
-        else:
-            h, w = encoder.grid
-            attention = attention[:, 1:, 1:]    # without the class token
-        maps.append(attention)
-    rows = []
-    for b, picture in enumerate(to_pixels(images, args)):
-        for y, x in ((h // 3, w // 3), (2 * h // 3, w // 2)):
-            top, left, side = y * H // h, x * W // w, H // h
-            marked = picture.clone()
-            marked[:, top:top + side, left:left + side] = torch.tensor([255, 0, 0])[:, None, None]
-            inner = slice(top + 1, top + side - 1), slice(left + 1, left + side - 1)
-            marked[:, inner[0], inner[1]] = picture[:, inner[0], inner[1]]
-            heats = [heat(m[b, y * w + x].view(h, w), side) for m in maps]
-            rows.append((marked, *heats))
-    draw_sheet(path, rows, ("query", "student", "teacher"),
-               "attention of the framed patch, from its minimum (black) to its maximum (yellow)")
-
-
-def heat(values, side):
-    """(h, w) -> (3, h * side, w * side) uint8, black at the minimum to yellow at the maximum."""
-    a = (values - values.min()) / (values.max() - values.min() + 1e-12)
-    colors = torch.stack([a ** 0.5, a ** 1.5, 0.3 * a])
-    return (255 * colors).byte().repeat_interleave(side, 1).repeat_interleave(side, 2)
+    h, w = model.encoder.grid
+    side = model.encoder.patch_size
+    ids = torch.arange(model.cells, device=images.device).expand(len(images), -1)
+    features = model.encoder.forward_features(images, model.taps, ids)
+    student = model.attn_adapter(model.student_map(features).float())
+    truth = model.teacher_signal(teacher, images, ids)
+    query = (h // 2) * w + w // 2
+    heats = []
+    for logits in (student, truth):
+        attention = logits.softmax(dim=-1).mean(dim=1)[:, 1 + query, 1:]    # (B, N), no class token
+        attention = attention / attention.amax(dim=1, keepdim=True)
+        attention = (255 * attention).byte().cpu().view(-1, 1, h, w).expand(-1, 3, -1, -1)
+        heats.append(attention.repeat_interleave(side, 2).repeat_interleave(side, 3))
+    corner = torch.tensor([query % w, query // w]) * side
+    box = torch.cat([corner, corner + side - 1])[None]
+    marked = [draw_bounding_boxes(p, box, colors="red") for p in to_pixels(images, args)]
+    draw_sheet(path, zip(marked, *heats), ("query", "student", "teacher"),
+               "attention of the framed patch, in parts of its maximum (white)")
 
 
 def to_pixels(images, args):
@@ -791,8 +765,9 @@ def init_distributed(args, minutes=10):
 
 
 class EpochSampler(DistributedSampler):
-    """Endless keys (epoch, index) of this process, from optimizer step `first_step` on. A batch is
-    the same for any number of processes and micro-steps; a smaller set makes one batch of all."""
+    """Yields (epoch, index) for this process without end, starting at optimizer step `first_step`.
+    A batch is the same for any number of processes and micro-steps; a data set smaller than it
+    gives one batch, rounded down to a multiple of processes x micro-steps."""
 
     def __init__(self, dataset, batch_size, accum_steps, rank, world, seed):
         super().__init__(dataset, world, rank, seed=mix_seed(seed), drop_last=True)
@@ -800,9 +775,9 @@ class EpochSampler(DistributedSampler):
         self.micro_batch = min(batch_size, len(dataset)) // parts
         self.batch_size = self.micro_batch * parts
         if batch_size % parts or not self.batch_size:
-            raise InputError(f"--batch-size {batch_size} of {len(dataset)} items cannot be dealt out "
-                             f"to {world} process(es) x --accum-steps {accum_steps}: choose a "
-                             f"multiple of {parts}, and no fewer items than that")
+            raise InputError(f"--batch-size {batch_size} of {len(dataset)} items cannot be dealt "
+                             f"out to {world} process(es) x --accum-steps {accum_steps}: choose "
+                             f"a multiple of {parts}, and no fewer items than that")
         self.steps_per_epoch = len(dataset) // self.batch_size
         self.first_step = 0
 
@@ -818,7 +793,8 @@ class EpochSampler(DistributedSampler):
 
 
 class RunLog:
-    """Progress bar and log.jsonl of process 0; `stop` is set once SIGTERM asked this process to."""
+    """Progress bar and log.jsonl, written by process 0. SIGTERM sets `stop`: finish the step, save
+    and leave, which `train` does once any process was asked to."""
 
     def __init__(self, args, step, last_step, batch_size, rank):
         self.path = Path(args.out, "log.jsonl") if rank == 0 else None
@@ -834,20 +810,20 @@ class RunLog:
         """Note a step: its values, how long it took and waited for data. A line every few steps."""
         self.window.append({**values, "lr": lr, "seconds": seconds, "data_share": waited / seconds})
         self.bar.update()
-        if step % self.every and step < self.bar.total:
+        if step % self.every and step < self.bar.total and not values["stop"]:
             return
         means = {k: sum(v[k] for v in self.window) / len(self.window) for k in self.window[0]}
         rate = self.batch_size / means.pop("seconds")
         hint = ", more --workers would help" if means["data_share"] > 0.3 else ""
         self.bar.set_postfix_str(f"loss {means['loss']:.4f}, {rate:.0f} img/s, waiting for data "
-                                 f"{means['data_share']:.0%}{hint}")
+                                 f"{means['data_share']:.0%}{hint}", refresh=False)
         log_line(self.path, step=step, **means, img_s=rate,
                  eta_h=(self.bar.total - step) * self.batch_size / rate / 3600,
                  memory_gb=torch.cuda.max_memory_allocated() / 2 ** 30)
         self.window = []
 
     def close(self, step):
-        """The end of a run; one that SIGTERM cut short ends the process with status 1."""
+        """End the bar; after SIGTERM, exit with status 1."""
         self.bar.close()
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         if step < self.bar.total:
@@ -866,7 +842,8 @@ FIXED = ("method", "model", "decoder_tap", "decoder_dim", "decoder_depth", "deco
 
 def parse_args(argv=None, **defaults):
     """Options of the command line, or of the list `argv`; `defaults` stand in for the paper's."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], usage="%(prog)s [options]",
+    parser = argparse.ArgumentParser(usage="%(prog)s [options]",
+                                     description=__doc__.split("\n\n")[0],
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument_group("method (Sec. 4)").add_argument
     add("--method", choices=("d2-mae", "d-mae", "mae"), default="d2-mae",
@@ -903,9 +880,6 @@ def parse_args(argv=None, **defaults):
         help="of pixels in [0, 1]; stored and reused")
     add("--skip-corrupt", action="store_true",
         help="replace unreadable files by others and count them; default: stop")
-    cores = (os.cpu_count() or 2) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    add("--workers", type=number(int, "[0, inf)"), default=max(1, min(16, cores)),
-        help="loader processes per training process")
 
     add = parser.add_argument_group("recipe (Sec. 4, pre-training)").add_argument
     add("--epochs", type=number(int, "[1, inf)"), default=400, help="paper: 400")
@@ -913,20 +887,12 @@ def parse_args(argv=None, **defaults):
         help="linear from 0; default: a tenth of --epochs, as the paper's 40 of 400")
     add("--batch-size", type=number(int, "[1, inf)"), default=4096,
         help="images per optimizer step over all processes; paper: 4096")
-    add("--accum-steps", type=number(int, "[1, inf)"), default=1,
-        help="micro-steps that one batch is split into, per process")
     add("--base-lr", type=number(float, "[0, 1e9]"), default=1.5e-4,
         help="per 256 images: lr = base_lr * batch_size / 256; paper: 1.5e-4")
     add("--clip-grad", type=number(float, "[0, inf)"), default=0.0,
         help="largest gradient norm; 0: no clipping, as in the paper")
 
-    add = parser.add_argument_group("run").add_argument
-    add("--out", default="out/pretrain",
-        help="folder for checkpoints, log, pictures; the same command goes on there")
-    add("--no-resume", action="store_true", help="start again although --out holds a checkpoint")
-    add("--device", choices=("auto", "cuda", "mps", "cpu"), default="auto")
-    add("--dtype", choices=("auto", "bf16", "fp16", "fp32"), default="auto",
-        help="auto: bf16 on GPUs that have it, fp16 with loss scaling on others, else fp32")
+    add = add_run_options(parser, "out/pretrain")
     add("--compile", action="store_true", help="torch.compile the student and the teacher")
     add("--seed", type=number(int, "[0, 4294967296)"), default=0)
     add("--max-steps", type=number(int, "[1, inf)"),
@@ -954,14 +920,14 @@ def resolve(args):
     args.image_size = (args.image_size[0], args.image_size[-1])
     if any(side % unit for side in args.image_size):
         nearest = [max(1, round(side / unit)) * unit for side in args.image_size]
-        raise InputError(f"--image-size {args.image_size} must be a multiple of {unit}, the mask unit "
-                         f"of Hiera or the --patch-size of a ViT: the nearest is {nearest}")
+        raise InputError(f"--image-size {args.image_size} must be a multiple of {unit}, the mask "
+                         f"unit of Hiera or the --patch-size of a ViT: the nearest is {nearest}")
     if args.mask_ratio is None:
         args.mask_ratio = 0.4 if hiera else 0.75
     cells = math.prod(side // unit for side in args.image_size)
     if not 0 < int(cells * (1 - args.mask_ratio)) < cells:
-        raise InputError(f"--mask-ratio {args.mask_ratio} of {cells} patches or mask units must leave "
-                         "at least one visible and one masked")
+        raise InputError(f"--mask-ratio {args.mask_ratio} of {cells} patches or mask units must "
+                         "leave at least one visible and one masked")
     if args.crop_scale[0] > args.crop_scale[1]:
         raise InputError(f"--crop-scale {args.crop_scale[0]} {args.crop_scale[1]} must be a range")
     if args.warmup_epochs is None:
@@ -972,27 +938,27 @@ def resolve(args):
 
     # teacher, taps, layers
     if args.method == "mae" and args.teacher:
-        raise InputError("--method mae has no teacher: leave --teacher out, or choose another method")
+        raise InputError("--method mae has no teacher: leave --teacher out, or choose another one")
     if args.method != "mae" and not args.teacher:
         raise InputError(f"--method {args.method} distils from a teacher: give --teacher FILE "
                          "(README, 'Checkpoints'), or choose --method mae")
     if hiera and args.method == "d2-mae":
-        raise InputError("--method d2-mae is defined for plain ViTs: Hiera's decoder fuses stages 1, "
-                         "2 and 4, so there is no inner block to tap; choose d-mae or mae")
+        raise InputError("--method d2-mae is defined for plain ViTs: Hiera's decoder fuses stages "
+                         "1, 2 and 4, so there is no inner block to tap; choose d-mae or mae")
     if hiera and (args.distill != "attention" or args.distill_layers or args.decoder_tap):
-        raise InputError("--distill, --distill-layers and --decoder-tap are ablations on ViT and have "
-                         "no counterpart on Hiera")
+        raise InputError("--distill, --distill-layers and --decoder-tap are ablations on ViT and "
+                         "have no counterpart on Hiera")
     if args.decoder_tap and args.method != "d2-mae":
-        raise InputError(f"--decoder-tap belongs to --method d2-mae; {args.method} decodes the last "
-                         "block")
+        raise InputError(f"--decoder-tap belongs to --method d2-mae; {args.method} decodes the "
+                         "last block")
     args.decoder_tap = args.decoder_tap or (8 if args.method == "d2-mae" else depth)
     args.distill_layers = sorted(set(args.distill_layers or [depth])) if args.teacher else []
     if max([args.decoder_tap, *args.distill_layers]) > depth:
         raise InputError(f"--decoder-tap {args.decoder_tap} and --distill-layers "
                          f"{args.distill_layers} must be among the blocks 1..{depth}")
     if args.method == "d2-mae" and args.distill_layers[-1] != depth:
-        raise InputError(f"--method d2-mae needs block {depth} among --distill-layers: nothing else "
-                         f"trains the blocks above --decoder-tap {args.decoder_tap}")
+        raise InputError(f"--method d2-mae needs block {depth} among --distill-layers: nothing "
+                         f"else trains the blocks above --decoder-tap {args.decoder_tap}")
     return args
 
 

@@ -4,6 +4,7 @@
 
 Every figure is a median over alternating rounds, so that a machine that drifts does not favour either side.
 """
+import copy
 import functools
 import itertools
 import math
@@ -197,18 +198,14 @@ def bench_loading(P):
           f"alone {64 / bare:.0f}")
     differences = []
     for seed, file in enumerate(files):
-        crops = []
-        for image in (P.open_item(file), Image.open(file).convert("RGB")):
-            torch.manual_seed(seed)
-            top, left, h, w = T.RandomResizedCrop.get_params(image, [0.08, 1], [3 / 4, 4 / 3])
-            torch.manual_seed(seed)
-            if not crops:
-                crops.append(np.asarray(P.random_crop(image, (224, 224), (0.08, 1.0)), dtype=float))
-                continue
-            whole = image.crop((left, top, left + w, top + h)).resize((224, 224), 3)
-            crops.append(np.asarray(whole, dtype=float))
-        flipped = crops[1][:, ::-1]
-        differences.append(min(np.abs(crops[0] - c).mean() for c in (crops[1], flipped)))
+        image = Image.open(file).convert("RGB")
+        torch.manual_seed(seed)
+        fast = P.random_crop(P.open_item(file), (224, 224), (0.08, 1.0)).float()
+        torch.manual_seed(seed)
+        top, left, h, w = T.RandomResizedCrop.get_params(image, [0.08, 1], [3 / 4, 4 / 3])
+        image = image.crop((left, top, left + w, top + h)).resize((224, 224), Image.BICUBIC)
+        slow = T.functional.pil_to_tensor(image).float()
+        differences.append(min((fast - x).abs().mean().item() for x in (slow, slow.flip(2))))
     print(f"pixels differ from crop-then-resize by {np.mean(differences):.2f} of 255 in the mean")
     torch.set_num_threads(threads)
     folder.cleanup()
@@ -223,17 +220,21 @@ def plain_classifier(vit, images):
 
 
 def bench_finetune(batch=16):
-    """A step of the improved recipe (mixup, AdamW, layer decay) and evaluation, ViT-Tiny at 224; RandAugment of one image."""
+    """A step of the improved recipe (mixup, AdamW, layer decay) and evaluation, ViT-Tiny at 224;
+    RandAugment of one image."""
     import finetune
-    args = finetune.resolve(finetune.parse_args(["--batch-size", str(batch)]))
+    args = finetune.plan(finetune.parse_args([]))[0]
     model = finetune.build_model(args, 1000)
-    groups = finetune.param_groups(model, 0.05, 0.85, 12)
-    optimizers = [torch.optim.AdamW(groups, lr=1e-5, fused=True), torch.optim.AdamW(groups, lr=1e-5, foreach=False)]
-    images, labels = torch.randint(256, (batch, 3, 224, 224), dtype=torch.uint8), torch.randint(1000, (batch,))
+    mixing = finetune.build_mixing(args, 1000)
+    groups = finetune.build_optimizer(model, args, 1e-5).param_groups
+    fused = torch.optim.AdamW(groups, fused=True)
+    plain_adamw = torch.optim.AdamW(groups, foreach=False)
+    images = torch.randint(256, (batch, 3, 224, 224), dtype=torch.uint8)
+    labels = torch.randint(1000, (batch,))
 
     def step(forward, optimizer):
-        x, targets = finetune.mix_batch(normalize(images), finetune.soft_targets(labels, 1000), 0.2, 0.0)
-        finetune.soft_cross_entropy(forward(x), targets).backward()
+        x, targets = mixing(normalize(images), labels)
+        nn.functional.cross_entropy(forward(x), targets).backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
@@ -244,11 +245,12 @@ def bench_finetune(batch=16):
     plain = functools.partial(plain_classifier, model)
     assert torch.allclose(evaluate(model.eval()), evaluate(plain), atol=1e-4)
     for title, ours, theirs in (
-            ("fine-tuning step", lambda: step(model, optimizers[0]), lambda: step(plain, optimizers[1])),
+            ("fine-tuning step", lambda: step(model, fused), lambda: step(plain, plain_adamw)),
             ("evaluation", lambda: evaluate(model), lambda: evaluate(plain))):
         fast, slow = race(ours, theirs)
         print(f"{title}: {batch / fast:.1f} images/s, plain {batch / slow:.1f}: {slow / fast:.2f}x")
-    (seconds,) = race(lambda: [finetune.rand_augment(images[0], 10) for _ in range(50)])
+    image = Image.fromarray(images[0].permute(1, 2, 0).numpy())
+    (seconds,) = race(lambda: [finetune.rand_augment(image, 10, (0, 0, 0)) for _ in range(50)])
     print(f"RandAugment of a 224x224 image: {1000 * seconds / 50:.2f} ms")
 
 
@@ -291,64 +293,81 @@ def bench_segment(images=4, size=(512, 683), label_size=(600, 800)):
 
 
 def plain_tracker_block(block, x, ids, keep=None, centre=0):
-    """Explicit attention map; with `keep`, search tokens are ranked by its centre row and sorted."""
+    """Explicit attention map; with `keep`, search tokens are ranked by its centre row, sorted."""
     B, T, D = x.shape
     Z = T - ids.shape[1]
     y, _, attention = explicit_attention(block.attn, block.norm1(x))
     x = x + y
     if keep:
-        order = attention[:, :, centre, Z:].mean(dim=1).sort(dim=1, descending=True).indices[:, :keep]
+        rank = attention[:, :, centre, Z:].mean(dim=1)
+        order = rank.sort(dim=1, descending=True).indices[:, :keep]
         search = x[:, Z:].gather(1, order[..., None].expand(-1, -1, D))
-        x, ids = torch.cat([x[:, :Z], search], dim=1), ids.gather(1, order)
+        x = torch.cat([x[:, :Z], search], dim=1)
+        ids = ids.gather(1, order)
     return x + block.mlp(block.norm2(x)), ids
 
 
 @torch.inference_mode()
 def bench_track():
-    """One frame at 128/256 pixels: against explicit attention in every block, batch norms and three full head branches,
-    and a template that is embedded again in every frame."""
+    """One frame at 128 and 256 pixels: against explicit attention in every block, batch norms that
+    are not folded, and a template that is embedded again in every frame."""
     import track
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
     for keep_rate in (0.7, 1.0):
-        model = track.Tracker(MODELS["vit_tiny"](), keep_rate=keep_rate).eval()
-        tracker = track.OnePassTracker(model, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), torch.device("cpu"))
-        template, search = torch.randn(1, 3, 128, 128), torch.randn(1, 3, 256, 256)
+        model = track.Tracker(MODELS["vit_tiny"](), keep_rate=keep_rate).to(device).eval()
+        head = copy.deepcopy(model.head)    # OnePassTracker folds the other
+        tracker = track.OnePassTracker(model, mean, std, device, torch.float32)
+        template = torch.randn(1, 3, 128, 128, device=device)
+        search = torch.randn(1, 3, 256, 256, device=device)
         tracker.template = model.embed_template(template)
 
         def plain():
             z = model.embed_template(template)
             x = model.encoder.patch_embed(search) + model.encoder.search_pos_embed
             Z, S = z.shape[1], x.shape[1]
-            x, ids = torch.cat([z, x], dim=1), torch.arange(S)[None]
+            x = torch.cat([z, x], dim=1)
+            ids = torch.arange(S, device=device)[None]
             for number, block in enumerate(model.encoder.blocks, start=1):
-                keep = math.ceil(keep_rate * ids.shape[1]) if number in model.eliminate_blocks else None
+                eliminates = number in model.options["eliminate_blocks"]
+                keep = math.ceil(keep_rate * ids.shape[1]) if eliminates else None
                 x, ids = plain_tracker_block(block, x, ids, keep, model.centre)
             x = model.encoder.norm(x)[:, Z:]
-            x = torch.zeros(1, S, x.shape[2]).scatter(1, ids[..., None].expand(-1, -1, x.shape[2]), x)
-            score, size, offset = model.head(x.transpose(1, 2).reshape(1, -1, model.search_side, model.search_side))
-            return track.to_xywh(track.decode(score * tracker.window, size, offset))[0].tolist()
+            places = ids[..., None].expand(-1, -1, x.shape[2])
+            x = torch.zeros(1, S, x.shape[2], device=device).scatter(1, places, x)
+            maps = x.transpose(1, 2).unflatten(2, (model.search_side, model.search_side))
+            score, size, offset = head(maps)
+            return track.decode(score * tracker.window, size, offset)[0].tolist()
 
-        assert np.allclose(plain(), tracker.locate(search)[:4], atol=1e-4)
-        halves = track.OnePassTracker(model, tracker.mean, tracker.std, tracker.device, torch.bfloat16)
-        halves.template = tracker.template
-        fast, slow, half = race(lambda: tracker.locate(search), plain, lambda: halves.locate(search), rounds=60)
-        print(f"tracker, keep rate {keep_rate}: {1 / fast:.1f} frames/s, plain {1 / slow:.1f}: {slow / fast:.2f}x; with --dtype bf16 "
-              f"{1 / half:.1f} frames/s")
+        box, _ = tracker.locate(search)    # the same box, or the race means nothing
+        x, y, w, h = plain()
+        assert np.allclose([x - w / 2, y - h / 2, w, h], box, atol=1e-4)
+        fast, slow = race(lambda: tracker.locate(search), plain, rounds=40)
+        tracker.autocast = torch.autocast(device.type, torch.bfloat16)
+        half, = race(lambda: tracker.locate(search), rounds=3)    # slow on a CPU that emulates it
+        print(f"tracker, keep rate {keep_rate}: {1 / fast:.1f} frames/s, plain {1 / slow:.1f}: "
+              f"{slow / fast:.2f}x; with --dtype bf16 {1 / half:.1f} frames/s")
 
 
 def bench_analyze(layers=13, batch=128):
-    """CKA of two models of 13 layers: every Gram matrix once, against both of them anew for every pair of layers."""
+    """CKA of two models of 13 layers: every Gram matrix once, against both anew for every pair."""
     from analyze import minibatch_cka
     models = [[torch.randn(batch, 196, 192) for _ in range(layers)] for _ in range(2)]
 
     def plain_hsic(k, l):
         """Eq. 3 of arXiv 2010.15327 from two Gram matrices."""
-        n, k, l = len(k), k.clone().fill_diagonal_(0), l.clone().fill_diagonal_(0)
+        n = len(k)
+        k = k.clone().fill_diagonal_(0)
+        l = l.clone().fill_diagonal_(0)
         kl = k @ l
-        return (kl.trace() + k.sum() * l.sum() / ((n - 1) * (n - 2)) - 2 / (n - 2) * kl.sum()) / (n * (n - 3))
+        sums = k.sum() * l.sum() / ((n - 1) * (n - 2)) - 2 / (n - 2) * kl.sum()
+        return (kl.trace() + sums) / (n * (n - 3))
 
     def plain_cka(x, y):
-        x, y = x.flatten(1).double(), y.flatten(1).double()
-        k, l = x @ x.T, y @ y.T
+        x = x.flatten(1).double()
+        y = y.flatten(1).double()
+        k = x @ x.T
+        l = y @ y.T
         return plain_hsic(k, l) / (plain_hsic(k, k) * plain_hsic(l, l)).sqrt()
 
     def plain():
@@ -356,7 +375,8 @@ def bench_analyze(layers=13, batch=128):
 
     assert torch.allclose(minibatch_cka([models])[0], plain(), atol=1e-9)
     fast, slow = race(lambda: minibatch_cka([models]), plain, rounds=3)
-    print(f"CKA of {layers} x {layers} layers, batch {batch}: {fast:.2f} s, Gram matrices per pair {slow:.2f} s: {slow / fast:.1f}x")
+    print(f"CKA of {layers} x {layers} layers, batch {batch}: {fast:.2f} s, Gram matrices per pair "
+          f"{slow:.2f} s: {slow / fast:.1f}x")
 
 
 if __name__ == "__main__":

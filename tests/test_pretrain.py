@@ -546,7 +546,6 @@ def test_a_hiera_student_learns_from_a_hiera_teacher(tmp_path):
          "--workers", 0, "--teacher", tmp_path / "hiera.pth", "--device", "cpu", "--epochs", 1,
          "--batch-size", 4, "--max-steps", 1, "--out", tmp_path / "out")
     assert read_log(tmp_path / "out" / "log.jsonl")[-1]["val_attn"] > 0
-    assert (tmp_path / "out" / "attention.png").exists()
 
 
 def test_training_replays_the_shipped_log(tmp_path):
