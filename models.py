@@ -1124,7 +1124,8 @@ def random_crop(image, size, scale):
     image.draft("RGB", (full_width * size[1] // w, image.height * size[0] // h))    # JPEG alone
     reduced = image.width / full_width
     box = [round(edge * reduced) for edge in (left, top, left + w, top + h)]
-    crop = resize(to_tensor(image.crop(box)), list(size), InterpolationMode.BICUBIC, antialias=True)
+    pixels = to_tensor(image.crop(box))
+    crop = resize(pixels, list(size), InterpolationMode.BICUBIC, antialias=True)
     return crop.flip(2) if torch.rand(()) < 0.5 else crop
 
 

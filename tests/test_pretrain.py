@@ -563,10 +563,10 @@ def test_training_replays_the_shipped_log(tmp_path):
 
 
 def test_waiting_for_data_is_reported(tmp_path, monkeypatch, capsys):
-    def slow(image):
+    def slow(image, size, scale):
         time.sleep(0.05)
-        return models.to_tensor(image)
-    monkeypatch.setattr(P, "to_tensor", slow)
+        return models.random_crop(image, size, scale)
+    monkeypatch.setattr(P, "random_crop", slow)
     here(P, *QUICK, "--method", "mae", "--epochs", 1, "--batch-size", 8, "--max-steps", 2,
          "--out", tmp_path)
     assert read_log(tmp_path / "log.jsonl")[2]["data_share"] > 0.3
