@@ -47,8 +47,8 @@ from tqdm import tqdm
 
 from models import (IMAGENET_MEAN, IMAGENET_STD, MODELS, READ_ERRORS, InputError,
                     VisionTransformer, choose_device, infer_model, list_images, load_encoder,
-                    load_state, normalize, number, open_item, pair, plain_errors, read_log,
-                    to_tensor, toy_picture, unroll)
+                    load_state, mean_and_error, normalize, number, open_item, pair, plain_errors,
+                    read_log, to_tensor, toy_picture, unroll)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -504,12 +504,6 @@ def batches(items, args, batch_size):
 # --------------------------------------------------------------------------------------------------
 # Tables and pictures
 # --------------------------------------------------------------------------------------------------
-def mean_and_error(values):
-    """-> mean, its standard error (0 for a single value)."""
-    n = len(values)
-    return np.mean(values), np.std(values, ddof=min(1, n - 1)) / n ** 0.5
-
-
 def read_csv(path, columns):
     """Rows of a CSV file as dictionaries. columns: name -> function that reads the text of a cell.
     Raises InputError naming the line."""

@@ -53,9 +53,10 @@ from tqdm import tqdm
 
 from models import (IMAGENET_MEAN, IMAGENET_STD, MODELS, READ_ERRORS, TOY_CLASSES, InputError,
                     add_run_options, average_over_processes, check_readable, check_step,
-                    choose_device, choose_dtype, infer_model, load_encoder, load_state, log_line,
-                    mix_seed, normalize, number, open_item, parallel, param_groups, plain,
-                    plain_errors, random_crop, read_file, resume, save_checkpoint, start_log,
+                    choose_device, choose_dtype, depth_of, endless_batches, fingerprint,
+                    infer_model, load_encoder, load_state, log_line, mix_seed, normalize, number,
+                    open_item, parallel, param_groups, plain, plain_errors, print_comparison,
+                    random_crop, read_file, read_or_next, resume, save_checkpoint, start_log,
                     to_tensor, toy_picture)
 
 BICUBIC = Image.Resampling.BICUBIC
@@ -90,8 +91,8 @@ RANGES = dict(    # of the entries that --recipe NAME KEY=VALUE changes; the oth
 CIFAR = dict(train=[dict(train=True)], test=[dict(train=False)], fields=("data", "targets"))
 SMALL = dict(train=[dict(split="trainval")], test=[dict(split="test")],
              recipe=dict(epochs=100, warmup_epochs=20, base_lr=0.015))
-DATASETS = {    # torchvision's class, its arguments for the parts of a split, its fields of
-    "folder": {},    # pictures and labels, and what the transfer recipe, CIFAR's, has for it
+DATASETS = {    # torchvision's class; its arguments per part of a split; its fields with pictures
+    "folder": {},    # and labels; entries of the transfer recipe that differ from CIFAR's
     "imagenet": {},
     "toy": {},
     "cifar10": dict(CIFAR, make=datasets.CIFAR10),
@@ -107,9 +108,9 @@ DATASETS = {    # torchvision's class, its arguments for the parts of a split, i
                         "github.com/pytorch/vision/issues/7545, belong into stanford_cars/ there"),
 }
 DEMO = dict(dataset="toy", out="out/demo/finetune", model="vit_nano", image_size=[48], patch_size=8,
-            shots=5, seed=[0, 1, 2], epochs=30, batch_size=16, rand_augment=0.0, mixup=0.0,
+            shots=5, seed=[0, 1, 2, 3, 4], epochs=30, batch_size=16, rand_augment=0.0, mixup=0.0,
             smoothing=0.1, layer_decay=1.0, min_crop=0.7, workers=0, eval_every=30,
-            demo_lr={"scratch": 1.6e-2, "pre-trained": 1.6e-2})    # --base-lr of each start
+            demo_lr={"scratch": 8e-3, "pre-trained": 1.6e-2})    # --base-lr of each start
 
 
 # --------------------------------------------------------------------------------------------------
@@ -173,7 +174,8 @@ def random_erasing(images, probability):
         if torch.rand(()) < probability:
             top, left, h, w, _ = RandomErasing.get_params(
                 image, (0.02, 1 / 3), (0.3, 1 / 0.3), [0.0])    # area, aspect, unused value
-            image[:, top:top + h, left:left + w].normal_()
+            if (h, w) != tuple(image.shape[1:]):    # what ten failed draws give
+                image[:, top:top + h, left:left + w].normal_()
 
 
 def build_mixing(args, classes):
@@ -233,15 +235,16 @@ def lr_at(step, total, warmup, lr, min_lr):
 
 def train(args):
     """One run into args.out, from scratch, --init or its last.pt -> the last evaluation, a dict."""
-    run = rank, world, device, dtype = init_distributed(args)
+    run = init_distributed(args, minutes=120 if args.download else 10)
+    rank, world, device, dtype = run
     torch.manual_seed(args.seed)
     train_set, test_set = make_data(args, rank, world)
     classes = train_set.classes
     model = build_model(args, len(classes)).to(device)
     mixing = build_mixing(args, len(classes))
     sampler = EpochSampler(train_set, args.batch_size, args.accum_steps, rank, world, args.seed)
-    epoch = sampler.steps_per_epoch
-    last_step = args.epochs * epoch
+    steps_per_epoch = sampler.steps_per_epoch
+    last_step = args.epochs * steps_per_epoch
     peak_lr = args.base_lr * sampler.batch_size / 256
     optimizer = build_optimizer(model, args, peak_lr)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
@@ -251,13 +254,12 @@ def train(args):
     step = sampler.first_step = state["step"]
     best = state.get("best", -1.0)    # top-1
     network = parallel(model, args, device, world)
-    batches = iter(DataLoader(train_set, sampler.micro_batch, sampler=sampler,
-                              num_workers=args.workers, pin_memory=device.type == "cuda"))
+    batches = endless_batches(train_set, sampler, args, device)
     log = RunLog(args, step, last_step, sampler.batch_size, rank)
 
     while True:
         # evaluate every few epochs and at the end
-        if step >= last_step or (step and step % (args.eval_every * epoch) == 0):
+        if step >= last_step or (step and step % (args.eval_every * steps_per_epoch) == 0):
             result = report(run, args, model, test_set, step, best)
             best = max(best, result["top1"])
         if step >= last_step:
@@ -285,7 +287,7 @@ def train(args):
             total_loss += loss.detach() / args.accum_steps
 
         # clip, and look at the loss before it can harm the weights: the one wait of a step
-        lr = lr_at(step, last_step, args.warmup_epochs * epoch, peak_lr, args.min_lr)
+        lr = lr_at(step, last_step, args.warmup_epochs * steps_per_epoch, peak_lr, args.min_lr)
         scaler.unscale_(optimizer)
         grad_norm = clip_grad_norm_(model.parameters(), args.clip_grad or math.inf)
         values = dict(loss=total_loss, grad_norm=grad_norm, stop=log.stop.is_set(),
@@ -303,7 +305,7 @@ def train(args):
 
         # log, save
         log.add(step, lr, values, time.perf_counter() - started, waited)
-        if step % epoch == 0 or step == last_step or values["stop"]:
+        if step % steps_per_epoch == 0 or step == last_step or values["stop"]:
             save("last.pt", rank, args, model, classes, step, best,
                  optimizer=optimizer.state_dict(), scaler=scaler.state_dict())
         if values["stop"] and step < last_step:
@@ -380,25 +382,19 @@ class LabelledImages(Dataset):
         epoch, index = key
         with torch.random.fork_rng(devices=[]):    # the process's own generator is left alone
             torch.default_generator.manual_seed(mix_seed(self.args.seed, epoch, index))
-            for tries in range(100):
-                picture, label = self.items[(index + tries) % len(self)]
-                try:
-                    image = self.crop(picture)
-                except READ_ERRORS:
-                    continue
-                if self.train and self.args.rand_augment:
-                    fill = tuple(round(255 * value) for value in self.args.mean)
-                    image = TF.to_pil_image(image)
-                    image = to_tensor(rand_augment(image, self.args.rand_augment, fill))
-                return image, label, index, tries > 0
-        raise InputError(f"100 unreadable images in a row, from {self.name(index)} on: is --data a "
-                         "folder of images?")
+            (image, label), unreadable = read_or_next(self.crop, self.items, index)
+            if self.train and self.args.rand_augment:
+                fill = tuple(round(255 * value) for value in self.args.mean)
+                image = rand_augment(TF.to_pil_image(image), self.args.rand_augment, fill)
+                image = to_tensor(image)
+        return image, label, index, unreadable
 
-    def crop(self, picture):
+    def crop(self, item):
+        picture, label = item
         image = Image.fromarray(picture) if isinstance(picture, np.ndarray) else open_item(picture)
         if self.train:
-            return random_crop(image, self.args.image_size, (self.args.min_crop, 1))
-        return to_tensor(centre_crop(image, self.args.image_size))
+            return random_crop(image, self.args.image_size, (self.args.min_crop, 1)), label
+        return to_tensor(centre_crop(image, self.args.image_size)), label
 
 
 def list_items(args, split):
@@ -656,7 +652,7 @@ class RunLog:
 # --------------------------------------------------------------------------------------------------
 # Arguments: the defaults are the paper's recipes
 # --------------------------------------------------------------------------------------------------
-FIXED = ("init", "keep_blocks", "model", "rpe", "image_size", "patch_size", "dataset",
+FIXED = ("init_sha", "keep_blocks", "model", "rpe", "image_size", "patch_size", "dataset",
          "data_fraction", "train_images", "shots", "mean", "std", "recipe", "optimizer", "epochs",
          "warmup_epochs", "batch_size", "seed", *RANGES)    # see `models.resume`
 
@@ -764,13 +760,13 @@ def resolve(args, **values):
     name = "vit_tiny"
     patch = None
     if args.init:
-        args.init = os.path.normpath(args.init)
         info = load_state(args.init)[1]
         name, patch = infer_model(args.init)
+    args.init_sha = fingerprint(args.init)
     args.model = args.model or name
-    known = MODELS[args.model].keywords
     hiera = args.model.startswith("hiera")
-    args.patch_size = 32 if hiera else patch or args.patch_size or known["patch_size"]
+    args.patch_size = 32 if hiera else patch or (
+        args.patch_size or MODELS[args.model].keywords["patch_size"])
     size = args.image_size or info.get("arch", {}).get("img_size", [224])
     args.image_size = [size[0], size[-1]]
     if len(size) > 2 or any(side % args.patch_size for side in size):
@@ -781,7 +777,7 @@ def resolve(args, **values):
     if hiera and args.rpe:
         raise InputError("--rpe is defined for ViT: Hiera attends in windows and pools its tokens")
 
-    depth = known.get("depth") or sum(known["stages"])
+    depth = depth_of(args.model)
     if args.keep_blocks is not None and not (args.init and args.keep_blocks <= depth):
         raise InputError(f"--keep-blocks {args.keep_blocks} takes 0..{depth} blocks of a "
                          "pre-trained encoder: give --init FILE, and no more than it has")
@@ -795,6 +791,8 @@ def plan(args):
     """The runs that the options describe, resolved: one, or for Fig. 4 one for each combination of
     several --keep-blocks, --data-fraction and --seed."""
     blocks = args.keep_blocks or [None]
+    if max(len(args.data_fraction), len(args.seed)) > 1 and not args.keep_blocks:
+        raise InputError("several --seed or --data-fraction belong to --sweep-keep-blocks: give it")
     runs = []
     for k, fraction, seed in itertools.product(blocks, args.data_fraction, args.seed):
         out = f"{args.out}/blocks{k}-data{fraction:g}-seed{seed}"
@@ -817,22 +815,17 @@ def sweep(args, runs):
 def demo(args):
     """A few labelled drawings: training from scratch against training from an encoder."""
     encoder = args.init or "out/demo/pretrain/encoder.pt"
-    top1 = {"scratch": []}
-    if Path(encoder).exists():
-        top1["pre-trained"] = []
-    else:
-        print(f"to compare, run python pretrain_d2mae.py --demo first: it writes {encoder}")
-    for seed, start in itertools.product(args.seed, list(top1)):
+    if not Path(encoder).exists():
+        raise InputError(f"no {encoder} to start from: run python pretrain_d2mae.py --demo first")
+    top1 = {"scratch": [], "pre-trained": []}
+    for seed, start in itertools.product(args.seed, top1):
         init = encoder if start == "pre-trained" else None
         run = resolve(args, init=init, base_lr=args.demo_lr[start], seed=seed, data_fraction=1.0,
                       out=f"{args.out}/{start}-{seed}")
         top1[start].append(train(run)["top1"])
-    print(f"\ntop-1 in % after {args.shots} drawings of each class, mean and its standard error")
-    if len(top1) > 1:
-        top1["difference"] = np.subtract(top1["pre-trained"], top1["scratch"])
-    for name, values in top1.items():
-        error = np.std(values, ddof=1) / math.sqrt(len(values))
-        print(f"{name:12s} {np.mean(values):5.1f} +- {error:.1f}")
+    print(f"\ntop-1 in % from {args.shots} drawings a class, {len(args.seed)} seeds, mean and "
+          "standard error")
+    print_comparison(*top1.values())
 
 
 def main(args):

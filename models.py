@@ -18,12 +18,14 @@ Masks:  `ids_keep` (B, V) holds raster indices of visible patches (Hiera: of vis
 import argparse
 import contextlib
 import functools
+import hashlib
 import importlib
 import json
 import math
 import os
 import pickle
 import re
+import signal
 import subprocess
 import sys
 from collections import OrderedDict
@@ -36,6 +38,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader
 from torchvision.ops import StochasticDepth
 from torchvision.transforms import InterpolationMode, RandomResizedCrop
 from torchvision.transforms.v2.functional import pil_to_tensor, resize
@@ -575,6 +578,12 @@ MODELS = {    # parameters: the encoder alone / with a classifier of 1000 classe
 }
 
 
+def depth_of(name):
+    """Number of blocks of a model of MODELS."""
+    options = MODELS[name].keywords
+    return options.get("depth") or sum(options["stages"])
+
+
 def layer_id(name, depth):
     """Layer of a parameter: 0 embeddings and tokens, k for block k, depth + 1 for the rest."""
     if name.startswith("blocks."):
@@ -633,8 +642,8 @@ def read_file(path):
                          "option out")
     head = path.open("rb").read(64)
     if head.startswith(b"version https://git-lfs") or head.lstrip().startswith(b"<"):
-        what = "Git LFS pointer" if b"git-lfs" in head else "web page"
-        raise InputError(f"checkpoint {path} holds no weights but a {what}: download the real file")
+        raise InputError(f"checkpoint {path} holds no weights but a Git LFS pointer or a web page: "
+                         "download the real file")
     if path.suffix == ".safetensors":
         try:
             return importlib.import_module("safetensors.torch").load_file(path)
@@ -719,9 +728,9 @@ def infer_model(path):
     width, *_, patch = state["patch_embed.proj.weight"].shape
     depth = 1 + max(map(block_number, state))
     heads = info.get("arch", {}).get("num_heads")
-    known = {(96, 12): "vit_nano", (192, 12): "vit_tiny", (768, 12): "vit_base",
-             (1024, 24): "vit_large", (1280, 32): "vit_huge", (46, 12): "hiera_tiny",
-             (96, 24): "hiera_base"}
+    known = {}
+    for name, build in MODELS.items():
+        known.setdefault((build.keywords["embed_dim"], depth_of(name)), name)
     if depth == 13:    # a student of D2-MAE with its 13th block
         depth = 12
     if (width, depth) not in known:
@@ -795,9 +804,8 @@ def check_encoder(model, state, arch, path):
     surplus = sorted(k for k in state if in_encoder(k, model.depth) and k not in target)
     for keys, problem in ((missing, "lacks"), (surplus, "has, and the model lacks,")):
         if keys:
-            dots = " ..." if len(keys) > 5 else ""
             raise InputError(f"checkpoint {path} {problem} {len(keys)} encoder tensor(s): "
-                             f"{', '.join(keys[:5])}{dots}; is it of this --model (and --rpe)?")
+                             f"{', '.join(keys[:5])}; is it of this --model (and --rpe)?")
 
 
 def resize_position_table(key, table, model, arch, path):
@@ -873,13 +881,30 @@ def check_same_run(path, state, options, fixed):
                          "--no-resume to start again")
     before = state["args"]
     changed = [k for k in options if options[k] != before.get(k)]
-    refused = [f"--{k.replace('_', '-')} {before.get(k)}, not {options[k]}"
+    refused = [f"{k.replace('_', '-')} {before.get(k)}, not {options[k]}"
                for k in changed if k in fixed]
     if refused:
         raise InputError(f"{path} was written with {'; '.join(refused[:5])}: give the same options "
                          "to go on, another --out, or --no-resume to start again")
     news = "".join(f"; {k} is now {options[k]}, was {before.get(k)}" for k in changed)
     print(f"{path}: going on after step {state['step']}{news}")
+
+
+def fingerprint(path):
+    """First digits of a file's SHA-256, wherever it lies; None for no file."""
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:12] if path else None
+
+
+def outlive_sigterm(worker):
+    """For loader processes: torchrun sends SIGTERM to them, too, and training needs them for the
+    step that it finishes. They end 20 seconds later by themselves."""
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(20))
+
+
+def endless_batches(dataset, sampler, args, device):
+    """Iterator over the micro-batches of this process, read ahead by --workers processes."""
+    return iter(DataLoader(dataset, sampler.micro_batch, sampler=sampler, num_workers=args.workers,
+                           worker_init_fn=outlive_sigterm, pin_memory=device.type == "cuda"))
 
 
 def parallel(model, args, device, world):
@@ -983,20 +1008,38 @@ def add_run_options(parser, out):
 
 @contextlib.contextmanager
 def plain_errors():
-    """What the user can mend ends in one sentence a machine and exit status 1, no traceback."""
+    """Report errors that the user can mend in one sentence, without a traceback, and exit with
+    status 1. What all processes raise alike is printed once a machine."""
+    first = int(os.environ.get("LOCAL_RANK", 0)) == 0
     message = None
     try:
         yield
     except torch.OutOfMemoryError:
         message = ("out of memory on the device: --accum-steps 2 (or twice what it is) halves the "
                    "images held at a time at the same total --batch-size")
-    except (InputError, FloatingPointError, OSError) as error:    # a loader process's: last line
-        message = str(error).strip().splitlines()[-1].removeprefix("models.InputError: ")
+    except OSError as error:
+        message = str(error)
+    except (InputError, FloatingPointError) as error:    # of a loader process: its last line
+        text = str(error).strip().splitlines()[-1].removeprefix("models.InputError: ")
+        message = text if first else 1
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
     if message:
-        sys.exit(f"error: {message}" if int(os.environ.get("LOCAL_RANK", 0)) == 0 else 1)
+        sys.exit(message if message == 1 else f"error: {message}")
+
+
+def mean_and_error(values):
+    """-> mean, its standard error (0 for a single value)."""
+    n = len(values)
+    return np.mean(values), np.std(values, ddof=min(1, n - 1)) / n ** 0.5
+
+
+def print_comparison(first, second):
+    """Scores of two ways, a number a seed each: means, and the paired difference, with errors."""
+    lines = {"scratch": first, "pre-trained": second, "difference": np.subtract(second, first)}
+    for name, values in lines.items():
+        print("{:12s} {:5.1f} +- {:.1f}".format(name, *mean_and_error(values)))
 
 
 def mix_seed(*numbers):
@@ -1112,6 +1155,18 @@ def open_item(item):
     return Image.fromarray(toy_picture(item)[0]) if isinstance(item, int) else open_image(item)
 
 
+def read_or_next(read, items, index):
+    """read(item) of items[index], or of the next one that can be read -> what it returned, whether
+    another item stood in. InputError after 100 failures."""
+    for tries in range(100):
+        item = items[(index + tries) % len(items)]
+        try:
+            return read(item), tries > 0
+        except READ_ERRORS:
+            continue
+    raise InputError(f"100 unreadable images in a row, up to {item}: is --data complete?")
+
+
 def random_crop(image, size, scale):
     """RandomResizedCrop of a Pillow image to `size` (h, w), of `scale` of the area and ratio 3/4 ..
     4/3, and a random flip -> (3, h, w) uint8. Draws from torch's global generator.
@@ -1150,7 +1205,7 @@ TOY_CLASSES = tuple(f"{shape} with {pattern}" for pattern in TOY_PATTERNS for sh
 
 @functools.lru_cache(maxsize=20_000)
 def toy_picture(index, size=(48, 48), time=0.0, scale=1.0):
-    """Picture `index` of an endless world of shapes filled with patterns, whose colours tell nothing.
+    """Picture `index` of an endless world of patterned shapes, whose colours tell nothing.
 
     -> image (H, W, 3) uint8; label, the main object's class, index % 16; label map (H, W) uint8, 0
     the ground, k + 1 class k; box (x, y, w, h) of the main object in pixels. Do not write to them.
@@ -1163,9 +1218,10 @@ def toy_picture(index, size=(48, 48), time=0.0, scale=1.0):
     image = np.tile(rng.uniform(0.15, 0.85) + rng.uniform(-0.1, 0.1, 3), (*size, 1))
     labels = np.zeros(size, np.uint8)
     for main in (False, False, True):
-        kind = label if main or scale < 1 else rng.integers(len(TOY_CLASSES))
+        alike = main or scale < 1
+        kind = label if alike else rng.integers(len(TOY_CLASSES))
         radius = rng.uniform(0.8, 1.0) * scale * middle.min()
-        radius *= 1 if main or scale < 1 else 0.3
+        radius *= 1 if alike else 0.3
         light = rng.uniform(0.65, 0.9) + rng.uniform(-0.1, 0.1, 3)
         dark = rng.uniform(0.1, 0.35) + rng.uniform(-0.1, 0.1, 3)
 

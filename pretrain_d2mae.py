@@ -52,13 +52,14 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler
 from torchvision.utils import draw_bounding_boxes, make_grid
 from tqdm import tqdm
 
-from models import (IMAGENET_MEAN, IMAGENET_STD, MODELS, READ_ERRORS, Block, HieraBlock,
-                    InputError, LayerNorm, add_run_options, attention_logits,
-                    average_over_processes, check_readable, check_step, choose_device,
-                    choose_dtype, infer_model, init_mae, init_patch_embed, list_images,
+from models import (IMAGENET_MEAN, IMAGENET_STD, MODELS, Block, HieraBlock, InputError, LayerNorm,
+                    add_run_options, attention_logits, average_over_processes, check_readable,
+                    check_step, choose_device, choose_dtype, depth_of, endless_batches,
+                    fingerprint, infer_model, init_mae, init_patch_embed, list_images,
                     load_encoder, load_state, log_line, mix_seed, normalize, number, open_item,
-                    parallel, param_groups, plain, plain_errors, random_crop, read_log, reroll,
-                    resume, save_checkpoint, sincos_2d, start_log, take_patches, to_tensor)
+                    parallel, param_groups, plain, plain_errors, random_crop, read_log,
+                    read_or_next, reroll, resume, save_checkpoint, sincos_2d, start_log,
+                    take_patches, to_tensor)
 
 RECIPE = dict(    # Sec. 4; settings without an option. All others: `parse_args`
     decoder_dim=96, decoder_depth=1, decoder_heads=3,
@@ -71,8 +72,8 @@ RECIPE = dict(    # Sec. 4; settings without an option. All others: `parse_args`
 )
 DEMO = dict(data="toy", out="out/demo/pretrain", model="vit_nano", image_size=[48], patch_size=8,
             crop_scale=(1.0, 1.0), epochs=11, batch_size=32, base_lr=1.6e-2, alpha=0.02,
-            val_images=128, workers=0, eval_every=3)    # alpha: a toy teacher has large logits
-DEMO_TEACHER = dict(method="mae", model="vit_tiny", epochs=6, base_lr=1.2e-2, decoder_tap=None,
+            val_images=128, workers=1, eval_every=3)    # alpha: a toy teacher has large logits
+DEMO_TEACHER = dict(method="mae", model="vit_tiny", epochs=7, base_lr=1.2e-2, decoder_tap=None,
                     distill="attention", distill_layers=None)
 
 
@@ -230,7 +231,7 @@ class MaskedAutoencoder(nn.Module):
         return self.decoder_pred(self.decoder_norm(x[:, T:]))
 
     def position_rows(self, ids_keep, ids_masked):
-        """Row of the decoder's position table for each of its tokens; row 0 is the class token's."""
+        """Row of the decoder's position table for each token; row 0 is the class token's."""
         class_row = ids_keep.new_zeros(len(ids_keep), 1)
         return torch.cat([class_row, ids_keep + 1, ids_masked + 1], dim=1)
 
@@ -326,7 +327,8 @@ def train(args):
     torch.manual_seed(args.seed)    # after the teacher: every method starts from one encoder
     model = build_student(args, teacher).to(device)
     train_set, val_set = make_data(args, model.cells)
-    args.train_images = len(train_set)    # in FIXED: a run goes on with the same set alone
+    args.train_images = len(train_set)    # in FIXED, as is the teacher: both must be the same
+    args.teacher_sha = fingerprint(args.teacher)
 
     sampler = EpochSampler(train_set, args.batch_size, args.accum_steps, rank, world, args.seed)
     steps_per_epoch = sampler.steps_per_epoch
@@ -340,8 +342,7 @@ def train(args):
     step = resume(args, FIXED, model, optimizer, scaler, rank, world)["step"]
     sampler.first_step = step
     student = parallel(model, args, device, world)
-    batches = iter(DataLoader(train_set, sampler.micro_batch, sampler=sampler,
-                              num_workers=args.workers, pin_memory=device.type == "cuda"))
+    batches = endless_batches(train_set, sampler, args, device)
     log = RunLog(args, step, last_step, sampler.batch_size, rank)
 
     while True:
@@ -367,8 +368,8 @@ def train(args):
             ids_keep, ids_masked = random_masking(noise, args.mask_ratio)
             student.require_backward_grad_sync = micro_step == args.accum_steps - 1    # for DDP
             with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-                truth = model.teacher_signal(teacher, images, ids_keep) if teacher else None
-                losses = student(images, ids_keep, ids_masked, truth)
+                target = model.teacher_signal(teacher, images, ids_keep) if teacher else None
+                losses = student(images, ids_keep, ids_masked, target)
             scaler.scale(losses["loss"] / args.accum_steps).backward()
             for name, loss in losses.items():
                 totals[name] = totals.get(name, 0) + loss.detach() / args.accum_steps
@@ -582,19 +583,13 @@ class Images(Dataset):
         with torch.random.fork_rng(devices=[]):    # the process's own generator is left alone
             torch.default_generator.manual_seed(mix_seed(self.seed, epoch, index))
             noise = torch.rand(self.cells)
-            for tries in range(100):
-                try:
-                    image = open_item(self.items[(index + tries) % len(self)])
-                    if self.train:
-                        image = random_crop(image, self.size, self.scale)
-                    else:
-                        image = ImageOps.fit(image, self.size[::-1], Image.BICUBIC)
-                        image = to_tensor(image)
-                    return image, noise, index, tries > 0
-                except READ_ERRORS:
-                    continue
-        raise InputError(f"100 unreadable images in a row, from {self.name(index)} on: is --data a "
-                         "folder of images?")
+            image, unreadable = read_or_next(self.crop, self.items, index)
+        return image, noise, index, unreadable
+
+    def crop(self, item):
+        if self.train:
+            return random_crop(open_item(item), self.size, self.scale)
+        return to_tensor(ImageOps.fit(open_item(item), self.size[::-1], Image.BICUBIC))
 
 
 def make_data(args, cells):
@@ -632,12 +627,15 @@ def report(run, args, model, teacher, val_set, step):
     tqdm.write(f"step {step}: held-out {losses}")
     if step == 0:
         return
-    shown = range(0, len(val_set), max(1, len(val_set) // 8))
+    shown = range(0, len(val_set), max(1, len(val_set) // 9))[:8]
     items = [val_set[0, i] for i in shown]
     images = torch.stack([item[0] for item in items]).to(device)
     noise = torch.stack([item[1] for item in items]).to(device)
     images = normalize(images, args.mean, args.std)
-    draw_reconstructions(model, images, noise, args, out / "reconstruction.png")
+    masked, filled = reconstruct(model, images, *random_masking(noise, args.mask_ratio))
+    rows = zip(*(to_pixels(x, args) for x in (images, masked, filled)))
+    draw_sheet(out / "reconstruction.png", rows, ("input", "masked", "prediction"),
+               "masked patches are predicted; with norm_pix their mean and std come from the input")
     if teacher and type(model) is MaskedAutoencoder:
         draw_attention(model, teacher, images, args, out / "attention.png")
 
@@ -692,15 +690,6 @@ def reconstruct(model, images, ids_keep, ids_masked):
         pred = pred * (variance + 1e-6).sqrt() + mean
     masked = model.paste(images, torch.zeros_like(pred), ids_masked)
     return masked, model.paste(images, pred, ids_masked)
-
-
-def draw_reconstructions(model, images, noise, args, path):
-    """PNG: input, masked input and prediction, two images a row."""
-    masked, filled = reconstruct(model, images, *random_masking(noise, args.mask_ratio))
-    rows = zip(*(to_pixels(x, args) for x in (images, masked, filled)))
-    source = "; patch mean and std taken from the input (norm_pix)" if args.norm_pix else ""
-    note = f"masked patches are predicted{source}"
-    draw_sheet(path, rows, ("input", "masked", "prediction"), note)
 
 
 @torch.no_grad()
@@ -834,10 +823,10 @@ class RunLog:
 # --------------------------------------------------------------------------------------------------
 # Arguments: the defaults are the paper's
 # --------------------------------------------------------------------------------------------------
-FIXED = ("method", "model", "decoder_tap", "decoder_dim", "decoder_depth", "decoder_heads",
-         "distill", "distill_layers", "alpha", "mask_ratio", "norm_pix", "image_size", "patch_size",
-         "crop_scale", "mean", "std", "epochs", "warmup_epochs", "batch_size", "weight_decay",
-         "betas", "seed", "train_images")    # what gives a run its meaning; see `models.resume`
+FIXED = ("method", "model", "teacher_sha", "decoder_tap", "decoder_dim", "decoder_depth",
+         "decoder_heads", "distill", "distill_layers", "alpha", "mask_ratio", "norm_pix",
+         "image_size", "patch_size", "crop_scale", "mean", "std", "epochs", "warmup_epochs",
+         "batch_size", "weight_decay", "betas", "seed", "train_images")    # see `models.resume`
 
 
 def parse_args(argv=None, **defaults):
@@ -909,8 +898,7 @@ def parse_args(argv=None, **defaults):
 def resolve(args):
     """Fill in the defaults that depend on other options; refuse what has no meaning. InputError."""
     hiera = args.model.startswith("hiera")
-    known = MODELS[args.model].keywords    # no model is built yet
-    depth = known.get("depth") or sum(known["stages"])
+    depth = depth_of(args.model)
     unit = 32 if hiera else args.patch_size
 
     # sizes, masks, schedule
@@ -986,7 +974,6 @@ def main(args):
     if args.teacher:
         print(f"held-out {args.distill} loss {after['val_attn']:.4g} (before training "
               f"{before['val_attn']:.4g})")
-    print(f"in {args.out}: encoder.pt for the other scripts, log.jsonl and pictures")
 
 
 if __name__ == "__main__":

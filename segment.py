@@ -56,10 +56,11 @@ from tqdm import tqdm
 
 from models import (IMAGENET_MEAN, IMAGENET_STD, MODELS, READ_ERRORS, TOY_CLASSES, InputError,
                     add_run_options, average_over_processes, check_readable, check_step,
-                    choose_device, choose_dtype, infer_model, list_images, load_encoder,
-                    load_state, log_line, mix_seed, normalize, number, open_image, open_item,
-                    parallel, param_groups, plain, plain_errors, read_file, read_image, read_log,
-                    resume, save_checkpoint, start_log, to_tensor, toy_picture)
+                    choose_device, choose_dtype, endless_batches, fingerprint, infer_model,
+                    list_images, load_encoder, load_state, log_line, mix_seed, normalize, number,
+                    open_image, open_item, parallel, param_groups, plain, plain_errors,
+                    print_comparison, read_file, read_image, resume, save_checkpoint, start_log,
+                    to_tensor, toy_picture)
 
 RECIPE = dict(    # what a run rarely changes. The rest are options, see `parse_args`
     drop_path=0.1, dropout=0.1,             # of the encoder's last block; before the classifier
@@ -178,8 +179,9 @@ def linear_lr(step, total, warmup, lr):
 
 
 def train(args):
-    """One run into args.out, from --init or on from its last.pt."""
-    run = rank, world, device, dtype = init_distributed(args)
+    """One run into args.out, from --init or on from its last.pt -> best mIoU."""
+    run = init_distributed(args)
+    rank, world, device, dtype = run
     torch.manual_seed(args.seed)
     train_set = open_set(args, "training")
     val_set = open_set(args, "validation")
@@ -196,12 +198,10 @@ def train(args):
     describe(run, args, model, train_set, val_set, sampler)
 
     state = resume(args, FIXED, model, optimizer, scaler, rank, world)
-    step = state["step"]
+    step = sampler.first_step = state["step"]
     best = state.get("best", -1.0)
-    sampler.first_step = step
-    student = parallel(model, args, device, world)
-    batches = iter(DataLoader(train_set, sampler.micro_batch, sampler=sampler,
-                              num_workers=args.workers, pin_memory=device.type == "cuda"))
+    network = parallel(model, args, device, world)
+    batches = endless_batches(train_set, sampler, args, device)
     log = RunLog(args, step, last_step, sampler.batch_size, rank)
 
     while True:
@@ -211,12 +211,12 @@ def train(args):
         if step >= last_step:
             break
 
-        # forward and backward, in micro-steps in which the host never waits for the device
+        # forward and backward, in micro-steps
         started = time.perf_counter()
         waited = 0.0
         totals = {"loss": 0.0}
         items = []
-        student.train()
+        network.train()
         torch.manual_seed(mix_seed(args.seed, step, rank))
         for micro_step in range(args.accum_steps):
             before = time.perf_counter()
@@ -225,9 +225,9 @@ def train(args):
             items += zip(index.tolist(), unreadable.tolist())
             images = normalize(images.to(device, non_blocking=True), args.mean, args.std)
             labels = labels.to(device, non_blocking=True)
-            student.require_backward_grad_sync = micro_step == args.accum_steps - 1    # of DDP
+            network.require_backward_grad_sync = micro_step == args.accum_steps - 1    # of DDP
             with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-                loss = segmentation_loss(student(images), labels)
+                loss = segmentation_loss(network(images), labels)
             scaler.scale(loss / args.accum_steps).backward()
             totals["loss"] += loss.detach() / args.accum_steps
 
@@ -257,6 +257,7 @@ def train(args):
             break
 
     log.close(step)
+    return best
 
 
 def save(args, model, step, best, rank, file, **more):
@@ -271,13 +272,12 @@ def describe(run, args, model, train_set, val_set, sampler):
     """Print what this run is, once."""
     rank, world, device, dtype = run
     if rank == 0:
-        embedding_lr = args.lr * args.layer_decay ** (model.encoder.depth + 1)
         print(f"Semantic FPN on {args.model}, taps after blocks {model.pyramid.taps}; "
               f"{args.num_classes} classes, {len(train_set)} training images, {len(val_set)} for "
               f"validation; {args.iters} steps, warm-up {args.warmup_iters}")
         print(f"batch {sampler.batch_size} = {sampler.micro_batch} images x {world} process(es) x "
-              f"{args.accum_steps} micro-steps; lr {args.lr:.3g}, of the embeddings "
-              f"{embedding_lr:.2g}; {device}, {dtype}")
+              f"{args.accum_steps} micro-steps; lr {args.lr:.3g}, x {args.layer_decay} for each "
+              f"block towards the input; {device}, {dtype}")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -320,7 +320,7 @@ def check_pair(pair, table):
     image, labels = pair
     height, width = read_labels(labels, table).shape
     try:
-        size = open_image(image).size    # not decoded
+        size = open_image(image).size    # JPEGs are not decoded
     except READ_ERRORS:
         return
     if size != (width, height):
@@ -595,8 +595,7 @@ def report(run, args, model, val_set, step, best=math.inf):
     confusion, examples = evaluate(run, args, model, val_set)
     values = summarize(confusion)
     if run[0] == 0:
-        log = "eval.jsonl" if args.eval else "log.jsonl"
-        log_line(Path(args.out, log), step=step, **values)
+        log_line(Path(args.out, "eval.jsonl" if args.eval else "log.jsonl"), step=step, **values)
         tqdm.write(f"step {step}: mIoU {values['miou']:.2f} ({values['absent']} classes absent), "
                    f"pixel accuracy {values['pixel_accuracy']:.2f}; {len(val_set)} images, "
                    f"slide, window {args.image_size}, stride {args.stride}")
@@ -753,7 +752,7 @@ class RunLog:
 # --------------------------------------------------------------------------------------------------
 # Arguments: the defaults are the paper's
 # --------------------------------------------------------------------------------------------------
-FIXED = ("model", "image_size", "patch_size", "drop_path", "dropout", "num_classes",
+FIXED = ("init_sha", "model", "image_size", "patch_size", "drop_path", "dropout", "num_classes",
          "zero_is_class", "mean", "std", "iters", "warmup_iters", "batch_size", "layer_decay",
          "weight_decay", "betas", "seed", "train_images")    # the run's meaning; see `resume`
 
@@ -764,7 +763,7 @@ def parse_args(argv=None, **defaults):
                                      description=__doc__.split("\n\n")[0],
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     positive = number(int, "[1, inf)")
-    add = parser.add_argument_group("model (with --eval, --predict: that of the file)").add_argument
+    add = parser.add_argument_group("model and classes; --eval takes the file's").add_argument
     add("--model", choices=tuple(MODELS), default="vit_tiny", help="encoder; paper: vit_tiny")
     add("--init", help="checkpoint of the encoder (README, 'Checkpoints'); default: random; "
                        "with --eval, --predict: of this script; default: best.pt of --out")
@@ -831,6 +830,7 @@ def resolve(args):
     # what the encoder's file tells
     hiera = args.model.startswith("hiera")
     info = load_state(args.init)[1] if args.init else {}
+    args.init_sha = fingerprint(args.init)
     args.mean = tuple(info.get("mean", IMAGENET_MEAN))
     args.std = tuple(info.get("std", IMAGENET_STD))
     if not args.patch_size:
@@ -864,24 +864,15 @@ def demo(args):
     weights and from the encoder of the pre-training demo, with the same seeds."""
     if not Path(args.init).exists():
         raise InputError(f"no {args.init} to start from: run pretrain_d2mae.py --demo first")
-    inits = {"scratch": None, "pretrained": args.init}
+    miou = {"scratch": [], "pre-trained": []}
     seeds = range(args.seed, args.seed + args.seeds)
-    for seed, name in itertools.product(seeds, inits):
-        out = f"{args.out}/{name}{seed}"
-        options = {**vars(args), "init": inits[name], "seed": seed, "out": out}
-        train(resolve(argparse.Namespace(**options)))
-    if int(os.environ.get("RANK", 0)) != 0:
-        return
-    scores = {}
-    for name in inits:
-        logs = [read_log(Path(args.out, f"{name}{seed}", "log.jsonl")) for seed in seeds]
-        scores[name] = [log[-1]["miou"] for log in logs]
-    scores["difference"] = np.subtract(scores["pretrained"], scores["scratch"])
-    print(f"mIoU from {args.toy_images} training pictures, {args.seeds} seeds, +- standard error")
-    for name, values in scores.items():
-        error = np.std(values, ddof=1) / len(values) ** 0.5
-        print(f"{name:>12} {np.mean(values):.1f} +- {error:.1f}")
-    print(f"predictions of each run: {args.out}/*/overlay.png")
+    for seed, name in itertools.product(seeds, miou):
+        init = args.init if name == "pre-trained" else None
+        options = {**vars(args), "init": init, "seed": seed, "out": f"{args.out}/{name}{seed}"}
+        miou[name].append(train(resolve(argparse.Namespace(**options))))
+    print(f"mIoU from {args.toy_images} labelled pictures, {args.seeds} seeds, mean and standard "
+          "error")
+    print_comparison(*miou.values())
 
 
 def main(args):

@@ -67,10 +67,11 @@ from tqdm import tqdm
 
 from models import (IMAGENET_MEAN, IMAGENET_STD, MODELS, READ_ERRORS, InputError,
                     VisionTransformer, add_run_options, attention_logits, average_over_processes,
-                    check_step, choose_device, choose_dtype, infer_model, list_images,
-                    load_encoder, load_state, log_line, mix_seed, normalize, number, parallel,
-                    param_groups, plain, plain_errors, read_file, read_image, resize_grid, resume,
-                    save_checkpoint, start_log, to_tensor, toy_picture)
+                    check_step, choose_device, choose_dtype, endless_batches, fingerprint,
+                    infer_model, list_images, load_encoder, load_state, log_line, mix_seed,
+                    normalize, number, parallel, param_groups, plain, plain_errors, read_file,
+                    read_image, resize_grid, resume, save_checkpoint, start_log, to_tensor,
+                    toy_picture)
 
 TRACKER = dict(    # OSTrack-256; a checkpoint stores these beside its weights
     template_size=128, search_size=256,         # pixels along the crops
@@ -445,6 +446,7 @@ def train(args):
     model, args.mean, args.std = build_tracker(args)
     model.to(device)
     sets = open_sets(args.data)
+    args.init_sha = fingerprint(args.init)    # in FIXED: the same encoder, the same videos
     args.sequences = {name: len(items) for name, (items, _) in sets.items()}
     train_set = Pairs(list(sets.values()), args)
 
@@ -463,12 +465,11 @@ def train(args):
     step = resume(args, FIXED, model, optimizer, scaler, rank, world)["step"]
     sampler.first_step = step
     tracker = parallel(model, args, device, world)
-    batches = iter(DataLoader(train_set, sampler.micro_batch, sampler=sampler, drop_last=True,
-                              num_workers=args.workers, pin_memory=device.type == "cuda"))
+    batches = endless_batches(train_set, sampler, args, device)
     log = RunLog(args, step, last_step, sampler.batch_size, rank)
 
     while step < last_step:
-        # forward and backward, in micro-steps in which the host never waits for the device
+        # forward and backward, in micro-steps
         started = time.perf_counter()
         waited = 0.0
         totals = {}
@@ -831,7 +832,7 @@ def score_sequence(boxes, truth, visible):
     shift = middle(boxes) - middle(truth)
     error = shift.norm(dim=1)
     relative_error = (shift / truth[:, 2:]).norm(dim=1)
-    hits = (iou[:, None] > torch.arange(21) / 20, error[:, None] <= torch.arange(51),
+    hits = (iou[:, None] > torch.arange(21).double() / 20, error[:, None] <= torch.arange(51),
             relative_error[:, None] <= torch.arange(51) / 100)
     return [(hit & present[:, None]).double().mean(dim=0) for hit in hits]
 
@@ -926,7 +927,8 @@ def evaluate_sequence(args, tracker, sequence, file):
         raise InputError(f"{file} has {len(boxes)} boxes, the sequence {n} frames: track it again")
     success, precision, norm_precision = score_sequence(boxes[:n], truth, visible)
     still, _, _ = score_sequence(truth[:1].repeat(n, 0), truth, visible)
-    return torch.tensor([success.mean(), precision[20], norm_precision[20], still.mean(), n])
+    row = (success.mean(), precision[20], norm_precision[20], still.mean(), n)
+    return torch.tensor(row, dtype=torch.float32)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1067,9 +1069,9 @@ class RunLog:
 # --------------------------------------------------------------------------------------------------
 # Arguments: the defaults are the paper's
 # --------------------------------------------------------------------------------------------------
-FIXED = (*TRACKER, "model", "patch_size", "sequences", "pairs", "max_gap", "centre_jitter",
-         "scale_jitter", "epochs", "eliminate_epochs", "lr_drop", "batch_size", "encoder_lr",
-         "weight_decay", "drop_path", "seed")    # what gives a run its meaning; see `models.resume`
+FIXED = (*TRACKER, "init_sha", "model", "patch_size", "sequences", "pairs", "max_gap",
+         "centre_jitter", "scale_jitter", "epochs", "eliminate_epochs", "lr_drop", "batch_size",
+         "encoder_lr", "weight_decay", "drop_path", "seed")    # see `models.resume`
 
 
 def parse_args(argv=None, **defaults):

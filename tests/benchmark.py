@@ -1,8 +1,8 @@
-"""Speed of this project against plain versions of the same computation, side by side in one process.
+"""Speed of this project against plain versions of the same computation, in one process.
 
-    python tests/benchmark.py [pretrain ...]        # all parts, or those named; needs a quiet machine, a few minutes
+    python tests/benchmark.py [pretrain ...]    # all parts, or those named; on a quiet machine
 
-Every figure is a median over alternating rounds, so that a machine that drifts does not favour either side.
+Every figure is a median over alternating rounds: a machine that drifts favours neither side.
 """
 import copy
 import functools
@@ -41,7 +41,8 @@ def race(*functions, rounds=7, synchronize=lambda: None):
 def explicit_attention(attn, x):
     """Softmax attention written out, as a plain ViT has it -> output, logits, probabilities."""
     B, T, D = x.shape
-    q, k, v = attn.qkv(x).reshape(B, T, 3, attn.num_heads, D // attn.num_heads).permute(2, 0, 3, 1, 4)
+    qkv = attn.qkv(x).reshape(B, T, 3, attn.num_heads, D // attn.num_heads)
+    q, k, v = qkv.permute(2, 0, 3, 1, 4)
     logits = (q @ k.transpose(-2, -1)) * (D // attn.num_heads) ** -0.5
     probs = logits.softmax(dim=-1)
     return attn.proj((probs @ v).transpose(1, 2).reshape(B, T, D)), logits, probs
@@ -109,8 +110,8 @@ def matmul_speed(device, dtype, wait):
 def bench_pretrain():
     """D2-MAE and MAE steps at 224 px with ViT-Base as the teacher, and the loading of JPEGs.
 
-    On a GPU in bf16 at the paper's 512 images a process (4096 over 8), with the memory they take and
-    the hours of 400 epochs of ImageNet on 8 such GPUs; on a CPU in float32 at 32 images.
+    On a GPU in bf16 at the paper's 512 images a process (4096 over 8), with the memory they take
+    and the hours of 400 epochs of ImageNet on 8 such GPUs; on a CPU in float32 at 32 images.
     """
     import pretrain_d2mae as P
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -156,18 +157,19 @@ def bench_pretrain():
         fast, looking, slow = race(lambda: step(loss_of()), lambda: step(loss_of(), look=True),
                                    lambda: step(plain_loss_of()), synchronize=wait)
         share = counter.get_total_flops() / fast / peak
-        print(f"{method}: {batch / fast:.1f} images/s, plain {batch / slow:.1f}: {slow / fast:.2f}x; "
-              f"looking at the loss costs {100 * (looking / fast - 1):.1f}%; {share:.0%} of the "
-              f"speed of a matrix product ({peak / 1e12:.2f} TFLOP/s)")
+        print(f"{method}: {batch / fast:.1f} images/s, plain {batch / slow:.1f}: "
+              f"{slow / fast:.2f}x; looking at the loss costs {100 * (looking / fast - 1):.1f}%; "
+              f"{share:.0%} of the speed of a matrix product ({peak / 1e12:.2f} TFLOP/s)")
         if on_gpu:
+            memory = torch.cuda.max_memory_allocated() / 2 ** 30
             hours = 400 * 1_281_167 / (8 * batch / looking) / 3600
-            print(f"  peak memory {torch.cuda.max_memory_allocated() / 2 ** 30:.1f} GB, both versions; "
-                  f"{hours:.1f} h for 400 epochs on 8 of these")
+            print(f"  peak memory {memory:.1f} GB, both versions; {hours:.1f} h for 400 epochs on "
+                  "8 of these")
     bench_loading(P)
 
 
 def bench_loading(P):
-    """Crops of 500x375 JPEGs on one core: `random_crop`, and decode, float tensor, crop, normalise."""
+    """Crops of 500x375 JPEGs on one core: `random_crop`, and plain torchvision pipelines."""
     from torchvision import transforms as T
     rng = np.random.default_rng(0)
     folder = tempfile.TemporaryDirectory()

@@ -752,7 +752,7 @@ def test_resume_takes_remedies_and_moved_folders(folder, copied, trained, tmp_pa
 
 
 def test_resume_refuses_another_schedule(folder, trained):
-    refused("--epochs 2, not 3", "--data", folder, "--out", trained, *PLAIN, "--epochs", 3)
+    refused("epochs 2, not 3", "--data", folder, "--out", trained, *PLAIN, "--epochs", 3)
 
 
 def test_resume_refuses_other_classes(copied, trained):
@@ -764,7 +764,7 @@ def test_resume_refuses_other_classes(copied, trained):
 
 def test_resume_refuses_another_number_of_images(copied, trained):
     next((copied / "train").rglob("*.png")).unlink()
-    refused("--train-images 24, not 23", "--data", copied, "--out", trained, *PLAIN)
+    refused("train-images 24, not 23", "--data", copied, "--out", trained, *PLAIN)
 
 
 @pytest.mark.parametrize("batch, accum", [(4, 2), (6, 2), (2, 2)])

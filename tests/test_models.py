@@ -216,7 +216,8 @@ def distilled(state):
 
 
 def two_encoders(state):
-    return {**prefixed(state, "module.base_encoder."), **prefixed(state, "module.momentum_encoder.")}
+    return {**prefixed(state, "module.base_encoder."),
+            **prefixed(state, "module.momentum_encoder.")}
 
 
 FORMATS = {
@@ -365,7 +366,7 @@ def test_every_parameter_is_in_one_group_at_its_layers_rate():
         group = place[id(p)]
         assert group["lr_scale"] == 0.75 ** (13 - layer_id(name, 12))
         undecayed = p.dim() == 1 or name in ("cls_token", "pos_embed")
-        assert group["weight_decay"] == (0.0 if undecayed else 0.05)    # the authors decay RPE tables
+        assert group["weight_decay"] == (0.0 if undecayed else 0.05)    # RPE tables decay
 
 
 def test_numbers_of_the_command_line_lie_in_their_interval(capsys):

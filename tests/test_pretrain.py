@@ -448,7 +448,7 @@ def few_held_out_images(monkeypatch):
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory, teacher, pictures):
-    """A D2-MAE run of four epochs of eight steps that was killed, stopped and resumed on the way."""
+    """A D2-MAE run of four epochs of eight steps, beside those killed and stopped on the way."""
     options = [*QUICK, "--data", pictures, "--teacher", teacher, "--epochs", 4,
                "--warmup-epochs", 1, "--batch-size", 5, "--base-lr", 0.05]
     P.RECIPE["log_every"] = 2
@@ -485,7 +485,7 @@ def test_resume_takes_remedies_and_refuses_another_run(finished, pictures, capsy
     here(P, *options, "--out", f"{folder}/", "--clip-grad", 1, "--dtype", "bf16", "--base-lr", 0.01,
          "--skip-corrupt")
     assert "clip_grad is now 1.0, was 0.0" in capsys.readouterr().out
-    with pytest.raises(InputError, match="--epochs 4, not 5; --train-images 40, not 6"):
+    with pytest.raises(InputError, match="epochs 4, not 5; train-images 40, not 6"):
         here(P, *options, "--epochs", 5, "--data", pictures.parent / "val", "--out", folder)
 
 
@@ -514,7 +514,7 @@ def test_two_processes_equal_one_with_accumulation(tmp_path, teacher, pictures):
 
 
 def test_a_loss_that_is_not_finite_stops_every_process_before_the_update(tmp_path, pictures):
-    done = run(SCRIPT, *QUICK, "--data", pictures, "--method", "mae", "--epochs", 1, "--warmup-epochs", 0,
+    done = run(SCRIPT, *QUICK, *MAE, "--data", pictures, "--epochs", 1, "--warmup-epochs", 0,
                "--batch-size", 8, "--base-lr", 1e9, "--out", tmp_path, torchrun=2, check=False)
     assert done.returncode != 0
     assert len(re.findall(r"error: loss \S+, gradient norm \S+ at step \d+", done.stderr)) == 1

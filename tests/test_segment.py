@@ -500,7 +500,7 @@ def test_resume_takes_remedies_and_refuses_another_run(finished, tmp_path, capsy
     options = finished[1]
     here(segment, *options, "--out", folder, "--clip-grad", 1, "--dtype", "bf16", "--lr", 1e-4)
     assert "clip_grad is now 1.0, was 0.0" in capsys.readouterr().out
-    with pytest.raises(InputError, match="--iters 24, not 25"):
+    with pytest.raises(InputError, match="iters 24, not 25"):
         here(segment, *options, "--iters", 25, "--warmup-iters", 0, "--out", folder)
 
 
@@ -577,8 +577,8 @@ def test_the_demo_compares_with_scratch(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(segment, "DEMO", {**segment.DEMO, "iters": 1, "seeds": 2})
     here(segment, "--demo", "--out", tmp_path / "demo", "--init", tmp_path / "encoder.pt")
     printed = capsys.readouterr().out
-    for name in ("scratch", "pretrained", "difference"):
-        assert re.search(rf"{name} -?\d+\.\d \+- \d+\.\d", printed)
+    for name in ("scratch", "pre-trained", "difference"):
+        assert re.search(rf"{name} +-?\d+\.\d \+- \d+\.\d", printed)
         assert name == "difference" or (tmp_path / "demo" / f"{name}1" / "overlay.png").exists()
 
 

@@ -75,7 +75,7 @@ def test_options_are_few(name):
 
 
 def test_six_scripts_read_in_one_sitting():
-    """Size in tokens of code, without comments and docstrings, so that packing lines wins nothing."""
+    """Size in tokens, without comments and docstrings, so that packing lines wins nothing."""
     silent = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT,
               tokenize.ENDMARKER}
     total = 0

@@ -543,7 +543,7 @@ def test_killed_run_resumes_bit_for_bit(trained, tmp_path):
 def test_remedies_may_change_on_resume_but_not_the_method(trained, tmp_path, capsys):
     options = ["--data", f"lasot={trained / 'lasot'}", *SMALL, "--out", tmp_path]
     here(track, *options, "--max-steps", 2)
-    with pytest.raises(InputError, match="--keep-rate 0.7, not 0.5"):
+    with pytest.raises(InputError, match="keep-rate 0.7, not 0.5"):
         here(track, *options, "--keep-rate", 0.5)
     here(track, *options, "--lr", 1e-4, "--clip-grad", 1, "--accum-steps", 2)
     assert "lr is now 0.0001, was 0.0004" in capsys.readouterr().out
