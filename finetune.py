@@ -1,12 +1,12 @@
-"""Fine-tuning and transfer of a pre-trained encoder to image classification (Sec. "experiments").
+r"""Fine-tuning and transfer of a pre-trained encoder to image classification (Sec. "experiments").
 
     torchrun --nproc_per_node=8 finetune.py --data data/imagenet --init out/pretrain/encoder.pt
-    torchrun --nproc_per_node=8 finetune.py --data data/imagenet --init encoder.pt --rpe \\
+    torchrun --nproc_per_node=8 finetune.py --data data/imagenet --init encoder.pt --rpe \
         --epochs 1000
-    torchrun --nproc_per_node=2 finetune.py --recipe transfer --dataset cifar100 --download \\
+    torchrun --nproc_per_node=2 finetune.py --recipe transfer --dataset cifar100 --download \
         --init encoder.pt
     python finetune.py --data my_pictures --init encoder.pt --shots 10 --batch-size 32
-    python finetune.py --data data/imagenet --init encoder.pt --sweep-keep-blocks 0 3 6 9 12 \\
+    python finetune.py --data data/imagenet --init encoder.pt --sweep-keep-blocks 0 3 6 9 12 \
         --data-fraction 0.1 1 --seed 0 1 2                                  # Fig. 4
     python finetune.py --init out/finetune/best.pt --predict cat.jpg dog.jpg
     python finetune.py --demo                                               # needs no files
