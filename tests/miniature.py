@@ -1,4 +1,4 @@
-r"""The paper in miniature: its questions asked of a small ViT on any folder of pictures, on a laptop.
+r"""The paper in miniature: its questions asked of a small ViT on a folder of pictures, on a laptop.
 
     python tests/miniature.py --data FOLDER                 # FOLDER/CLASS/*.png; two hours, 2 cores
     python tests/miniature.py --data FOLDER --minutes 30    # everything shorter, in proportion
@@ -48,7 +48,8 @@ os.environ.setdefault("TQDM_MININTERVAL", "10")    # bars go to a file here
 import analyze                                                                        # noqa: E402
 import finetune                                                                       # noqa: E402
 import pretrain_d2mae                                                                 # noqa: E402
-from models import IMAGE_TYPES, InputError, mean_and_error, plain_errors, read_log    # noqa: E402
+from models import (IMAGE_TYPES, InputError, mean_and_error, number,       # noqa: E402
+                    plain_errors, read_log)
 
 FULL_MINUTES = 120    # what the numbers below take at most on 2 cores
 SEEN = 96_000         # pictures in one pre-training; the teacher sees a quarter more
@@ -57,7 +58,8 @@ SEEDS = (0, 1)        # of pre-training
 RUNS = 3              # fine-tunings of each encoder, with seeds of their own
 TAPS = (4, 6, 8, 10, 12)
 KEPT = (0, 4, 8, 12)
-PRETRAIN_RATE = 3e-3                # AdamW, batches of 128
+RATE = 3e-3                         # of pre-training, batches of 128
+TEACHER_RATE = 1.5e-3               # twice of it makes attention logits too large to be imitated
 RATES = (1e-3, 2e-3, 4e-3, 8e-3)    # of fine-tuning, batches of 32
 RECIPE = "rand_augment=0 mixup=0 smoothing=0.1 min_crop=0.4".split()
 METHODS = {"MAE": "mae", "D-MAE": "d-mae", "D2-MAE": "d2-mae"}
@@ -201,7 +203,7 @@ class Study:
             scratch.replace(self.path)
         return self.results[command]
 
-    def pretrain(self, name, method, seed, *words, model="vit_pico", longer=1.0):
+    def pretrain(self, name, method, seed, *words, model="vit_pico", rate=RATE, longer=1.0):
         """-> held-out losses and pictures a second. The encoder is NAME/encoder.pt in --out."""
         epochs = max(1, round(longer * self.share * SEEN / self.count["pictures/train"]))
         folder = self.out / name
@@ -209,7 +211,7 @@ class Study:
             words = ["--teacher", self.out / "teacher/encoder.pt", *words]
         command = ["--data", self.out / "pictures/train", *SIZES, "--crop-scale", 0.4, 1,
                    "--model", model, "--method", method, "--epochs", epochs, "--batch-size", 128,
-                   "--base-lr", 2 * PRETRAIN_RATE, "--workers", 1, "--seed", seed, "--out", folder,
+                   "--base-lr", 2 * rate, "--workers", 1, "--seed", seed, "--out", folder,
                    *words]
 
         def measure():
@@ -221,13 +223,15 @@ class Study:
 
         return self.run(pretrain_d2mae, command, measure)
 
+    def pictures(self, shots):
+        """Number of labelled pictures, "all" or so many a class."""
+        every = self.count["labelled/train"]
+        return every if shots == "all" else min(every, int(shots) * self.count["classes"])
+
     def finetune(self, start, seed, shots, rate, keep=None):
         """Encoder in the folder `start`, or "scratch" -> top-1 in % after the last epoch."""
         folder = self.out / "finetune" / f"{start}-{shots}-{seed}-{rate:g}-{keep}"
-        pictures = self.count["labelled/train"]
-        if shots != "all":
-            pictures = min(pictures, int(shots) * self.count["classes"])
-        epochs = max(1, round(self.share * SHOTS[shots] / pictures))
+        epochs = max(1, round(self.share * SHOTS[shots] / self.pictures(shots)))
         words = ["--data", self.out / "labelled", *SIZES[:2], "--model", "vit_pico",
                  "--epochs", epochs, "--batch-size", 32, "--base-lr", 8 * rate, "--seed", seed,
                  "--workers", 0, "--out", folder, "--recipe", *RECIPE]
@@ -263,7 +267,8 @@ class Study:
 def pretraining(study):
     """All encoders -> {start: [values of each seed]}, with "teacher"."""
     found = defaultdict(list)
-    found["teacher"].append(study.pretrain("teacher", "mae", 0, model="deit_tiny", longer=1.25))
+    found["teacher"].append(study.pretrain("teacher", "mae", 0, model="deit_tiny",
+                                           rate=TEACHER_RATE, longer=1.25))
     for seed in SEEDS:
         for label, method in METHODS.items():
             found[label].append(study.pretrain(f"{method}-{seed}", method, seed))
@@ -334,91 +339,119 @@ def probes(study):
 
 
 # --------------------------------------------------------------------------------------------------
-# Table and figures
+# Tables and figures
 # --------------------------------------------------------------------------------------------------
 def shown(values, digits=1):
     mean, error = mean_and_error(values)
     return f"{mean:.{digits}f} ± {error:.{digits}f}" if len(values) > 1 else f"{mean:.{digits}f}"
 
 
-def table(losses, top1, blocks, taps, probe):
-    """Lines of table.md."""
-    lines = ["| start | pre-training, s | held-out L_rec | 5-NN, block 12 (best block) | "
-             + " | ".join(f"{shots} a class" for shots in SHOTS) + " |", "|---" * (4 + len(SHOTS))
-             + "|"]
+def difference(first, second):
+    """Paired difference of two lists -> "+1.2 (0.3, 6 runs)"."""
+    mean, error = mean_and_error(np.subtract(first, second))
+    return f"{mean:+.1f} ({error:.1f}, {len(first)} runs)"
+
+
+def markdown(head, rows):
+    """Lines of a table."""
+    return ["", *(f"| {' | '.join(map(str, row))} |" for row in [head, ["---"] * len(head), *rows])]
+
+
+def best_block(curves):
+    """Block with the best mean accuracy, (seeds, layers) -> its number."""
+    return int(curves.mean(axis=0)[1:].argmax()) + 1
+
+
+def starts_table(losses, top1):
+    """What each start costs, and what it gives with few labels and many."""
+    rows = []
     for start in STARTS:
-        first = ["-", "-", "-"]
+        cost = ["-", "-"]
         if start in losses:
-            curves = np.array(probe["5-NN", start])
-            best = int(curves.mean(axis=0)[1:].argmax()) + 1
-            first = [f"{np.mean([v['seen'] / v['img_s'] for v in losses[start]]):.0f}",
-                     shown([v["val_rec"] for v in losses[start]], 3),
-                     f"{shown(curves[:, -1])} ({shown(curves[:, best])}, {best})"]
-        lines.append("| " + " | ".join([start, *first, *(shown(top1[start, s]) for s in SHOTS)])
-                     + " |")
-    lines += ["", "Differences of top-1, paired by seed (standard error, runs):", ""]
+            cost = [f"{np.mean([v['seen'] / v['img_s'] for v in losses[start]]):.0f}",
+                    shown([v["val_rec"] for v in losses[start]], 3)]
+        rows.append([start, *cost, *(shown(top1[start, shots]) for shots in SHOTS)])
+    return markdown(["start", "training, s", "held-out L_rec",
+                     *(f"top-1, {shots} a class" for shots in SHOTS)], rows)
+
+
+def differences(top1):
+    lines = ["", "Differences of top-1, paired by seed: mean (standard error, runs)", ""]
     pairs = [(start, "scratch") for start in STARTS[1:]]
     pairs += [("D2-MAE", "MAE"), ("D2-MAE", "D-MAE"), ("D2-MAE", LONGER)]
     for a, b in pairs:
-        parts = []
-        for shots in SHOTS:
-            gain = np.subtract(top1[a, shots], top1[b, shots])
-            mean, error = mean_and_error(gain)
-            parts.append(f"{shots} a class {mean:+.1f} ({error:.1f}, {len(gain)})")
-        lines.append(f"- {a} − {b}: " + "; ".join(parts))
-
-    lines += ["", "5-NN accuracy of frozen features, block 12 minus the best block (seeds: "
-              f"{len(SEEDS)}):", ""]
-    for start in ("random", "teacher", *STARTS[1:]):
-        curves = np.array(probe["5-NN", start])
-        best = int(curves.mean(axis=0)[1:].argmax()) + 1
-        lines.append(f"- {start}: {shown(curves[:, -1] - curves[:, best])} "
-                     f"(block {best}: {shown(curves[:, best])})")
-
-    lines += ["", "| blocks kept, 10 a class | " + " | ".join(map(str, KEPT)) + " |",
-              "|---" * (1 + len(KEPT)) + "|"]
-    for start, row in blocks.items():
-        lines.append(f"| {start} | " + " | ".join(shown(row[keep]) for keep in KEPT) + " |")
-    lines += ["", "| decoder tap of D2-MAE | held-out L_rec | held-out L_attn | 5-NN, block 12 | "
-              "top-1, 10 a class |", "|---" * 5 + "|"]
-    for tap, (values, scores) in taps.items():
-        curve = probe["5-NN", f"tap{tap}" if tap != 8 else "D2-MAE"][0]
-        lines.append(f"| {tap} | {values['val_rec']:.3f} | {values['val_attn']:.4g} | "
-                     f"{curve[-1]:.1f} | {shown(scores)} |")
+        parts = (f"{shots} a class {difference(top1[a, shots], top1[b, shots])}" for shots in SHOTS)
+        lines.append(f"- {a} − {b}: {'; '.join(parts)}")
     return lines
 
 
-def figures(study, top1, blocks, taps, probe):
-    """labels.png, fig4.png, taps.png, probe_mean.png; those of analyze.py lie beside them."""
+def blocks_table(probe):
+    """Does accuracy fall towards the last block?"""
+    rows = []
+    for start in ("random", "teacher", *STARTS[1:]):
+        row = [start]
+        for kind in ("5-NN", "ridge"):
+            curves = np.array(probe[kind, start])                           # (seeds, layers)
+            best = best_block(curves)
+            row += [f"{shown(curves[:, best])} ({best})", shown(curves[:, -1]),
+                    difference(curves[:, -1], curves[:, best])]
+        rows.append(row)
+    return markdown(["frozen features", "5-NN, best block", "5-NN, block 12", "difference",
+                     "ridge, best block", "ridge, block 12", "difference"], rows)
+
+
+def kept_table(blocks):
+    rows = [[start, *(shown(row[keep]) for keep in KEPT)] for start, row in blocks.items()]
+    return markdown(["blocks kept, top-1, 10 a class", *KEPT], rows)
+
+
+def taps_table(taps, probe):
+    rows = []
+    for tap, (values, top1) in taps.items():
+        name = f"tap{tap}" if tap != 8 else "D2-MAE"
+        rows.append([tap, f"{values['val_rec']:.3f}", f"{values['val_attn']:.3g}",
+                     f"{probe['5-NN', name][0][-1]:.1f}", f"{probe['ridge', name][0][-1]:.1f}",
+                     shown(top1)])
+    return markdown(["decoder reads block", "held-out L_rec", "held-out L_attn", "5-NN, block 12",
+                     "ridge, block 12", "top-1, 10 a class"], rows)
+
+
+def draw(study, top1, blocks, taps, probe):
+    """labels.png, fig4.png, taps.png, probe_blocks.png; those of analyze.py lie beside them."""
     args = argparse.Namespace(out=study.out)
-    every = study.count["labelled/train"] / study.count["classes"]
-    x = {"2": 2, "5": 5, "10": 10, "all": every}
-    lines = {("top-1 (%)", start): [(x[s], *mean_and_error(top1[start, s])) for s in SHOTS]
-             for start in STARTS}
+    places = {shots: study.pictures(shots) / study.count["classes"] for shots in SHOTS}
+    lines = {("top-1 (%)", start): [(places[shots], *mean_and_error(top1[start, shots]))
+                                    for shots in SHOTS] for start in STARTS}
     analyze.draw_lines(args, "labels", lines, "labelled pictures a class",
                        f"mean and standard error of {RUNS * len(SEEDS)} runs")
-    lines = {("top-1 (%), 10 labels a class", start): [(k, *mean_and_error(v))
-                                                       for k, v in row.items()]
+
+    lines = {("top-1 (%), 10 labels a class", start): [(keep, *mean_and_error(values))
+                                                       for keep, values in row.items()]
              for start, row in blocks.items()}
     analyze.draw_lines(args, "fig4", lines, "pre-trained blocks kept",
                        f"mean and standard error of {RUNS} runs")
+
     lines = {}
-    for (kind, start), rows in probe.items():
+    for (kind, start), curves in probe.items():
         if not start.startswith("tap"):
             lines[f"{kind} accuracy (%), 5 per class", start] = [
-                (layer, *mean_and_error(values)) for layer, values in enumerate(zip(*rows))]
-    analyze.draw_lines(args, "probe_mean", lines, "layer",
-                       f"frozen features, held-out pictures; mean and error of {len(SEEDS)} seeds")
-    lines = {("top-1 (%), 10 labels a class", "D2-MAE"): [(tap, *mean_and_error(scores))
-                                                          for tap, (_, scores) in taps.items()]}
+                (layer, *mean_and_error(values)) for layer, values in enumerate(zip(*curves))]
+    analyze.draw_lines(args, "probe_blocks", lines, "layer", "frozen features of test pictures; "
+                       f"mean and standard error over {len(SEEDS)} pre-training seeds")
+
+    lines = {("top-1 (%), 10 labels a class", "D2-MAE"): [(tap, *mean_and_error(values))
+                                                          for tap, (_, values) in taps.items()]}
     for key, name in (("val_rec", "held-out L_rec"), ("val_attn", "held-out L_attn")):
         lines[name, "D2-MAE"] = [(tap, losses[key], 0.0) for tap, (losses, _) in taps.items()]
     analyze.draw_lines(args, "taps", lines, "block that the decoder reads", "one seed")
 
 
-def main(args):
-    """The whole study, or what is left of it."""
-    share = args.minutes / FULL_MINUTES
+# --------------------------------------------------------------------------------------------------
+# Main
+# --------------------------------------------------------------------------------------------------
+def start(args):
+    """Pictures and settings of the study in --out -> Study, what it is in a sentence. InputError
+    if another study lies there."""
     args.out.mkdir(parents=True, exist_ok=True)
     settings = args.out / "settings.json"
     now = dict(data=str(Path(args.data).resolve()), minutes=args.minutes)
@@ -429,39 +462,53 @@ def main(args):
     settings.write_text(json.dumps(now))
     commit = subprocess.run("git rev-parse --short HEAD", shell=True, cwd=ROOT,
                             capture_output=True, text=True).stdout.strip()
-    head = (f"{count['pictures/train']} pictures for pre-training, {count['classes']} classes, "
-            f"{count['labelled/train']} labelled and {count['labelled/val']} test pictures; "
-            f"commit {commit}")
+    words = (f"{count['pictures/train']} pictures for pre-training, {count['classes']} classes, "
+             f"{count['labelled/train']} labelled and {count['labelled/val']} test pictures; "
+             f"commit {commit}")
+    share = args.minutes / FULL_MINUTES
     if share != 1:
-        head += f"; all training {share:.2f} times as long as in the whole study"
-    print(head)
+        words += f"; all training is {share:.2f} times as long as in the whole study"
+    return Study(args.out, share, count), words
 
-    study = Study(args.out, share, count)
+
+def main(args):
+    """The whole study, or what is left of it."""
+    study, words = start(args)
+    print(f"{words}
+what the commands print: {args.out}/commands.log")
     losses = pretraining(study)
-    rates = [best_rate(study, start) for start in ("scratch", "mae-0")]
+    rates = [best_rate(study, name) for name in ("scratch", "mae-0")]
     top1 = finetuning(study, rates)
     blocks = kept_blocks(study, rates[1])
     taps = decoder_taps(study, rates[1])
     probe = probes(study)
-    models = {"teacher": "teacher", **{start: encoders(start)[0] for start in METHODS}}
+    models = {"teacher": "teacher", **{name: encoders(name)[0] for name in METHODS}}
     study.analyze("cka", models, "--batch-size", 128)
     study.analyze("attention", models)
 
-    lines = [f"# The paper in miniature: {args.data}", "", head + ".", "",
-             f"Fine-tuning: rates {rates[0]:g} (scratch) and {rates[1]:g} (pre-trained). "
-             f"Commands took {sum(v['seconds'] for v in study.results.values()):.0f} s.", "",
-             *table(losses, top1, blocks, taps, probe)]
-    (args.out / "table.md").write_text("\n".join(lines) + "\n")
-    print("\n".join(lines))
-    figures(study, top1, blocks, taps, probe)
+    seconds = sum(values["seconds"] for values in study.results.values())
+    lines = [f"# The paper in miniature: {args.data}", "", f"{words}.",
+             f"The commands took {seconds:.0f} s. Rate of fine-tuning from scratch {rates[0]:g}, "
+             f"pre-trained {rates[1]:g}.", *starts_table(losses, top1), *differences(top1),
+             *blocks_table(probe), *kept_table(blocks), *taps_table(taps, probe)]
+    text = "\n".join(lines) + "\n"
+    (args.out / "table.md").write_text(text)
+    print(text)
+    draw(study, top1, blocks, taps, probe)
 
 
-if __name__ == "__main__":
+def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--data", required=True, help="folder of CLASS/*.png, or an unpacked npm "
                                                       "package emoji-datasource-VENDOR")
-    parser.add_argument("--out", type=Path, default=Path("out/miniature"))
-    parser.add_argument("--minutes", type=float, default=FULL_MINUTES,
+    parser.add_argument("--out", type=Path, default=Path("out/miniature"),
+                        help="tables and figures; the same command goes on there (default: "
+                             "%(default)s)")
+    parser.add_argument("--minutes", type=number(float, "(0, inf)"), default=FULL_MINUTES,
                         help="shorten everything in proportion (default: %(default)s)")
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
     with plain_errors():
-        main(parser.parse_args())
+        main(parse_args())

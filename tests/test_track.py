@@ -723,7 +723,7 @@ def test_benchmark_prints_both_speeds(capsys):
     track.benchmark(args, frames=3, warmup=1)
     out = capsys.readouterr().out
     assert all(word in out for word in
-               ("model only: ", "end to end", "1 threads", "float32", "warm-up"))
+               ("model only: ", "end to end", "1 CPU thread", "float32", "warm-up"))
 
 
 # ---- bad input -----------------------------------------------------------------------------------
