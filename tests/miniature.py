@@ -474,8 +474,7 @@ def start(args):
 def main(args):
     """The whole study, or what is left of it."""
     study, words = start(args)
-    print(f"{words}
-what the commands print: {args.out}/commands.log")
+    print(f"{words}\nwhat the commands print: {args.out}/commands.log")
     losses = pretraining(study)
     rates = [best_rate(study, name) for name in ("scratch", "mae-0")]
     top1 = finetuning(study, rates)
