@@ -440,6 +440,10 @@ def test_pets_and_aircraft(tmp_path):
     (planes / "variants.txt").write_text("Abyssinian\nbeagle\n")
     assert splits_of("pets", tmp_path) == (["Abyssinian", "Beagle"], [0, 0, 1, 1], [0, 0, 1, 1])
     assert splits_of("aircraft", tmp_path) == (["Abyssinian", "beagle"], [0, 0, 1, 1], [0, 0, 1, 1])
+    bad = pets / "images/beagle_trainval0.jpg"
+    bad.write_bytes(b"no image")
+    refused(f"cannot read image {bad}", "--dataset", "pets", "--data", tmp_path, "--out",
+            tmp_path / "out", *PLAIN, "--batch-size", 4)
 
 
 def test_cifar(tmp_path, monkeypatch):
@@ -756,6 +760,11 @@ def test_resume_refuses_another_schedule(folder, trained):
     refused("epochs 2, not 3", "--data", folder, "--out", trained, *PLAIN, "--epochs", 3)
 
 
+def test_resume_refuses_another_encoder(folder, encoder, trained):
+    refused("init-sha None, not [0-9a-f]+", "--data", folder, "--init", encoder, "--out", trained,
+            *PLAIN)
+
+
 def test_resume_refuses_other_classes(copied, trained):
     for split in ("train", "val"):
         (copied / split / "class 5").rename(copied / split / "zebra")
@@ -830,12 +839,3 @@ def test_demo_compares_scratch_and_pretrained(tmp_path, capsys):
     lines = capsys.readouterr().out.strip().splitlines()[-3:]
     assert [line.split()[0] for line in lines] == ["scratch", "pre-trained", "difference"]
     assert all(" +- " in line for line in lines)
-
-
-def test_readme_names_the_recipe_of_each_data_set():
-    text = (ROOT / "README.md").read_text()
-    for name, entry in finetune.DATASETS.items():
-        if "recipe" in entry and "| cifar100 |" in text:
-            r = entry["recipe"]
-            row = f"| {name} | {r['epochs']} | {r['warmup_epochs']} | {r['base_lr']} |"
-            assert row in text

@@ -489,6 +489,15 @@ def test_resume_takes_remedies_and_refuses_another_run(finished, pictures, capsy
         here(P, *options, "--epochs", 5, "--data", pictures.parent / "val", "--out", folder)
 
 
+def test_resume_refuses_another_teacher(finished, teacher, tmp_path):
+    folder, options = finished
+    file = state_of(teacher)
+    file["model"]["norm.bias"] += 1
+    torch.save(file, tmp_path / "other.pt")
+    with pytest.raises(InputError, match="teacher-sha [0-9a-f]+, not [0-9a-f]+: give the same"):
+        here(P, *options, "--teacher", tmp_path / "other.pt", "--out", folder)
+
+
 def test_a_run_asked_for_fewer_steps_than_it_has_ends(finished):
     folder, options = finished
     before = state_of(folder / "last.pt")["step"]

@@ -534,6 +534,12 @@ def test_schedule_scales_with_the_length_of_the_run():
         assert args.lr_drop == drop and args.eliminate_epochs == elimination
 
 
+@pytest.mark.parametrize("use, dtype", [(["--eval"], "fp32"), (["--benchmark"], "fp32"),
+                                        (["--eval", "--dtype", "bf16"], "bf16"), ([], "auto")])
+def test_a_tracker_is_used_in_full_precision_unless_asked_otherwise(use, dtype):
+    assert track.resolve(track.parse_args(use)).dtype == dtype
+
+
 def test_killed_run_resumes_bit_for_bit(trained, tmp_path):
     options = ["--data", f"lasot={trained / 'lasot'}", *SMALL, "--pairs", 4, "--batch-size", 2,
                "--epochs", 14]
