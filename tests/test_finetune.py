@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import (ROOT, check_kill_and_resume, here, rel_error, run, same_weights, seed_weights,
+from conftest import (check_kill_and_resume, here, rel_error, run, same_weights, seed_weights,
                       seeded, state_of)
 from PIL import Image, ImageEnhance, ImageOps
 from torch.utils.data import DataLoader
