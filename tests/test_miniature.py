@@ -9,39 +9,92 @@ import miniature
 from models import InputError
 
 
-@pytest.fixture(scope="module")
-def pictures(tmp_path_factory):
+@pytest.fixture
+def pictures(tmp_path, monkeypatch):
     """Three classes: 20 and 24 pictures, some with variants in skin tone, and one of 3."""
-    folder = tmp_path_factory.mktemp("pictures")
+    monkeypatch.setattr(miniature, "MIN_PICTURES", 32)
+    folder = tmp_path / "pictures of all kinds"
     rng = np.random.default_rng(0)
     for name, count in (("cats", 20), ("dogs", 24), ("few", 3)):
-        (folder / name).mkdir()
         for i in range(count):
             for tone in ("", "-1f3fb", "-1F3FF") if i % 3 == 0 else ("",):
-                pixels = rng.integers(0, 256, (20, 30, 4), dtype=np.uint8)
-                Image.fromarray(pixels).save(folder / name / f"1f{i:03x}{tone}-200d-2642.png")
+                path = folder / name / f"1f{i:03x}{tone}-200d-2642.png"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                Image.fromarray(rng.integers(0, 256, (20, 30, 4), dtype=np.uint8)).save(path)
     return folder
 
 
-def test_test_identities_are_kept_out_of_all_training(pictures, tmp_path):
-    count = miniature.prepare(pictures, tmp_path)
-    found = {part: list(tmp_path.glob(f"{part}/*/*.png"))
-             for part in ("pictures/train", "pictures/val", "labelled/train", "labelled/val")}
-    names = {part: {(f.parent.name, miniature.identity(f)) for f in files}
-             for part, files in found.items()}
-    assert len(names["labelled/val"]) == 20 // 3 + 24 // 3 == count["labelled/val"]
-    assert len(names["labelled/train"]) == 44 - 14 == count["labelled/train"]
-    assert names["pictures/val"] == names["labelled/val"]
-    assert not names["labelled/val"] & (names["labelled/train"] | names["pictures/train"])
-    assert names["labelled/train"] < names["pictures/train"]
-    assert {name for name, _ in names["pictures/train"]} == {"cats", "dogs", "few"}
-    assert {name for name, _ in names["labelled/train"]} == {"cats", "dogs"}
-    # variants serve pre-training, but one picture of an identity is labelled or tested
-    assert len(found["labelled/train"]) == len(names["labelled/train"])
-    assert len(found["labelled/val"]) == len(names["labelled/val"])
-    variants = sum(miniature.identity(f) == miniature.identity(g) and f.parent == g.parent
-                   for f in found["pictures/train"] for g in found["pictures/train"])
-    assert variants > len(found["pictures/train"])    # some have more than themselves
+def written(out):
+    """{folder: {(class, identity): number of files}} of what `prepare` wrote."""
+    found = {}
+    for part in ("pictures/train", "pictures/val", "labelled/train", "labelled/val"):
+        files = list((out / part).glob("*/*.png"))
+        names = [(f.parent.name, miniature.identity(f)[6:]) for f in files]    # after the number
+        found[part] = {name: names.count(name) for name in names}
+    return found
+
+
+def test_test_pictures_are_kept_out_of_all_training(pictures, tmp_path):
+    count = miniature.prepare(pictures, tmp_path / "out")
+    found = written(tmp_path / "out")
+    assert len(found["labelled/val"]) == 20 // 3 + 24 // 3 == count["labelled/val"]
+    assert len(found["labelled/train"]) == 44 - 14 == count["labelled/train"]
+    assert found["pictures/val"] == found["labelled/val"]
+    assert not found["labelled/val"].keys() & found["labelled/train"].keys()
+    assert not found["labelled/val"].keys() & found["pictures/train"].keys()
+    assert found["labelled/train"].keys() < found["pictures/train"].keys()
+    assert {name for name, _ in found["pictures/train"]} == {"cats", "dogs", "few"}
+    assert {name for name, _ in found["labelled/train"]} == {"cats", "dogs"}
+    assert count["classes"] == 2
+    # variants serve pre-training alone
+    assert set(found["labelled/train"].values()) == set(found["labelled/val"].values()) == {1}
+    assert set(found["pictures/train"].values()) == {1, 3}
+
+
+def test_copies_of_test_pictures_and_unreadable_files_are_left_out(pictures, tmp_path, capsys):
+    test, _, _ = miniature.choose(pictures, 1000)
+    copy = pictures / "few" / "copy.png"
+    copy.write_bytes(test[0][0].read_bytes())
+    (pictures / "few" / "broken.png").write_bytes(b"no image")
+    (pictures / "few" / ".hidden").mkdir()
+    (pictures / "few" / ".hidden" / "copy.png").write_bytes(b"no image")
+    count = miniature.prepare(pictures, tmp_path / "out")
+    assert "left out, unreadable or equal to a test picture: 2 files" in capsys.readouterr().out
+    names = [name for _, name in written(tmp_path / "out")["pictures/train"]]
+    assert "copy" not in names and "broken" not in names and len(names) == 33
+    assert count["labelled/val"] == 14
+
+
+def test_an_interrupted_preparation_leaves_nothing_behind(pictures, tmp_path):
+    old = tmp_path / "out" / "labelled" / "train" / "cats" / "of another folder.png"
+    old.parent.mkdir(parents=True)
+    old.write_bytes(b"")
+    miniature.prepare(pictures, tmp_path / "out")
+    assert not old.exists()
+
+
+@pytest.mark.parametrize("name, same", [
+    ("1f44b-1f3fb", "1f44b"), ("1F44B-FE0F", "1f44b"), ("1f9d1-1f3fb-200d-1f9d1-1f3ff",
+                                                         "1f9d1-200d-1f9d1"),
+    ("emoji_u1f44b_1f3fe", "emoji_u1f44b"), ("1f44b-tone3", "1f44b"),
+    ("waving_hand_medium-light", "waving_hand"), ("wave_dark_skin_tone", "wave"),
+    ("light", "light"), ("IMG_0012", "img_0012"), ("darkroom-2", "darkroom-2")])
+def test_names_that_differ_in_skin_tone_are_one_picture(name, same):
+    assert miniature.identity(f"{name}.png") == same
+
+
+def test_emoji_are_told_apart_by_their_entry(tmp_path):
+    folder = tmp_path / "img" / "vendor" / "64"
+    folder.mkdir(parents=True)
+    for name in ("a.png", "b-c.png", "d.png"):
+        Image.new("RGB", (64, 64)).save(folder / name)
+    entries = [{"category": "X & Y", "subcategory": "p/q", "image": "a.png",
+                "skin_variations": {"1F3FB": {"image": "b-c.png"}, "1F3FC": {"image": "not.png"}}},
+               {"category": "X & Y", "subcategory": "p/q", "image": "d.png"}]
+    (tmp_path / "emoji.json").write_text(json.dumps(entries))
+    found = {name: [[f.name for f in group] for group in groups]
+             for name, groups in miniature.list_pictures(tmp_path).items()}
+    assert found == {"X & Y, p-q": [["a.png", "b-c.png"], ["d.png"]]}
 
 
 def test_pictures_stand_whole_on_white(tmp_path):
@@ -52,37 +105,48 @@ def test_pictures_stand_whole_on_white(tmp_path):
     assert pixels.shape == (64, 64, 3)
     assert (pixels[32, 48:] == (255, 0, 0)).all()
     assert (pixels[32, :24] == 255).all() and (pixels[[0, 63]] == 255).all()
+    Image.fromarray(np.full((32, 32), 30000, dtype=np.uint16)).save(tmp_path / "grey.png")
+    Image.new("L", (28, 28), 7).save(tmp_path / "small.png")
+    grey, small = (np.array(miniature.on_white(tmp_path / f"{n}.png")) for n in ("grey", "small"))
+    assert abs(int(grey[32, 32, 0]) - 117) <= 1 and (small == 7).all()
 
 
 @pytest.mark.parametrize("make", [lambda folder: folder / "nowhere", lambda folder: folder])
 def test_a_folder_without_two_large_classes_is_one_sentence(tmp_path, make):
+    for i in range(3):
+        (tmp_path / "cats").mkdir(exist_ok=True)
+        Image.new("RGB", (8, 8), (i, 0, 0)).save(tmp_path / "cats" / f"{i}.png")
     with pytest.raises(InputError, match="CLASS/"):
         miniature.prepare(make(tmp_path), tmp_path / "out")
 
 
 def test_a_small_study(pictures, tmp_path, monkeypatch, capsys):
     """Every command once, the table, the figures; the second time nothing is run again."""
-    for name, value in dict(SEEN=60, SHOTS={"10": 40, "all": 40}, SEEDS=(0,), RUNS=1,
-                            RATES=(1e-3,), TAPS=(6, 8), KEPT=(0, 12)).items():
+    for name, value in dict(SEEN=60, STEPS={"10": 2, "all": 2}, SEEDS=(0,), RUNS=1,
+                            RATES=(1e-3,), TAPS=(6, 8), KEPT=(0, 12), MIN_PICTURES=32).items():
         monkeypatch.setattr(miniature, name, value)
-    args = miniature.parse_args(["--data", str(pictures), "--out", str(tmp_path)])
+    out = tmp_path / "out"
+    args = miniature.parse_args(["--data", str(pictures), "--out", str(out)])
     miniature.main(args)
-    table = (tmp_path / "table.md").read_text()
+    table = (out / "table.md").read_text()
     assert table in capsys.readouterr().out
-    for words in ("| scratch | - |", "| D2-MAE | ", "- D2-MAE − MAE: ", ", 1 runs)", "| 6 | "):
+    for words in ("| scratch | - |", "| D2-MAE | ", "- D2-MAE − MAE: ", " (1 run)", "| 6 | "):
         assert words in table, words
     for name in ("labels", "fig4", "taps", "probe_blocks", "cka", "attention"):
-        assert Image.open(tmp_path / f"{name}.png").width > 300
-    results = json.loads((tmp_path / "results.json").read_text())
-    longer = [v["epochs"] for k, v in results.items() if "longer-0 " in f"{k} " and "epochs" in v]
-    assert longer and min(longer) >= 1
-    assert not list((tmp_path / "finetune").iterdir())    # checkpoints of hundreds of runs
+        assert Image.open(out / f"{name}.png").width > 300
+    assert not list((out / "finetune").iterdir())    # checkpoints of two hundred runs
+    results = json.loads((out / "results.json").read_text())
+    epochs = {name: v["epochs"] for name in ("mae-0", "longer-0") for key, v in results.items()
+              if f"/{name} " in f"{key} " and "epochs" in v}
+    assert epochs["longer-0"] >= epochs["mae-0"] >= 1
 
-    before = (tmp_path / "results.json").stat().st_mtime_ns
+    # the second time nothing is run again, though the folder has moved; other lengths are refused
+    moved = out.rename(tmp_path / "moved")
+    before = (moved / "results.json").read_text()
+    args.out = moved
     miniature.main(args)
-    assert (tmp_path / "results.json").stat().st_mtime_ns == before
-    assert (tmp_path / "table.md").read_text() == table
+    assert (moved / "results.json").read_text() == before
+    assert (moved / "table.md").read_text() == table
+    args.minutes = 5
     with pytest.raises(InputError, match="another --out"):
-        args = miniature.parse_args(["--data", str(pictures), "--out", str(tmp_path), "--minutes",
-                                     "5"])
         miniature.main(args)
