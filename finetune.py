@@ -60,22 +60,20 @@ from models import (IMAGENET_MEAN, IMAGENET_STD, MODELS, READ_ERRORS, TOY_CLASSE
                     to_tensor, toy_picture)
 
 BICUBIC = Image.Resampling.BICUBIC
-RECIPES = {
-    "improved": dict(    # the paper's: light augmentation suits a small model
-        epochs=300, warmup_epochs=5, batch_size=1024, optimizer="adamw",
-        base_lr=1e-3, min_lr=1e-6, weight_decay=0.05, layer_decay=0.85, clip_grad=0.0,
-        drop_path=0.0, smoothing=0.0, mixup=0.2, cutmix=0.0,
-        rand_augment=10.0, erasing=0.0, min_crop=0.08),
+IMPROVED = dict(    # the paper's: light augmentation suits a small model
+    epochs=300, warmup_epochs=5, batch_size=1024, optimizer="adamw",
+    base_lr=1e-3, min_lr=1e-6, weight_decay=0.05, layer_decay=0.85, clip_grad=0.0,
+    drop_path=0.0, smoothing=0.0, mixup=0.2, cutmix=0.0,
+    rand_augment=10.0, erasing=0.0, min_crop=0.08)
+RECIPES = {    # the other two as far as they differ
+    "improved": IMPROVED,
     "mae": dict(         # that of MAE, made for large models
-        epochs=100, warmup_epochs=5, batch_size=1024, optimizer="adamw",
-        base_lr=1e-3, min_lr=1e-6, weight_decay=0.05, layer_decay=0.85, clip_grad=0.0,
-        drop_path=0.1, smoothing=0.1, mixup=0.8, cutmix=1.0,
-        rand_augment=9.0, erasing=0.25, min_crop=0.08),
+        IMPROVED, epochs=100, drop_path=0.1, smoothing=0.1, mixup=0.8, cutmix=1.0,
+        rand_augment=9.0, erasing=0.25),
     "transfer": dict(    # other data sets: crop and flip alone; DATASETS has entries of its own
-        epochs=50, warmup_epochs=10, batch_size=512, optimizer="sgd",
-        base_lr=0.05, min_lr=1e-6, weight_decay=0.0, layer_decay=0.75, clip_grad=1.0,
-        drop_path=0.0, smoothing=0.0, mixup=0.0, cutmix=0.0,
-        rand_augment=0.0, erasing=0.0, min_crop=0.08),
+        IMPROVED, epochs=50, warmup_epochs=10, batch_size=512, optimizer="sgd",
+        base_lr=0.05, weight_decay=0.0, layer_decay=0.75, clip_grad=1.0,
+        mixup=0.0, rand_augment=0.0),
 }
 RANGES = dict(    # of the entries that --recipe NAME KEY=VALUE changes; the others are options
     min_lr="[0, inf)", weight_decay="[0, inf)",
@@ -464,7 +462,8 @@ def make_data(args, rank, world):
         raise InputError(f"--dataset imagenet has 1000 classes, {args.data} {len(classes)}: for a "
                          "part of it give --dataset folder")
     items = select(items, args.data_fraction, args.shots, args.seed)
-    args.train_images = len(items)    # one of FIXED
+    args.train_images = len(items)    # both in FIXED
+    args.classes = len(classes)
     return (LabelledImages(items, classes, args),
             LabelledImages(test_items, classes, args, train=False))
 
@@ -654,8 +653,8 @@ class RunLog:
 # Arguments: the defaults are the paper's recipes
 # --------------------------------------------------------------------------------------------------
 FIXED = ("init_sha", "keep_blocks", "model", "rpe", "image_size", "patch_size", "dataset",
-         "data_fraction", "train_images", "shots", "mean", "std", "recipe", "optimizer", "epochs",
-         "warmup_epochs", "batch_size", "seed", *RANGES)    # see `models.resume`
+         "data_fraction", "train_images", "classes", "shots", "mean", "std", "recipe", "optimizer",
+         "epochs", "warmup_epochs", "batch_size", "seed", *RANGES)    # see `models.resume`
 
 
 def recipe_word(text):
@@ -794,10 +793,9 @@ def plan(args):
     blocks = args.keep_blocks or [None]
     if max(len(args.data_fraction), len(args.seed)) > 1 and not args.keep_blocks:
         raise InputError("several --seed or --data-fraction belong to --sweep-keep-blocks: give it")
-    runs = []
-    for k, fraction, seed in itertools.product(blocks, args.data_fraction, args.seed):
-        out = f"{args.out}/blocks{k}-data{fraction:g}-seed{seed}"
-        runs.append(resolve(args, keep_blocks=k, data_fraction=fraction, seed=seed, out=out))
+    runs = [resolve(args, keep_blocks=k, data_fraction=fraction, seed=seed,
+                    out=f"{args.out}/blocks{k}-data{fraction:g}-seed{seed}")
+            for k, fraction, seed in itertools.product(blocks, args.data_fraction, args.seed)]
     if len(runs) == 1:
         runs[0].out = args.out
     return runs

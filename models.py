@@ -26,6 +26,7 @@ import os
 import pickle
 import re
 import signal
+import struct
 import subprocess
 import sys
 from collections import OrderedDict
@@ -960,15 +961,9 @@ def check_readable(dataset, bad, args, world, device):
 
 
 def stop_at_unreadable(dataset, bad):
-    """The process that has the file names it and why; the others end without a word."""
+    """The process that has the file names it; the others end without a word."""
     if bad:
-        name = dataset.name(bad[0])
-        try:
-            read_image(name)
-            reason = "unreadable"
-        except READ_ERRORS as error:
-            reason = type(error).__name__
-        print(f"error: cannot read image {name} ({reason}): remove it, or go on without it by "
+        print(f"error: cannot read image {dataset.name(bad[0])}: remove it, or go on without it by "
               "--skip-corrupt", file=sys.stderr)
     sys.exit(1)
 
@@ -1016,8 +1011,9 @@ def plain_errors():
     try:
         yield
     except torch.OutOfMemoryError:
-        message = ("out of memory on the device: --accum-steps 2 (or twice what it is) halves the "
-                   "images held at a time at the same total --batch-size")
+        message = ("out of memory on the device: in training --accum-steps 2 (or twice what it is) "
+                   "halves the images held at a time; elsewhere a smaller --batch-size does"
+                   if first else 1)
     except OSError as error:
         message = str(error)
     except (InputError, FloatingPointError) as error:    # of a loader process: its last line
@@ -1098,7 +1094,9 @@ def start_log(path, args, step):
         return
     kept = read_log(path) if step and path.exists() else []
     kept = [v for v in kept if v["step"] < step or (v["step"] == step and "lr" in v)]
-    path.write_text("".join(json.dumps(v) + "\n" for v in kept))
+    scratch = path.with_suffix(".tmp")
+    scratch.write_text("".join(json.dumps(v) + "\n" for v in kept))
+    scratch.replace(path)
     commit = subprocess.run("git rev-parse --short HEAD", shell=True, cwd=Path(__file__).parent,
                             capture_output=True, text=True).stdout
     log_line(path, step=step, args=plain(args), commit=commit.strip())
@@ -1107,7 +1105,7 @@ def start_log(path, args, step):
 # --------------------------------------------------------------------------------------------------
 # Images
 # --------------------------------------------------------------------------------------------------
-IMAGE_TYPES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
+IMAGE_TYPES = set(".jpg .jpeg .png .webp .bmp .gif .tif .tiff .ppm .pgm".split())
 READ_ERRORS = (OSError, RuntimeError, ValueError, SyntaxError, Image.DecompressionBombError)
 
 
@@ -1126,16 +1124,19 @@ def list_images(folder):
 
 
 def open_image(path):
-    """Any image file -> upright Pillow image; grey of 16 bit, 32 bit or float becomes 8 bit,
-    palette and alpha become RGB. A JPEG stays undecoded: `random_crop` may need less of it."""
+    """Any image file -> upright Pillow image; grey of 16 bit, 32 bit or float becomes 8 bit (white
+    is the first of 1, 255, 65535, 2^31 that no pixel exceeds by a tenth), palette and alpha become
+    RGB. An upright JPEG stays undecoded: `random_crop` may need less of it."""
     image = Image.open(path)
-    if image.format == "JPEG" and image.getexif().get(0x0112, 1) == 1:    # 0x0112: orientation
+    with contextlib.suppress(SyntaxError, struct.error):    # broken EXIF: taken as upright
+        if image.getexif().get(0x0112, 1) != 1:    # orientation
+            image = ImageOps.exif_transpose(image)
+    if image.format == "JPEG":
         return image
-    image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I") or image.mode == "F":
-        grey = np.nan_to_num(np.asarray(image, dtype=np.float64))
-        tops = (65535,) if image.mode == "I;16" else (1, 255, 65535, 2 ** 31)
-        top = next(top for top in tops if grey.max() <= top)
+        grey = np.nan_to_num(np.asarray(image, dtype=np.float64), posinf=0)
+        tops = (65535,) if image.mode.startswith("I;16") else (1, 255, 65535, 2 ** 31)
+        top = next((top for top in tops if grey.max() <= 1.1 * top), grey.max())
         image = Image.fromarray((grey.clip(0, top) / top * 255).astype(np.uint8))
     image.info.pop("transparency", None)    # of a palette: dropped like any other
     return image.convert("RGB")
@@ -1176,10 +1177,11 @@ def random_crop(image, size, scale):
     anyhow. torch resizes uint8 three times as fast as Pillow, to the same pixels but for rounding.
     """
     top, left, h, w = RandomResizedCrop.get_params(image, list(scale), [3 / 4, 4 / 3])
-    full_width = image.width
-    image.draft("RGB", (full_width * size[1] // w, image.height * size[0] // h))    # JPEG alone
-    reduced = image.width / full_width
-    box = [round(edge * reduced) for edge in (left, top, left + w, top + h)]
+    full_width, full_height = image.size
+    image.draft("RGB", (full_width * size[1] // w, full_height * size[0] // h))    # JPEG alone
+    x = image.width / full_width
+    y = image.height / full_height    # not x: sizes are rounded up
+    box = [round(edge) for edge in (left * x, top * y, (left + w) * x, (top + h) * y)]
     pixels = to_tensor(image.crop(box))
     crop = resize(pixels, list(size), InterpolationMode.BICUBIC, antialias=True)
     return crop.flip(2) if torch.rand(()) < 0.5 else crop

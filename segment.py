@@ -664,6 +664,8 @@ def predict(run, args, model):
         Image.fromarray(numbers.numpy()).save(f"{target}_labels.png")
         rows = [(image, labels)]
         draw_overlays(f"{target}_overlay.png", ("input", "prediction"), rows, model.classes, 480)
+    if world > 1:
+        dist.barrier()    # an error ends the other processes
     if bad:
         raise InputError(f"cannot read {', '.join(bad)}; every other image was labelled")
 

@@ -883,7 +883,8 @@ def evaluate(args):
         except InputError as error:
             if rank == 0:
                 raise
-            sys.exit(f"\nerror: {str(error).splitlines()[-1]}")    # the others do not know of it
+            text = str(error).splitlines()[-1].removeprefix("models.InputError: ")
+            sys.exit(f"\nerror: {text}")    # the others do not know of it
     if world > 1:
         dist.all_reduce(sums)
 
@@ -910,7 +911,7 @@ def keep_results(args, folder):
         print(f"{folder}: {len(list(folder.glob('*.txt')))} sequences are done already")
         return
     for file in folder.glob("*.txt"):
-        file.unlink()
+        file.unlink(missing_ok=True)    # another machine may have been faster
     path.write_text(settings)
 
 

@@ -125,11 +125,10 @@ def list_emoji(package):
 def on_white(file):
     """Any picture file -> 64x64 RGB, the whole picture on white."""
     image = Image.open(file)
-    image.draft("RGB", (128, 128))    # a JPEG is decoded at reduced size
-    if image.mode.startswith("I") or image.mode == "F":
+    if "A" not in image.mode and "transparency" not in image.info:
         image = open_image(file)
-    image = ImageOps.exif_transpose(image).convert("RGBA")
-    image = ImageOps.contain(image, (64, 64), Image.Resampling.BICUBIC)
+        image.draft("RGB", (128, 128))    # a JPEG is decoded at reduced size
+    image = ImageOps.contain(image.convert("RGBA"), (64, 64), Image.Resampling.BICUBIC)
     paper = Image.new("RGBA", (64, 64), "white")
     paper.alpha_composite(image, ((64 - image.width) // 2, (64 - image.height) // 2))
     return paper.convert("RGB")

@@ -426,7 +426,7 @@ def save_pictures(folder, names):
         Image.new("RGB", (20, 24), "red").save(folder / name)
 
 
-def test_pets_and_aircraft(tmp_path):
+def test_pets_and_aircraft(tmp_path, capfd):
     pets, planes = tmp_path / "oxford-iiit-pet", tmp_path / "fgvc-aircraft-2013b/data"
     (pets / "annotations").mkdir(parents=True)
     for split in ("trainval", "test"):
@@ -442,8 +442,10 @@ def test_pets_and_aircraft(tmp_path):
     assert splits_of("aircraft", tmp_path) == (["Abyssinian", "beagle"], [0, 0, 1, 1], [0, 0, 1, 1])
     bad = pets / "images/beagle_trainval0.jpg"
     bad.write_bytes(b"no image")
-    refused(f"cannot read image {bad}", "--dataset", "pets", "--data", tmp_path, "--out",
-            tmp_path / "out", *PLAIN, "--batch-size", 4)
+    with pytest.raises(SystemExit):
+        here(finetune, "--dataset", "pets", "--data", tmp_path, "--out", tmp_path / "out", *QUICK,
+             *PLAIN, "--batch-size", 4)
+    assert f"error: cannot read image {bad}: remove it" in capfd.readouterr().err
 
 
 def test_cifar(tmp_path, monkeypatch):
@@ -752,7 +754,7 @@ def test_an_evaluation_lost_by_a_kill_is_made_again(folder, trained, tmp_path):
 def test_resume_takes_remedies_and_moved_folders(folder, copied, trained, tmp_path, capsys):
     torch.save(state_of(trained / "last.pt"), tmp_path / "last.pt")
     here(finetune, "--data", copied, "--out", f"{tmp_path}/", *QUICK, *PLAIN, "--clip-grad", 1,
-         "--dtype", "fp32", "--skip-corrupt", "--base-lr", 1e-4, "--accum-steps", 2)
+         "--dtype", "fp16", "--skip-corrupt", "--base-lr", 1e-4, "--accum-steps", 2)
     assert "base_lr is now 0.0001" in capsys.readouterr().out
 
 
@@ -770,6 +772,23 @@ def test_resume_refuses_other_classes(copied, trained):
         (copied / split / "class 5").rename(copied / split / "zebra")
     refused("not the same: class 5 is zebra here and class 5 there", "--data", copied, "--out",
             trained, *PLAIN)
+
+
+def test_resume_refuses_fewer_classes_of_as_many_images(copied, trained):
+    for split in ("train", "val"):
+        folder = copied / split / "class 5"
+        for path in list(folder.iterdir()):
+            path.rename(copied / split / "class 4" / f"moved {path.name}")
+        folder.rmdir()
+    refused("classes 6, not 5", "--data", copied, "--out", trained, *PLAIN)
+
+
+def test_an_unreadable_test_image_stops_the_run_and_is_named(copied, tmp_path, capfd):
+    bad = sorted((copied / "val").rglob("*.png"))[3]
+    bad.write_bytes(b"no image")
+    with pytest.raises(SystemExit):
+        here(finetune, "--data", copied, "--out", tmp_path / "out", *QUICK, *PLAIN)
+    assert f"error: cannot read image {bad}: remove it" in capfd.readouterr().err
 
 
 def test_resume_refuses_another_number_of_images(copied, trained):

@@ -1,5 +1,7 @@
 """Encoders against golden numbers and peers, and every checkpoint format that users bring."""
 import argparse
+import io
+import struct
 
 import numpy as np
 import pytest
@@ -432,6 +434,41 @@ def test_deep_grey_keeps_its_range(values, tmp_path):
     assert abs(image.float().mean() - 127.5) < 2
 
 
+@pytest.mark.parametrize("top, white", [(1.001, 255), (256, 255), (1e12, 255), (np.inf, 0)])
+def test_a_float_image_beyond_the_usual_ranges_is_read(top, white, tmp_path):
+    values = np.linspace(0, min(top, 255 if top < 1e3 else top) - top % 1, 600)
+    values = np.nan_to_num(values, posinf=0).astype(np.float32)
+    values[7] = top
+    Image.fromarray(values.reshape(20, 30)).save(tmp_path / "deep.tiff")
+    image = read_image(tmp_path / "deep.tiff")
+    assert image[0, 0, 7] == white
+    if top < np.inf:
+        assert abs(image.float().mean() - 127.5) < 2
+
+
+def test_a_dark_big_endian_16_bit_image_stays_dark(tmp_path):
+    header = b"MM\0*\0\0\0\x08"
+    tags = [(256, 3, 30), (257, 3, 20), (258, 3, 16), (259, 3, 1), (262, 3, 1), (273, 4, 200),
+            (277, 3, 1), (278, 3, 20), (279, 4, 1200)]
+    entries = b"".join(struct.pack(">HHI", tag, kind, 1)
+                       + (struct.pack(">HH", value, 0) if kind == 3 else struct.pack(">I", value))
+                       for tag, kind, value in tags)
+    directory = struct.pack(">H", len(tags)) + entries + bytes(4)
+    pixels = np.full((20, 30), 255, dtype=">u2").tobytes()
+    (tmp_path / "deep.tiff").write_bytes((header + directory).ljust(200, b"\0") + pixels)
+    assert Image.open(tmp_path / "deep.tiff").mode == "I;16B"
+    assert read_image(tmp_path / "deep.tiff").float().mean() <= 1
+
+
+@pytest.mark.parametrize("exif", [b"Exif\0\0II*\0", b"Exif\0\0garbage and more of it"])
+def test_broken_exif_is_no_broken_image(exif, tmp_path):
+    file = io.BytesIO()
+    Image.new("RGB", (30, 20), "red").save(file, "JPEG", exif=exif, dpi=(72, 72))
+    (tmp_path / "a.jpg").write_bytes(file.getvalue())
+    image = read_image(tmp_path / "a.jpg")
+    assert image.shape == (3, 20, 30) and image[0].min() > 250
+
+
 def test_photographs_stand_upright(tmp_path):
     picture = Image.fromarray(np.arange(600, dtype=np.uint8).reshape(20, 30))
     exif = Image.Exif()
@@ -465,3 +502,14 @@ def test_a_crop_from_a_reduced_jpeg_looks_like_the_full_one(tmp_path):
         assert crops[0].shape == (3, 64, 48)
         difference = np.abs(crops[0] - crops[1])
         assert difference.mean() < 10 and difference.max() < 40
+
+
+@pytest.mark.parametrize("size", [(1001, 1000), (1000, 1001), (525, 700), (999, 1003)])
+def test_a_crop_of_a_whole_reduced_jpeg_stays_inside(tmp_path, size):
+    """Width and height are rounded up when a JPEG is decoded at reduced size, each its own way."""
+    Image.new("RGB", size, "white").save(tmp_path / "a.jpg", quality=95)
+    for side in (112, 224):
+        for seed in range(4):
+            torch.manual_seed(seed)
+            crop = random_crop(models.open_image(tmp_path / "a.jpg"), (side, side), (1.0, 1.0))
+            assert crop.min() > 250, (side, seed)
