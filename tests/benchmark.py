@@ -23,7 +23,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from models import MODELS, average_over_processes, normalize, param_groups  # noqa: E402
+from models import (MODELS, average_over_processes, choose_device, normalize,  # noqa: E402
+                    param_groups)
 
 
 def race(*functions, rounds=7, synchronize=lambda: None):
@@ -114,7 +115,7 @@ def bench_pretrain():
     and the hours of 400 epochs of ImageNet on 8 such GPUs; on a CPU in float32 at 32 images.
     """
     import pretrain_d2mae as P
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = choose_device("auto")    # with the matmul precision of a run
     on_gpu = device.type == "cuda"
     wait = torch.cuda.synchronize if on_gpu else lambda: None
     dtype = torch.bfloat16 if on_gpu else torch.float32
@@ -154,6 +155,8 @@ def bench_pretrain():
             step(loss_of())
         if on_gpu:
             torch.cuda.reset_peak_memory_stats()
+            step(loss_of())
+            memory = torch.cuda.max_memory_allocated() / 2 ** 30
         fast, looking, slow = race(lambda: step(loss_of()), lambda: step(loss_of(), look=True),
                                    lambda: step(plain_loss_of()), synchronize=wait)
         share = counter.get_total_flops() / fast / peak
@@ -161,9 +164,8 @@ def bench_pretrain():
               f"{slow / fast:.2f}x; looking at the loss costs {100 * (looking / fast - 1):.1f}%; "
               f"{share:.0%} of the speed of a matrix product ({peak / 1e12:.2f} TFLOP/s)")
         if on_gpu:
-            memory = torch.cuda.max_memory_allocated() / 2 ** 30
             hours = 400 * 1_281_167 / (8 * batch / looking) / 3600
-            print(f"  peak memory {memory:.1f} GB, both versions; {hours:.1f} h for 400 epochs on "
+            print(f"  peak memory {memory:.1f} GB; {hours:.1f} h for 400 epochs on "
                   "8 of these")
     bench_loading(P)
 
