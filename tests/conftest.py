@@ -81,15 +81,16 @@ def same_weights(a, b, tolerance=0.0):
 
 
 def interrupt(module, options, out, at_step, kind):
-    """Start a run in another process and send it a signal once its log has reached a step ->
-    standard error. The run must not have ended by itself."""
-    command = [sys.executable, module.__file__, *map(str, options), "--out", str(out)]
+    """Start a run with a loader process, and send both a signal, as torchrun does, once its log has
+    reached a step -> standard error. The run must not have ended by itself."""
+    command = [sys.executable, module.__file__, *map(str, options), "--workers", "1", "--out",
+               str(out)]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
-                               text=True)
+                               text=True, start_new_session=True)
     log = Path(out, "log.jsonl")
     while process.poll() is None:
         if log.exists() and max((line["step"] for line in read_log(log)), default=0) >= at_step:
-            process.send_signal(kind)
+            os.killpg(process.pid, kind)
             break
         time.sleep(0.02)
     errors = process.communicate(timeout=120)[1]
@@ -105,7 +106,7 @@ def check_kill_and_resume(module, options, tmp_path, at_step):
         out = tmp_path / kind.name
         errors = interrupt(module, options, out, at_step, kind)
         if kind == signal.SIGTERM:
-            assert "stopped by SIGTERM after step" in errors
+            assert "stopped by SIGTERM after step" in errors, errors
             assert state_of(out / "last.pt")["step"] >= at_step    # not a step is lost
         here(module, *options, "--out", out)
         assert same_weights(out, tmp_path / "straight")
