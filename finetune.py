@@ -45,7 +45,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageEnhance, ImageOps
 from torch import nn
 from torch.nn.utils import clip_grad_norm_
-from torch.utils.data import DataLoader, Dataset, DistributedSampler
+from torch.utils.data import Dataset, DistributedSampler
 from torchvision import datasets
 from torchvision.transforms import RandomErasing, v2
 from torchvision.transforms.v2 import functional as TF
@@ -55,9 +55,9 @@ from models import (IMAGENET_MEAN, IMAGENET_STD, MODELS, READ_ERRORS, TOY_CLASSE
                     add_run_options, average_over_processes, check_readable, check_step,
                     choose_device, choose_dtype, depth_of, endless_batches, fingerprint,
                     infer_model, load_encoder, load_state, log_line, mix_seed, normalize, number,
-                    open_item, parallel, param_groups, plain, plain_errors, print_comparison,
-                    random_crop, read_file, read_or_next, resume, save_checkpoint, start_log,
-                    to_tensor, toy_picture)
+                    open_item, own_batches, parallel, param_groups, plain, plain_errors,
+                    print_comparison, random_crop, read_file, read_or_next, resume, save_checkpoint,
+                    start_log, to_tensor, toy_picture)
 
 BICUBIC = Image.Resampling.BICUBIC
 IMPROVED = dict(    # the paper's: light augmentation suits a small model
@@ -495,11 +495,9 @@ def evaluate(run, args, model, test_set):
     process 0 prints. Unreadable images are left out."""
     rank, world, device, dtype = run
     model.eval()
-    own = [(0, index) for index in range(rank, len(test_set), world)]
     sums = torch.zeros(len(test_set.classes), 4, device=device)    # images, right, in five, loss
     bad = []
-    for images, labels, index, unreadable in DataLoader(test_set, 128, sampler=own,
-                                                        num_workers=args.workers):
+    for images, labels, index, unreadable in own_batches(test_set, 128, args, rank, world):
         bad += index[unreadable].tolist()
         if unreadable.all():
             continue

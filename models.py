@@ -909,6 +909,14 @@ def endless_batches(dataset, sampler, args, device):
                            worker_init_fn=outlive_sigterm, pin_memory=device.type == "cuda"))
 
 
+def own_batches(dataset, batch_size, args, rank, world):
+    """Loader of an evaluation: every item once, dealt out to the processes; batch_size None: one by
+    one."""
+    own = [(0, index) for index in range(rank, len(dataset), world)]
+    return DataLoader(dataset, batch_size, sampler=own, num_workers=args.workers,
+                      worker_init_fn=outlive_sigterm)
+
+
 def parallel(model, args, device, world):
     """The model to train with: compiled if --compile asks for it, and in DistributedDataParallel if
     there are several processes. Save and evaluate the model itself: its names have no prefix."""

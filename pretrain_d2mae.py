@@ -48,18 +48,17 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import nn
 from torch.nn.utils import clip_grad_norm_
 from torch.optim import AdamW
-from torch.utils.data import DataLoader, Dataset, DistributedSampler
+from torch.utils.data import Dataset, DistributedSampler
 from torchvision.utils import draw_bounding_boxes, make_grid
 from tqdm import tqdm
 
 from models import (IMAGENET_MEAN, IMAGENET_STD, MODELS, Block, HieraBlock, InputError, LayerNorm,
                     add_run_options, attention_logits, average_over_processes, check_readable,
-                    check_step, choose_device, choose_dtype, depth_of, endless_batches,
-                    fingerprint, infer_model, init_mae, init_patch_embed, list_images,
-                    load_encoder, load_state, log_line, mix_seed, normalize, number, open_item,
-                    parallel, param_groups, plain, plain_errors, random_crop, read_log,
-                    read_or_next, reroll, resume, save_checkpoint, sincos_2d, start_log,
-                    take_patches, to_tensor)
+                    check_step, choose_device, choose_dtype, depth_of, endless_batches, fingerprint,
+                    infer_model, init_mae, init_patch_embed, list_images, load_encoder, load_state,
+                    log_line, mix_seed, normalize, number, open_item, own_batches, parallel,
+                    param_groups, plain, plain_errors, random_crop, read_log, read_or_next, reroll,
+                    resume, save_checkpoint, sincos_2d, start_log, take_patches, to_tensor)
 
 RECIPE = dict(    # Sec. 4; settings without an option. All others: `parse_args`
     decoder_dim=96, decoder_depth=1, decoder_heads=3,
@@ -649,11 +648,9 @@ def evaluate(run, args, model, teacher, val_set):
     """
     rank, world, device, dtype = run
     model.eval()
-    own = [(0, index) for index in range(rank, len(val_set), world)]
     sums = torch.zeros(4, device=device)
     bad = []
-    for images, noise, index, unreadable in DataLoader(val_set, 64, sampler=own,
-                                                       num_workers=args.workers):
+    for images, noise, index, unreadable in own_batches(val_set, 64, args, rank, world):
         bad += index[unreadable].tolist()
         images = normalize(images[~unreadable].to(device), args.mean, args.std)
         if not len(images):
@@ -859,7 +856,7 @@ def parse_args(argv=None, **defaults):
              "folder 'val' beside a folder 'train', else every 50th image")
     add("--image-size", type=number(int, "[1, inf)"), nargs="+", default=[224],
         help="side, or height and width, in pixels")
-    add("--patch-size", type=number(int, "[1, inf)"), default=16, help="side of a ViT patch")
+    add("--patch-size", type=number(int, "[1, inf)"), help="side of a ViT patch; default: 16")
     add("--crop-scale", type=number(float, "(0, 1]"), nargs=2, default=(0.08, 1.0),
         help="area range of the random crop")
     hint = ": of pixels in [0, 1], so divide values of 0..255 by 255"
@@ -899,7 +896,8 @@ def resolve(args):
     """Fill in the defaults that depend on other options; refuse what has no meaning. InputError."""
     hiera = args.model.startswith("hiera")
     depth = depth_of(args.model)
-    unit = 32 if hiera else args.patch_size
+    unit = 32 if hiera else args.patch_size or MODELS[args.model].keywords["patch_size"]
+    args.patch_size = unit
 
     # sizes, masks, schedule
     if len(args.image_size) > 2:

@@ -58,7 +58,7 @@ from models import (IMAGENET_MEAN, IMAGENET_STD, MODELS, READ_ERRORS, TOY_CLASSE
                     add_run_options, average_over_processes, check_readable, check_step,
                     choose_device, choose_dtype, endless_batches, fingerprint, infer_model,
                     list_images, load_encoder, load_state, log_line, mix_seed, normalize, number,
-                    open_image, open_item, parallel, param_groups, plain, plain_errors,
+                    open_image, open_item, own_batches, parallel, param_groups, plain, plain_errors,
                     print_comparison, read_file, read_image, resume, save_checkpoint, start_log,
                     to_tensor, toy_picture)
 
@@ -570,11 +570,10 @@ def evaluate(run, args, model, val_set):
         for name, buffer in model.named_buffers():
             if "running" in name:
                 dist.broadcast(buffer, 0)
-    own = [(0, index) for index in range(rank, len(val_set), world)]
-    loader = DataLoader(val_set, None, sampler=own, num_workers=args.workers)
     confusion = torch.zeros(args.num_classes, args.num_classes, dtype=torch.long, device=device)
     examples = []
     bad = []
+    loader = own_batches(val_set, None, args, rank, world)
     bar = tqdm(loader, "evaluation", disable=rank != 0, leave=False)
     for image, labels, index, unreadable in bar:
         if unreadable:

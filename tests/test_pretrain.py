@@ -498,6 +498,12 @@ def test_resume_refuses_another_teacher(finished, teacher, tmp_path):
         here(P, *options, "--teacher", tmp_path / "other.pt", "--out", folder)
 
 
+@pytest.mark.parametrize("model, patch", [("vit_huge", 14), ("vit_tiny", 16), ("hiera_tiny", 32)])
+def test_patches_are_those_of_the_model(model, patch):
+    args = P.resolve(P.parse_args(["--method", "mae", "--model", model]))
+    assert args.patch_size == patch
+
+
 def test_a_run_asked_for_fewer_steps_than_it_has_ends(finished):
     folder, options = finished
     before = state_of(folder / "last.pt")["step"]
