@@ -1,5 +1,6 @@
 """Masking, decoders, distillation and the training run of pretrain_d2mae.py."""
 import re
+import shutil
 import time
 from types import SimpleNamespace
 
@@ -496,6 +497,19 @@ def test_resume_refuses_another_teacher(finished, teacher, tmp_path):
     torch.save(file, tmp_path / "other.pt")
     with pytest.raises(InputError, match="teacher-sha [0-9a-f]+, not [0-9a-f]+: give the same"):
         here(P, *options, "--teacher", tmp_path / "other.pt", "--out", folder)
+
+
+def test_an_unreadable_held_out_image_is_left_out_or_stops_the_run(pictures, tmp_path, capfd):
+    shutil.copytree(pictures.parent, tmp_path / "data")
+    bad = tmp_path / "data/val/42.png"
+    bad.write_bytes(b"no image")
+    options = [*QUICK, "--method", "mae", "--data", tmp_path / "data/train", "--epochs", 1,
+               "--batch-size", 8, "--max-steps", 1, "--out", tmp_path / "out"]
+    with pytest.raises(SystemExit):
+        here(P, *options)
+    assert f"error: cannot read image {bad}: remove it" in capfd.readouterr().err
+    here(P, *options, "--skip-corrupt")
+    assert read_log(tmp_path / "out/log.jsonl")[-1]["val_images"] == 6
 
 
 @pytest.mark.parametrize("model, patch", [("vit_huge", 14), ("vit_tiny", 16), ("hiera_tiny", 32)])

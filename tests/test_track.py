@@ -1,6 +1,7 @@
 """track.py: golden numbers, losses and metrics against loops, data layouts, runs, bad input."""
 import json
 import math
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -422,6 +423,20 @@ def four_sets(tmp_path_factory):
     (root / "coco" / "annotations" / "instances_train2014.json").write_text(
         json.dumps(dict(images=images, annotations=things)))
     return ",".join(f"{name}={root / name}" for name in ("lasot", "got10k", "trackingnet", "coco"))
+
+
+def test_of_two_years_of_coco_the_later_is_read(four_sets, tmp_path):
+    old = Path(four_sets.split("coco=")[1])
+    shutil.copytree(old, tmp_path / "coco")
+    for file in (tmp_path / "coco/train2014").iterdir():
+        new = tmp_path / "coco/train2017" / file.name.removeprefix("COCO_train2014_")
+        new.parent.mkdir(exist_ok=True)
+        shutil.copy(file, new)
+    folder = tmp_path / "coco/annotations"
+    text = (folder / "instances_train2014.json").read_text().replace("COCO_train2014_", "")
+    (folder / "instances_train2017.json").write_text(text)
+    items, read = track.open_sets(f"coco={tmp_path / 'coco'}")["coco"]
+    assert len(items) == 2 and "train2017/000000000001.jpg" in str(read(items[0])[0][0])
 
 
 def pairs_of(data, *options):
