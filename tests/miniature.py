@@ -286,9 +286,7 @@ class Study:
         words = ["--data", self.out / data, *SIZES[:2], "--model", "vit_pico", "--epochs", epochs,
                  "--batch-size", 32, "--base-lr", f"{rate * 256 / batch:g}", "--seed", seed,
                  "--workers", 0, "--out", folder, "--recipe", *RECIPE]
-        if start == "scratch":
-            words += ["layer_decay=1"]    # random layers all learn alike
-        else:
+        if start != "scratch":
             words += ["--init", self.out / start / "encoder.pt"]
         if shots != "all":
             words += ["--shots", shots]
