@@ -108,8 +108,7 @@ DATASETS = {    # torchvision's class; its arguments per part of a split; its fi
 DEMO = dict(dataset="toy", out="out/demo/finetune", model="vit_nano", image_size=[48], patch_size=8,
             shots=5, seed=[0, 1, 2, 3, 4], epochs=30, batch_size=16, rand_augment=0.0, mixup=0.0,
             smoothing=0.1, min_crop=0.7, workers=0, eval_every=30,
-            starts={"scratch": dict(base_lr=8e-3, layer_decay=1.0),    # random layers learn alike
-                    "pre-trained": dict(base_lr=3.2e-2)})
+            demo_lr={"scratch": 1.6e-2, "pre-trained": 3.2e-2})    # --base-lr of each start
 
 
 # --------------------------------------------------------------------------------------------------
@@ -817,7 +816,7 @@ def demo(args):
     top1 = {"scratch": [], "pre-trained": []}
     for seed, start in itertools.product(args.seed, top1):
         init = encoder if start == "pre-trained" else None
-        run = resolve(args, init=init, seed=seed, data_fraction=1.0, **args.starts[start],
+        run = resolve(args, init=init, base_lr=args.demo_lr[start], seed=seed, data_fraction=1.0,
                       out=f"{args.out}/{start}-{seed}")
         top1[start].append(train(run)["top1"])
     print(f"\ntop-1 in % from {args.shots} drawings a class, {len(args.seed)} seeds, mean and "
