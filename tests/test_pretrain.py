@@ -660,7 +660,7 @@ def test_a_corrupt_image_ends_all_processes_with_one_sentence(tmp_path, folder, 
     assert done.returncode == 1
     own = done.stderr.split("exitcode")[0]    # torchrun adds its own report and traceback
     assert "Traceback" not in own
-    sentences = re.findall(r"error: cannot read image \S+cut.jpg .*--skip-corrupt", own)
+    sentences = re.findall(r"error: cannot read image \S+cut.jpg: .*--skip-corrupt", own)
     assert len(sentences) == 1
     if not torchrun:
         run(*command, "--skip-corrupt", "--out", tmp_path / "out")

@@ -739,7 +739,7 @@ def test_a_corrupt_image_is_named_or_replaced(pair, tmp_path, capsys):
         here(segment, *command)
     printed = capsys.readouterr().err
     assert stop.value.code == 1
-    assert re.search(r"error: cannot read image \S+a.png .*--skip-corrupt", printed)
+    assert re.search(r"error: cannot read image \S+a.png: .*--skip-corrupt", printed)
     here(segment, *command, "--skip-corrupt")
     counts = [v["unreadable"] for v in read_log(tmp_path / "out" / "log.jsonl") if "lr" in v]
     assert sum(counts) > 0
