@@ -972,8 +972,11 @@ def benchmark(args, frames=100, warmup=10):
     box = np.array([600.0, 300.0, 120.0, 90.0])
     tracker.start(read_frame(file), box)
     search, _ = tracker.crop(read_frame(file), "search")
-    print(f"{tracker.model.options}\n{device}, {torch.get_num_threads()} CPU thread(s), {dtype}; "
-          f"median of {frames} frames after a warm-up of {warmup}")
+    name = f"{torch.get_num_threads()} CPU thread(s)"
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name()
+    print(f"{tracker.model.options}\n{device} ({name}), {dtype}; median of {frames} frames after a "
+          f"warm-up of {warmup}")
     for title, statement in (    # both wait for the device, so times are true
             ("model only", "tracker.locate(search)"),
             ("end to end, from a JPEG of 1280 x 720 to a box",

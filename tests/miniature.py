@@ -440,6 +440,7 @@ def starts_table(losses, top1):
 
 
 def differences(top1):
+    """Each start against scratch, and D2-MAE against the others, for each number of labels."""
     lines = ["", "Differences of top-1, paired by seed: mean (standard error over runs, which "
              "share a teacher, a test set and, three by three, an encoder)", ""]
     pairs = [(start, "scratch") for start in STARTS[1:]]
@@ -468,6 +469,7 @@ def blocks_table(probe):
 
 
 def kept_table(blocks, scratch):
+    """Fig. 4 as a table, with training from scratch beside it."""
     rows = [[start, *(shown(row[keep]) for keep in KEPT)] for start, row in blocks.items()]
     rows.append(["scratch", shown(scratch), *[""] * (len(KEPT) - 1)])
     lines = markdown(["blocks kept, top-1, 10 a class", *KEPT], rows)
@@ -476,6 +478,7 @@ def kept_table(blocks, scratch):
 
 
 def taps_table(taps, probe):
+    """What the block that D2-MAE's decoder reads does to losses, probes and fine-tuning."""
     rows = []
     for tap, (values, top1) in taps.items():
         name = f"tap{tap}" if tap != 8 else "D2-MAE"
