@@ -105,10 +105,9 @@ DATASETS = {    # torchvision's class; its arguments per part of a split; its fi
                  source="nobody hosts it for download any more; its files, found as told in "
                         "github.com/pytorch/vision/issues/7545, belong into stanford_cars/ there"),
 }
-DEMO = dict(dataset="toy", out="out/demo/finetune", model="vit_nano", image_size=[48], patch_size=8,
-            shots=5, seed=[0, 1, 2, 3, 4], epochs=30, batch_size=16, rand_augment=0.0, mixup=0.0,
-            smoothing=0.1, min_crop=0.7, workers=0, eval_every=30,
-            demo_lr={"scratch": 1.6e-2, "pre-trained": 3.2e-2})    # --base-lr of each start
+DEMO = dict(dataset="toy", out="out/demo/finetune", model="vit_pico", image_size=[48], patch_size=8,
+            shots=5, seed=list(range(8)), epochs=30, batch_size=16, base_lr=6.4e-2,
+            rand_augment=0.0, mixup=0.0, smoothing=0.1, min_crop=0.7, workers=0, eval_every=30)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -816,7 +815,7 @@ def demo(args):
     top1 = {"scratch": [], "pre-trained": []}
     for seed, start in itertools.product(args.seed, top1):
         init = encoder if start == "pre-trained" else None
-        run = resolve(args, init=init, base_lr=args.demo_lr[start], seed=seed, data_fraction=1.0,
+        run = resolve(args, init=init, seed=seed, data_fraction=1.0,
                       out=f"{args.out}/{start}-{seed}")
         top1[start].append(train(run)["top1"])
     print(f"\ntop-1 in % from {args.shots} drawings a class, {len(args.seed)} seeds, mean and "

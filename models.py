@@ -568,8 +568,8 @@ def vit(embed_dim, depth, num_heads, patch_size=16):
 
 
 MODELS = {    # parameters: the encoder alone / with a classifier of 1000 classes
-    "vit_pico": vit(48, 12, 3),                    # a quarter of vit_tiny; for tests/miniature.py
-    "vit_nano": vit(96, 12, 3),                    # for demos
+    "vit_pico": vit(48, 12, 3),                    # for demos
+    "vit_nano": vit(96, 12, 3),                    # its teacher there
     "vit_tiny": vit(192, 12, 12),                                                  # 5.52M / 5.72M
     "deit_tiny": vit(192, 12, 3),                                                  # 5.52M / 5.72M
     "vit_base": vit(768, 12, 12),                                                  # 85.8M / 86.6M

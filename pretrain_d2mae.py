@@ -69,11 +69,11 @@ RECIPE = dict(    # Sec. 4; settings without an option. All others: `parse_args`
     eval_every=10,                          # epochs between evaluations with pictures
     log_every=20,                           # optimizer steps per line of log.jsonl
 )
-DEMO = dict(data="toy", out="out/demo/pretrain", model="vit_nano", image_size=[48], patch_size=8,
-            crop_scale=(1.0, 1.0), epochs=11, batch_size=32, base_lr=1.6e-2, alpha=0.02,
-            val_images=128, workers=1, eval_every=3)    # alpha: a toy teacher has large logits
-DEMO_TEACHER = dict(method="mae", model="vit_tiny", epochs=7, base_lr=1.2e-2, decoder_tap=None,
-                    distill="attention", distill_layers=None)
+DEMO = dict(data="toy", out="out/demo/pretrain", model="vit_pico", image_size=[48], patch_size=8,
+            crop_scale=(1.0, 1.0), epochs=14, batch_size=64, base_lr=1.2e-2, val_images=128,
+            workers=1, eval_every=4)
+DEMO_TEACHER = dict(method="mae", model="vit_nano", epochs=12, base_lr=6e-3, decoder_tap=None,
+                    distill="attention", distill_layers=None)    # twice the rate: huge logits
 
 
 # --------------------------------------------------------------------------------------------------

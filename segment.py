@@ -71,9 +71,9 @@ RECIPE = dict(    # what a run rarely changes. The rest are options, see `parse_
     log_every=50,                           # optimizer steps per line of log.jsonl
     toy_images=40,                          # training pictures of --data toy
 )
-DEMO = dict(data="toy", seeds=3, out="out/demo/segment",
-            init="out/demo/pretrain/encoder.pt", model="vit_nano", image_size=[48], patch_size=8,
-            iters=150, batch_size=8, lr=2e-3, drop_path=0.0, workers=0, eval_every=1000,
+DEMO = dict(data="toy", seeds=6, out="out/demo/segment",
+            init="out/demo/pretrain/encoder.pt", model="vit_pico", image_size=[48], patch_size=8,
+            iters=150, batch_size=8, lr=8e-3, drop_path=0.0, workers=0, eval_every=1000,
             save_every=1000, log_every=10)
 IGNORE = 255    # label of pixels that are neither trained on nor scored
 

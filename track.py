@@ -90,7 +90,7 @@ RECIPE = dict(    # what a run rarely changes; the rest are options, see `parse_
     log_every=20,                               # optimizer steps per line of log.jsonl
     skip_corrupt=True, compile=False            # keep rates that change would be compiled anew
 )
-DEMO = dict(data="toy", out="out/demo/track", model="vit_nano", patch_size=8, template_size=40,
+DEMO = dict(data="toy", out="out/demo/track", model="vit_pico", patch_size=8, template_size=40,
             search_size=64, head_channels=64, keep_rate=0.8, drop_path=0.0, epochs=7, pairs=1200,
             batch_size=8, lr=1e-3, encoder_lr=0.5, workers=1)
 TOY = dict(size=(120, 160), frames=40, train=range(60), test=range(7000, 7008))    # of videos

@@ -62,7 +62,7 @@ TAPS = (4, 6, 8, 10, 12)
 KEPT = (0, 4, 8, 12)
 RATE = 3e-3                         # of pre-training, batches of 128
 TEACHER_RATE = 1.5e-3               # twice of it makes attention logits too large to be imitated
-RATES = (1e-3, 2e-3, 4e-3, 8e-3)    # of fine-tuning, batches of 32
+RATES = (2e-3, 4e-3, 8e-3, 16e-3)    # of fine-tuning, batches of 32
 RECIPE = "rand_augment=0 mixup=0 smoothing=0.1 min_crop=0.4".split()
 METHODS = {"MAE": "mae", "D-MAE": "d-mae", "D2-MAE": "d2-mae"}
 LONGER = "MAE, as long as D2-MAE"

@@ -851,7 +851,7 @@ def test_sweep_writes_the_numbers_of_figure_4(folder, encoder, tmp_path):
 
 def test_demo_compares_scratch_and_pretrained(tmp_path, capsys):
     torch.manual_seed(0)
-    model = MODELS["vit_nano"](img_size=48, patch_size=8)
+    model = MODELS["vit_pico"](img_size=48, patch_size=8)
     torch.save(dict(model=model.state_dict(), arch=model.arch), tmp_path / "encoder.pt")
     here(finetune, "--demo", "--init", tmp_path / "encoder.pt", "--out", tmp_path, "--epochs", 1,
          "--seed", 0, 1, "--device", "cpu", "--batch-size", 16, "--shots", 1, "--image-size", 16)

@@ -572,7 +572,7 @@ def test_a_compiled_run_saves_names_without_a_prefix(data, tmp_path):
 
 
 def test_the_demo_compares_with_scratch(tmp_path, monkeypatch, capsys):
-    encoder = MODELS["vit_nano"](img_size=48, patch_size=8)
+    encoder = MODELS["vit_pico"](img_size=48, patch_size=8)
     torch.save({"model": encoder.state_dict(), "arch": encoder.arch}, tmp_path / "encoder.pt")
     monkeypatch.setattr(segment, "DEMO", {**segment.DEMO, "iters": 1, "seeds": 2})
     here(segment, "--demo", "--out", tmp_path / "demo", "--init", tmp_path / "encoder.pt")
