@@ -559,10 +559,9 @@ def test_other_ways_to_train(tmp_path, options, capsys):
 
 
 def test_a_compiled_run_saves_names_without_a_prefix(tmp_path):
-    torch.compiler.set_stance("force_eager")    # the module with its names, not its compilation
-    here(P, *QUICK, "--method", "mae", "--epochs", 1, "--batch-size", 4, "--max-steps", 1,
-         "--out", tmp_path, "--compile")
-    torch.compiler.set_stance("default")
+    with torch.compiler.set_stance("force_eager"):    # its names, not its compilation
+        here(P, *QUICK, "--method", "mae", "--epochs", 1, "--batch-size", 4, "--max-steps", 1,
+             "--out", tmp_path, "--compile")
     names = state_of(tmp_path / "last.pt")["model"]
     assert not any("_orig_mod" in name or "module" in name for name in names)
 

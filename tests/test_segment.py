@@ -565,9 +565,8 @@ def test_other_ways_to_train(options, data, tmp_path, capsys):
 
 
 def test_a_compiled_run_saves_names_without_a_prefix(data, tmp_path):
-    torch.compiler.set_stance("force_eager")    # the module with its names, not its compilation
-    here(segment, *QUICK, "--data", data, "--iters", 1, "--out", tmp_path, "--compile")
-    torch.compiler.set_stance("default")
+    with torch.compiler.set_stance("force_eager"):    # its names, not its compilation
+        here(segment, *QUICK, "--data", data, "--iters", 1, "--out", tmp_path, "--compile")
     assert "classifier.weight" in state_of(tmp_path / "last.pt")["model"]
 
 
