@@ -13,7 +13,8 @@ r"""Fine-tuning and transfer of a pre-trained encoder to image classification (S
 
 A recipe is one dict of RECIPES; `--recipe mae mixup=0 erasing=0` changes some of its entries. The
 classifier is head(fc_norm(mean patch token)). Norm and head always start fresh, the encoder from
---init, whole or up to one of its blocks; without --init all of it does. Read RECIPES, then `train`.
+--init, whole or up to one of its blocks; without --init everything starts fresh. Read RECIPES, then
+`train`.
 
 Shapes: B images, K classes, H x W pixels.
 
@@ -24,6 +25,10 @@ NOTES, departures from the authors' code:
 - Mixup, CutMix and the rectangles of random erasing are torchvision's: a batch mixes with itself
   shifted by one image (timm: reversed), and CutMix rounds its rectangle another way.
 - A JPEG is decoded at reduced size where a crop would be reduced by as much anyway.
+- A plain ViT without --init has MAE's initial weights (Xavier, a head of std 2e-5); theirs has
+  timm's (truncated normal of std 0.02, the head too). With --rpe both follow BEiT.
+- --rpe takes the qkv biases of --init; the authors' model has q and v biases of its own, which
+  start at zero.
 - Transfer: the authors give epochs, warm-up and rate of CIFAR-100 alone, and one rate for the other
   sets; the rest of the entries of DATASETS is chosen here, in the proportions of CIFAR-100.
 """
@@ -86,11 +91,13 @@ RANGES = dict(    # of the entries that --recipe NAME KEY=VALUE changes; the oth
     erasing="[0, 1]",         # probability
     min_crop="(0, 1]",        # smallest area of a crop
 )
+# make: torchvision's class; train, test: its arguments, a dict for each part of the split; fields:
+# its attributes with pictures and labels; recipe: entries of "transfer" that differ from CIFAR's.
 CIFAR = dict(train=[dict(train=True)], test=[dict(train=False)], fields=("data", "targets"))
 SMALL = dict(train=[dict(split="trainval")], test=[dict(split="test")],
              recipe=dict(epochs=100, warmup_epochs=20, base_lr=0.015))
-DATASETS = {    # torchvision's class; its arguments per part of a split; its fields with pictures
-    "folder": {},    # and labels; entries of the transfer recipe that differ from CIFAR's
+DATASETS = {
+    "folder": {},
     "imagenet": {},
     "toy": {},
     "cifar10": dict(CIFAR, make=datasets.CIFAR10),
@@ -202,7 +209,7 @@ def build_model(args, classes):
 
 def init_beit(model):
     """Initial weights of the authors' models with relative position bias, those of BEiT (arXiv
-    2106.08254): truncated normal, the ends of the residual branches of block k over sqrt(2 k)."""
+    2106.08254): truncated normal; attn.proj and mlp.fc2 of block k are divided by sqrt(2 k)."""
     for module in model.modules():
         if isinstance(module, (nn.Linear, nn.Conv2d)) and module is not model.head:
             nn.init.trunc_normal_(module.weight, std=0.02)
@@ -276,7 +283,7 @@ def train(args):
             images = normalize(images.to(device, non_blocking=True), args.mean, args.std)
             random_erasing(images, args.erasing)
             images, targets = mixing(images, labels.to(device, non_blocking=True))
-            network.require_backward_grad_sync = micro_step == args.accum_steps - 1    # of DDP
+            network.require_backward_grad_sync = micro_step == args.accum_steps - 1    # for DDP
             with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
                 logits = network(images).float()    # (B, K)
             loss = F.cross_entropy(logits, targets, label_smoothing=args.smoothing)
@@ -434,8 +441,8 @@ def list_torchvision(args, split):
 
 
 def select(items, fraction, shots, seed):
-    """A share, or so many, of each class's items (at least one), in their order. Less is always a
-    part of more."""
+    """A share, or so many, of each class's items (at least one), in their order. Smaller choices
+    lie within larger ones."""
     labels = np.array([label for _, label in items])
     kept = []
     for label in np.unique(labels).tolist():
@@ -600,8 +607,8 @@ class EpochSampler(DistributedSampler):
         epoch, done = divmod(self.first_step, self.steps_per_epoch)
         while True:
             self.set_epoch(epoch)
-            indices = list(super().__iter__())[:share * self.steps_per_epoch]
-            yield from ((epoch, index) for index in indices[share * done:])
+            indices = list(super().__iter__())[share * done:share * self.steps_per_epoch]
+            yield from ((epoch, index) for index in indices)
             epoch += 1
             done = 0
 

@@ -12,8 +12,8 @@ ViT: `forward_features` embeds and encodes **only the visible patches** that it 
 Shapes: B images, h x w patch grid, N = h * w patches, V visible patches, T tokens (1 + V with the
         class token), D width, H heads, d = D / H, U mask units of Hiera. Blocks count from 1, as in
         the paper; 0 is the embedding.
-Masks:  `ids_keep` (B, V) holds raster indices of visible patches (Hiera: of visible mask units). A
-        boolean mask is called `masked` and is True where a patch was removed, in every file.
+Masks:  `ids_keep` (B, V) holds raster indices of the visible patches (Hiera: of the visible mask
+        units). There is no boolean mask.
 """
 import argparse
 import contextlib
@@ -101,8 +101,8 @@ def relative_position_index(grid):
     three rows of the table are class -> patch, patch -> class and class -> class.
     """
     h, w = grid
-    places = torch.cartesian_prod(torch.arange(h), torch.arange(w))
-    dy, dx = (places[:, None] - places).unbind(dim=2)                   # query minus key, (N, N)
+    coords = torch.cartesian_prod(torch.arange(h), torch.arange(w))
+    dy, dx = (coords[:, None] - coords).unbind(dim=2)                   # query minus key, (N, N)
     rows = (2 * h - 1) * (2 * w - 1)
     index = torch.empty(h * w + 1, h * w + 1, dtype=torch.long)
     index[1:, 1:] = (dy + h - 1) * (2 * w - 1) + dx + w - 1
@@ -163,7 +163,7 @@ def init_patch_embed(proj):
 # ViT
 # --------------------------------------------------------------------------------------------------
 class Attention(nn.Module):
-    """Multi-head self-attention; rel_pos_rows > 0: with a BEiT position bias table of that many."""
+    """Multi-head self-attention; rel_pos_rows > 0: rows of its relative position bias table."""
 
     def __init__(self, dim, num_heads, rel_pos_rows=0):
         super().__init__()
@@ -211,7 +211,7 @@ class Block(nn.Module):
         self.norm2 = LayerNorm(dim)
         self.mlp = Mlp(dim, 4 * dim)
         self.ls2 = nn.Identity() if layer_scale is None else LayerScale(dim, layer_scale)
-        self.drop_path = StochasticDepth(drop_path, mode="row")    # drops whole samples
+        self.drop_path = StochasticDepth(drop_path, mode="row")    # drops the branch of a sample
 
     def forward(self, x, rel_pos_index=None):
         x = x + self.drop_path(self.ls1(self.attn(self.norm1(x), rel_pos_index)))
@@ -291,7 +291,7 @@ class VisionTransformer(nn.Module):
         if not fixed_pos_embed:
             nn.init.trunc_normal_(self.pos_embed, std=0.02)
         if num_classes:
-            nn.init.trunc_normal_(self.head.weight, std=2e-5)    # as in MAE: logits start at zero
+            nn.init.trunc_normal_(self.head.weight, std=2e-5)    # as in MAE: logits start near zero
 
     def embed(self, images, ids_keep=None):
         """(B, 3, H, W) -> (B, 1 + V, D): class token, then the patches of ids_keep (None: all)."""
@@ -417,8 +417,8 @@ class MaskUnitAttention(nn.Module):
 
 
 class HieraBlock(nn.Module):
-    """Pre-norm block. One that opens a stage widens the tokens and, while pooling lasts, keeps one
-    token of four."""
+    """Pre-norm block. One that opens a stage doubles the width and, with q_pool, takes the maximum
+    over 2x2 tokens."""
 
     def __init__(self, dim, dim_out, num_heads, q_pool=False, tokens_per_unit=0, drop_path=0.0):
         super().__init__()
@@ -426,7 +426,7 @@ class HieraBlock(nn.Module):
         self.attn = MaskUnitAttention(dim, dim_out, num_heads, q_pool, tokens_per_unit)
         self.norm2 = LayerNorm(dim_out)
         self.mlp = Mlp(dim_out, 4 * dim_out)
-        self.drop_path = StochasticDepth(drop_path, mode="row")    # drops whole samples
+        self.drop_path = StochasticDepth(drop_path, mode="row")    # drops the branch of a sample
         if dim != dim_out:
             self.proj = nn.Linear(dim, dim_out)
 
@@ -490,7 +490,7 @@ class Hiera(nn.Module):
             self.head = nn.Sequential(OrderedDict(projection=nn.Linear(dim, num_classes)))
 
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
-        for module in self.modules():    # as in Hiera, whose small positive biases are meant
+        for module in self.modules():    # as in Hiera, whose small positive biases are intended
             if isinstance(module, (nn.Linear, nn.Conv2d)):
                 nn.init.trunc_normal_(module.weight, std=0.02)
             if isinstance(module, (nn.Linear, nn.LayerNorm)):
@@ -562,6 +562,9 @@ class Hiera(nn.Module):
         return block.attn.logits(block.norm1(x))
 
 
+# --------------------------------------------------------------------------------------------------
+# Sizes, layer numbers, optimizer groups
+# --------------------------------------------------------------------------------------------------
 def vit(embed_dim, depth, num_heads, patch_size=16):
     return functools.partial(VisionTransformer, embed_dim=embed_dim, depth=depth,
                              num_heads=num_heads, patch_size=patch_size)
@@ -589,7 +592,7 @@ def depth_of(name):
 def layer_id(name, depth):
     """Layer of a parameter: 0 embeddings and tokens, k for block k, depth + 1 for the rest."""
     if name.startswith("blocks."):
-        return int(name.split(".")[1]) + 1
+        return block_number(name) + 1
     return 0 if name.startswith(("patch_embed", "pos_embed", "cls_token")) else depth + 1
 
 
@@ -617,7 +620,7 @@ class InputError(ValueError):
     """Something that the user gave cannot be used. Its message is one sentence, and is printed."""
 
 
-HUGGING_FACE_NAMES = (    # files first; q_proj and the like are what transformers 5 calls them
+HUGGING_FACE_NAMES = (    # in published files -> here; q_proj, layers: names of transformers 5
     ("embeddings.cls_token", "cls_token"),
     ("embeddings.position_embeddings", "pos_embed"),
     ("embeddings.patch_embeddings.projection.", "patch_embed.proj."),
@@ -668,7 +671,7 @@ def read_file(path):
 
 def load_state(path):
     """Encoder tensors of any file named in README "Checkpoints", under timm / MAE / Hiera names,
-    and `info`, what own files store besides: 'arch', 'mean', 'std', 'args', 'norm_pix'.
+    and `info`, what own files store besides: 'arch', 'mean', 'std'.
 
     Unwraps {'model'}, {'model_state'}, {'state_dict'}, drops prefixes (DistributedDataParallel,
     torch.compile, MAE-Lite, MoCo-v3, Hugging Face) and joins q, k, v. A file with several encoders
@@ -695,7 +698,7 @@ def load_state(path):
     if any(k.startswith("embeddings.") for k in state):
         state = from_hugging_face(state)
 
-    info = {k: file[k] for k in ("arch", "mean", "std", "args", "norm_pix") if k in file}
+    info = {k: file[k] for k in ("arch", "mean", "std") if k in file}
     if not (isinstance(info.get("arch"), dict) and "img_size" in info["arch"]):
         info.pop("arch", None)    # MoCo-v3 and timm store a name
     return state, info
@@ -993,8 +996,7 @@ def number(kind, interval, hint=""):
 
 
 def add_run_options(parser, out):
-    """What every training script is asked alike: where to, how much at a time, on what -> a
-    function that adds more options to this group."""
+    """Options that all training scripts share -> a function that adds more to their group."""
     add = parser.add_argument_group("run").add_argument
     add("--out", default=out,
         help="folder for checkpoints, log, pictures; the same command goes on there")
@@ -1041,7 +1043,7 @@ def mean_and_error(values):
 
 
 def print_comparison(first, second):
-    """Scores of two ways, a number a seed each: means, and the paired difference, with errors."""
+    """Scores of two ways to train, one a seed: means and paired difference, with errors."""
     lines = {"scratch": first, "pre-trained": second, "difference": np.subtract(second, first)}
     for name, values in lines.items():
         print("{:12s} {:5.1f} +- {:.1f}".format(name, *mean_and_error(values)))

@@ -20,8 +20,9 @@ Masks:  ids_keep (B, V) and ids_masked (B, M) are raster indices, together all o
 NOTES, departures from the authors' code:
 - The decoder keeps the shuffled order [class, visible, masked] (attention does not care), so that
   the masked tokens are a slice and only their pixels are predicted. The numbers are the same.
-- The 13th block is a LayerNorm and the q, k half of a qkv projection; what follows its map is never
-  created.
+- The 13th block is a LayerNorm and the q and k rows of a qkv projection; v and all that follows the
+  map are never created (the authors keep v, unused).
+- Tokens and position tables get no weight decay; the authors' code decays those that are trained.
 - Crops, flips and masks are a function of (seed, epoch, image), not of the process that makes them:
   a run does not depend on the number of workers or processes, and resumes as if never interrupted.
 - A JPEG is decoded at reduced size where a crop would be reduced by as much anyway.
@@ -72,8 +73,9 @@ RECIPE = dict(    # Sec. 4; settings without an option. All others: `parse_args`
 DEMO = dict(data="toy", out="out/demo/pretrain", model="vit_pico", image_size=[48], patch_size=8,
             crop_scale=(1.0, 1.0), epochs=14, batch_size=64, base_lr=1.2e-2, val_images=128,
             workers=1, eval_every=4)
-DEMO_TEACHER = dict(method="mae", model="vit_nano", epochs=12, base_lr=6e-3, decoder_tap=None,
-                    distill="attention", distill_layers=None)    # twice the rate: huge logits
+DEMO_TEACHER = dict(    # a higher rate makes attention logits too large to be imitated
+    method="mae", model="vit_nano", epochs=12, base_lr=6e-3, decoder_tap=None,
+    distill="attention", distill_layers=None)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -127,7 +129,7 @@ def attention_loss(student, teacher, adapter):
 
     student (B, H_S, T, T), teacher (B, H_T, T, T) over the same visible tokens, class token
     included; the adapter M is a learned bias-free 1x1 convolution over heads, H_S -> H_T. In
-    float32, since logits can be large.
+    float32, since logits can be large. (An ablation compares hidden states (B, T, D) by it.)
     """
     with torch.autocast(student.device.type, enabled=False):
         return F.mse_loss(adapter(student.float()), teacher.float())
@@ -162,7 +164,7 @@ class MaskedAutoencoder(nn.Module):
 
     def build_decoder(self, dim, depth, heads):
         """The decoder of MAE: embedding, mask token, fixed positions, blocks, norm, pixels."""
-        self.cells = self.encoder.grid[0] * self.encoder.grid[1]    # what masking keeps whole
+        self.cells = self.encoder.grid[0] * self.encoder.grid[1]    # patches; of Hiera, mask units
         self.decoder_embed = nn.Linear(self.encoder.embed_dim, dim)
         self.mask_token = nn.Parameter(torch.randn(1, 1, dim) * 0.02)
         positions = sincos_2d(dim, self.encoder.grid)
@@ -207,9 +209,13 @@ class MaskedAutoencoder(nn.Module):
             return {"loss": rec, "rec": rec}
 
         # distillation: the map of the 13th attention (D2-MAE) or of the last block (D-MAE)
-        student_map = self.student_map(features)                                # (B, H_S, T, T)
-        attn = attention_loss(student_map, teacher_map, self.attn_adapter)
+        attn = self.distillation_loss(features, teacher_map)
         return {"loss": rec + self.alpha * attn, "rec": rec, "attn": attn}
+
+    def distillation_loss(self, features, teacher_map):
+        """L_attn between the student's and the teacher's map. The ablations override it."""
+        student_map = self.student_map(features)                                # (B, H_S, T, T)
+        return attention_loss(student_map, teacher_map, self.attn_adapter)
 
     def latent(self, features):
         # In D2-MAE this norm, and so the one in encoder.pt, belongs to block 8, not to block 12.
@@ -263,50 +269,6 @@ class MaskedAutoencoder(nn.Module):
         return teacher.attention_map(x, teacher.depth)
 
 
-def load_teacher(args, device):
-    """The frozen teacher of --teacher, checked against the student: same tokens, same pixels."""
-    name, patch = infer_model(args.teacher)
-    hiera = args.model.startswith("hiera")
-    if name.startswith("hiera") != hiera:
-        raise InputError(f"--teacher {args.teacher} is a {name}, the student a {args.model}: their "
-                         "tokens differ")
-    if not hiera and patch != args.patch_size:
-        raise InputError(f"--teacher {args.teacher} has patches of {patch} pixels, the student of "
-                         f"{args.patch_size}: their tokens differ; give --patch-size {patch}")
-    kind = dict(q_pool=2) if hiera else dict(patch_size=patch, fixed_pos_embed=True)
-    teacher = MODELS[name](img_size=args.image_size, **kind)
-    info = load_encoder(teacher, args.teacher)
-    if args.distill == "hidden":
-        state, _ = load_state(args.teacher)
-        if not {"norm.weight", "fc_norm.weight"} & state.keys():
-            raise InputError(f"--teacher {args.teacher} has no final norm, which --distill hidden "
-                             "needs")
-    for key in ("mean", "std"):
-        if key in info and not np.allclose(info[key], getattr(args, key)):
-            raise InputError(f"--teacher {args.teacher} was trained with --{key} {info[key]}, this "
-                             f"run has {getattr(args, key)}: both must see the same pixels")
-    if args.compile:
-        teacher.forward_features = torch.compile(teacher.forward_features)
-    return teacher.to(device).eval().requires_grad_(False)
-
-
-def build_student(args, teacher):
-    """Encoder, decoder and adapters by --model, --method and the ablation options."""
-    decoder = dict(decoder_tap=args.decoder_tap, decoder_dim=args.decoder_dim,
-                   decoder_depth=args.decoder_depth, decoder_heads=args.decoder_heads,
-                   norm_pix=args.norm_pix, alpha=args.alpha)
-    if args.model.startswith("hiera"):
-        encoder = MODELS[args.model](img_size=args.image_size, q_pool=2)
-        return HieraMaskedAutoencoder(encoder, teacher=teacher, **decoder)
-    encoder = MODELS[args.model](img_size=args.image_size, patch_size=args.patch_size,
-                                 fixed_pos_embed=True)
-    decoupled = args.method == "d2-mae"
-    if teacher and (args.distill != "attention" or args.distill_layers != [encoder.depth]):
-        return AblatedAutoencoder(encoder, teacher, args.distill_layers, args.distill,
-                                  decoupled=decoupled, **decoder)
-    return MaskedAutoencoder(encoder, teacher=teacher, decoupled=decoupled, **decoder)
-
-
 # --------------------------------------------------------------------------------------------------
 # Training
 # --------------------------------------------------------------------------------------------------
@@ -326,7 +288,7 @@ def train(args):
     torch.manual_seed(args.seed)    # after the teacher: every method starts from one encoder
     model = build_student(args, teacher).to(device)
     train_set, val_set = make_data(args, model.cells)
-    args.train_images = len(train_set)    # in FIXED, as is the teacher: both must be the same
+    args.train_images = len(train_set)    # resuming needs the same, and the same teacher
     args.teacher_sha = fingerprint(args.teacher)
 
     sampler = EpochSampler(train_set, args.batch_size, args.accum_steps, rank, world, args.seed)
@@ -345,7 +307,7 @@ def train(args):
     log = RunLog(args, step, last_step, sampler.batch_size, rank)
 
     while True:
-        # evaluate: here, so that a run killed while it evaluates does so when it goes on
+        # evaluate: at the top, so that a run killed while it evaluates repeats it when it goes on
         if step % (args.eval_every * steps_per_epoch) == 0 or step >= last_step:
             report(run, args, model, teacher, val_set, step)
         if step >= last_step:
@@ -367,8 +329,8 @@ def train(args):
             ids_keep, ids_masked = random_masking(noise, args.mask_ratio)
             student.require_backward_grad_sync = micro_step == args.accum_steps - 1    # for DDP
             with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-                target = model.teacher_signal(teacher, images, ids_keep) if teacher else None
-                losses = student(images, ids_keep, ids_masked, target)
+                teacher_map = model.teacher_signal(teacher, images, ids_keep) if teacher else None
+                losses = student(images, ids_keep, ids_masked, teacher_map)
             scaler.scale(losses["loss"] / args.accum_steps).backward()
             for name, loss in losses.items():
                 totals[name] = totals.get(name, 0) + loss.detach() / args.accum_steps
@@ -519,17 +481,15 @@ class AblatedAutoencoder(MaskedAutoencoder):
     def is_extra(self, k):
         return self.decoupled and k == self.encoder.depth
 
-    def forward(self, images, ids_keep, ids_masked, teacher_signals):
-        features = self.encoder.forward_features(images, self.taps, ids_keep)
-        pred = self.forward_decoder(self.latent(features), ids_keep, ids_masked)
-        rec = reconstruction_loss(pred, self.target(images, ids_masked))
-        attn = 0.0
+    def distillation_loss(self, features, teacher_signals):
+        """The sum of the layers' losses."""
+        loss = 0.0
         for k, teacher in zip(self.layers, teacher_signals):
             student = self.student_signal(features, k)
             if self.distill == "probabilities":
                 student, teacher = student.softmax(dim=-1), teacher.softmax(dim=-1)
-            attn = attn + attention_loss(student, teacher, self.adapters[str(k)])
-        return {"loss": rec + self.alpha * attn, "rec": rec, "attn": attn}
+            loss = loss + attention_loss(student, teacher, self.adapters[str(k)])
+        return loss
 
     def student_signal(self, features, k):
         """Map (B, H, T, T), or hidden state (B, T, D), that imitates the teacher's at block k."""
@@ -553,6 +513,53 @@ class AblatedAutoencoder(MaskedAutoencoder):
 
 
 # --------------------------------------------------------------------------------------------------
+# Student and teacher, from the options
+# --------------------------------------------------------------------------------------------------
+def load_teacher(args, device):
+    """The frozen teacher of --teacher, checked against the student: same tokens, same pixels."""
+    name, patch = infer_model(args.teacher)
+    hiera = args.model.startswith("hiera")
+    if name.startswith("hiera") != hiera:
+        raise InputError(f"--teacher {args.teacher} is a {name}, the student a {args.model}: their "
+                         "tokens differ")
+    if not hiera and patch != args.patch_size:
+        raise InputError(f"--teacher {args.teacher} has patches of {patch} pixels, the student of "
+                         f"{args.patch_size}: their tokens differ; give --patch-size {patch}")
+    kind = dict(q_pool=2) if hiera else dict(patch_size=patch, fixed_pos_embed=True)
+    teacher = MODELS[name](img_size=args.image_size, **kind)
+    info = load_encoder(teacher, args.teacher)
+    if args.distill == "hidden":
+        state, _ = load_state(args.teacher)
+        if not {"norm.weight", "fc_norm.weight"} & state.keys():
+            raise InputError(f"--teacher {args.teacher} has no final norm, which --distill hidden "
+                             "needs")
+    for key in ("mean", "std"):
+        if key in info and not np.allclose(info[key], getattr(args, key)):
+            raise InputError(f"--teacher {args.teacher} was trained with --{key} {info[key]}, this "
+                             f"run has {getattr(args, key)}: both must see the same pixels")
+    if args.compile:
+        teacher.forward_features = torch.compile(teacher.forward_features)
+    return teacher.to(device).eval().requires_grad_(False)
+
+
+def build_student(args, teacher):
+    """Encoder, decoder and adapters by --model, --method and the ablation options."""
+    decoder = dict(decoder_tap=args.decoder_tap, decoder_dim=args.decoder_dim,
+                   decoder_depth=args.decoder_depth, decoder_heads=args.decoder_heads,
+                   norm_pix=args.norm_pix, alpha=args.alpha)
+    if args.model.startswith("hiera"):
+        encoder = MODELS[args.model](img_size=args.image_size, q_pool=2)
+        return HieraMaskedAutoencoder(encoder, teacher=teacher, **decoder)
+    encoder = MODELS[args.model](img_size=args.image_size, patch_size=args.patch_size,
+                                 fixed_pos_embed=True)
+    decoupled = args.method == "d2-mae"
+    if teacher and (args.distill != "attention" or args.distill_layers != [encoder.depth]):
+        return AblatedAutoencoder(encoder, teacher, args.distill_layers, args.distill,
+                                  decoupled=decoupled, **decoder)
+    return MaskedAutoencoder(encoder, teacher=teacher, decoupled=decoupled, **decoder)
+
+
+# --------------------------------------------------------------------------------------------------
 # Data
 # --------------------------------------------------------------------------------------------------
 class Images(Dataset):
@@ -565,9 +572,7 @@ class Images(Dataset):
 
     def __init__(self, items, args, cells, train=True):
         self.items = items
-        self.size = args.image_size
-        self.scale = args.crop_scale
-        self.seed = args.seed
+        self.args = args
         self.cells = cells
         self.train = train
 
@@ -580,15 +585,17 @@ class Images(Dataset):
     def __getitem__(self, key):
         epoch, index = key
         with torch.random.fork_rng(devices=[]):    # the process's own generator is left alone
-            torch.default_generator.manual_seed(mix_seed(self.seed, epoch, index))
+            torch.default_generator.manual_seed(mix_seed(self.args.seed, epoch, index))
             noise = torch.rand(self.cells)
             image, unreadable = read_or_next(self.crop, self.items, index)
         return image, noise, index, unreadable
 
     def crop(self, item):
+        image = open_item(item)
+        size = self.args.image_size
         if self.train:
-            return random_crop(open_item(item), self.size, self.scale)
-        return to_tensor(ImageOps.fit(open_item(item), self.size[::-1], Image.BICUBIC))
+            return random_crop(image, size, self.args.crop_scale)
+        return to_tensor(ImageOps.fit(image, size[::-1], Image.BICUBIC))
 
 
 def make_data(args, cells):
@@ -657,8 +664,8 @@ def evaluate(run, args, model, teacher, val_set):
             continue
         ids_keep, ids_masked = random_masking(noise[~unreadable].to(device), args.mask_ratio)
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            truth = model.teacher_signal(teacher, images, ids_keep) if teacher else None
-            losses = model(images, ids_keep, ids_masked, truth)
+            teacher_map = model.teacher_signal(teacher, images, ids_keep) if teacher else None
+            losses = model(images, ids_keep, ids_masked, teacher_map)
         base = model.target(images, ids_masked).var(dim=-1, unbiased=False).mean()
         means = (torch.ones_like(base), losses["rec"], base, losses.get("attn", 0 * base))
         sums += torch.stack([mean.float() for mean in means]) * len(images)
@@ -698,10 +705,10 @@ def draw_attention(model, teacher, images, args, path):
     ids = torch.arange(model.cells, device=images.device).expand(len(images), -1)
     features = model.encoder.forward_features(images, model.taps, ids)
     student = model.attn_adapter(model.student_map(features).float())
-    truth = model.teacher_signal(teacher, images, ids)
+    teacher_map = model.teacher_signal(teacher, images, ids)
     query = (h // 2) * w + w // 2
     heats = []
-    for logits in (student, truth):
+    for logits in (student, teacher_map):
         attention = logits.softmax(dim=-1).mean(dim=1)[:, 1 + query, 1:]    # (B, N), no class token
         attention = attention / attention.amax(dim=1, keepdim=True)
         attention = (255 * attention).byte().cpu().view(-1, 1, h, w).expand(-1, 3, -1, -1)
@@ -772,8 +779,8 @@ class EpochSampler(DistributedSampler):
         epoch, done = divmod(self.first_step, self.steps_per_epoch)
         while True:
             self.set_epoch(epoch)
-            indices = list(super().__iter__())[:share * self.steps_per_epoch]
-            yield from ((epoch, index) for index in indices[share * done:])
+            indices = list(super().__iter__())[share * done:share * self.steps_per_epoch]
+            yield from ((epoch, index) for index in indices)
             epoch += 1
             done = 0
 

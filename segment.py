@@ -225,7 +225,7 @@ def train(args):
             items += zip(index.tolist(), unreadable.tolist())
             images = normalize(images.to(device, non_blocking=True), args.mean, args.std)
             labels = labels.to(device, non_blocking=True)
-            network.require_backward_grad_sync = micro_step == args.accum_steps - 1    # of DDP
+            network.require_backward_grad_sync = micro_step == args.accum_steps - 1    # for DDP
             with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
                 loss = segmentation_loss(network(images), labels)
             scaler.scale(loss / args.accum_steps).backward()
@@ -705,8 +705,8 @@ class EpochSampler(DistributedSampler):
         epoch, done = divmod(self.first_step, self.steps_per_epoch)
         while True:
             self.set_epoch(epoch)
-            indices = list(super().__iter__())[:share * self.steps_per_epoch]
-            yield from ((epoch, index) for index in indices[share * done:])
+            indices = list(super().__iter__())[share * done:share * self.steps_per_epoch]
+            yield from ((epoch, index) for index in indices)
             epoch += 1
             done = 0
 

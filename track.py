@@ -485,7 +485,7 @@ def train(args):
             items += zip(keys.tolist(), unreadable.tolist())
             template, search = (normalize(x.to(device, non_blocking=True), args.mean, args.std)
                                 for x in images)
-            tracker.require_backward_grad_sync = micro_step == args.accum_steps - 1    # of DDP
+            tracker.require_backward_grad_sync = micro_step == args.accum_steps - 1    # for DDP
             with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
                 maps = tracker(template, search, keep_rate)
             losses = tracking_losses(*maps, boxes.to(device, non_blocking=True))
@@ -1022,8 +1022,8 @@ class EpochSampler(DistributedSampler):
         epoch, done = divmod(self.first_step, self.steps_per_epoch)
         while True:
             self.set_epoch(epoch)
-            indices = list(super().__iter__())[:share * self.steps_per_epoch]
-            yield from ((epoch, index) for index in indices[share * done:])
+            indices = list(super().__iter__())[share * done:share * self.steps_per_epoch]
+            yield from ((epoch, index) for index in indices)
             epoch += 1
             done = 0
 

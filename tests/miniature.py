@@ -21,8 +21,8 @@ command. What is asked:
 
 A third of the pictures of each labelled class is kept out of pre-training and of fine-tuning. What
 emoji.json lists as one emoji, or names that differ in skin tone alone, counts as one picture, and a
-picture that equals a test picture pixel by pixel is not trained on. (Emoji of a man and of a woman
-are two pictures.)
+picture that equals a test picture or its mirror image, but for details that a thumbnail does not
+show, is not trained on. (Emoji of a man and of a woman are two pictures.)
 """
 import argparse
 import contextlib
@@ -41,11 +41,12 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps
-from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-os.environ.setdefault("TQDM_MININTERVAL", "10")    # bars go to a file here
+os.environ.setdefault("TQDM_MININTERVAL", "10")    # before its import: bars go to a file here
+
+from tqdm import tqdm                                                                 # noqa: E402
 
 import analyze                                                                        # noqa: E402
 import finetune                                                                       # noqa: E402
@@ -73,6 +74,8 @@ MAX_PICTURES = 20_000
 MAX_CLASSES = 32         # the largest ones are labelled
 MIN_OF_CLASS = 20        # different pictures of a labelled class
 MAX_OF_CLASS = 100
+MIN_LEFT = {"val": 6, "train": 2}    # of them that can be read: probes draw 5 of the test pictures
+COPY = 1.0               # mean square difference of two thumbnails, in levels of 255
 
 SIZES = "--image-size 48 --patch-size 8".split()
 
@@ -80,8 +83,8 @@ SIZES = "--image-size 48 --patch-size 8".split()
 # --------------------------------------------------------------------------------------------------
 # Pictures
 # --------------------------------------------------------------------------------------------------
-TONES = re.compile(r"[-_. ](1f3f[b-f]|fe0f|tone-?[1-5]|((medium[-_])?(light|dark)|medium)"
-                   r"([-_]skin[-_]tone)?)(?=[-_. ]|$)")
+TONES = re.compile(r"[-_.: ]+(1f3f[b-f]|fe0f|default|(skin[-_ ])?tone[-_ ]?[1-6]|"
+                   r"((medium[-_ ])?(light|dark)|medium)([-_ ]skin[-_ ]tone)?)(?=[-_.: ]|$)")
 
 
 def identity(file):
@@ -100,7 +103,10 @@ def list_pictures(folder):
     for file in map(Path, list_images(folder)):
         parts = file.relative_to(folder).parts
         if len(parts) > 1 and not any(part.startswith(".") for part in parts):
-            groups[parts[0]][identity(file)].append(file)
+            groups[parts[0]][file.parent, identity(file)].append(file)
+    if groups.keys() <= {"train", "val", "valid", "validation", "test"} and groups:
+        raise InputError(f"--data {folder} holds parts of a set, not classes: give one of them, "
+                         f"{folder / min(groups)} or another")
     return {name: [sorted(files, key=lambda file: (len(file.name), file))
                    for _, files in sorted(found.items())] for name, found in groups.items()}
 
@@ -117,7 +123,7 @@ def list_emoji(package):
         files = [pictures[0] / variant["image"] for variant in variants]
         files = [file for file in files if file.exists()]
         if files:
-            name = f"{emoji['category']}, {emoji['subcategory']}".replace("/", "-")
+            name = f"{emoji['category']}, {emoji.get('subcategory')}".replace("/", "-")
             classes[name].append(files)
     return classes
 
@@ -162,40 +168,60 @@ def choose(data, limit):
     return test, labelled, training[:limit]
 
 
+def write_pictures(items, folder, known=()):
+    """Write [(file, class)] as small PNG into FOLDER/CLASS -> their thumbnails (n, 16, 16, 3), and
+    the files left out: those that cannot be read, or whose thumbnail is among `known`."""
+    thumbnails = []
+    left_out = []
+    for k, (file, name) in enumerate(tqdm(items, desc=f"{folder.parent.name}/{folder.name}")):
+        try:
+            image = on_white(file)
+        except READ_ERRORS:
+            left_out.append(file)
+            continue
+        thumbnail = np.asarray(image.resize((16, 16), Image.Resampling.BOX), np.float32)
+        if len(known) and np.square(known - thumbnail).mean(axis=(1, 2, 3)).min() < COPY:
+            left_out.append(file)
+            continue
+        thumbnails.append(thumbnail)
+        path = folder / name / f"{k:05}-{file.stem[:60]}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        image.save(path)
+    return np.array(thumbnails), left_out
+
+
 def prepare(data, out, limit=MAX_PICTURES):
     """Write the pictures as small PNG -> {folder: how many}. labelled/{train,val}/CLASS are for
-    fine-tuning, pictures/{train,val}/CLASS for pre-training; both val are the test pictures."""
+    fine-tuning, pictures/{train,val}/CLASS for pre-training; both val are the test pictures.
+    InputError if too few of them can be used."""
     done = out / "prepared.json"
     if done.exists():
         return json.loads(done.read_text())
     test, labelled, training = choose(data, limit)
     for part in ("labelled", "pictures", "tuning"):    # what an interrupted run left
         shutil.rmtree(out / part, ignore_errors=True)
-    seen = set()
-    left_out = []
-    folders = {"labelled/val": test, "pictures/val": test, "labelled/train": labelled,
-               "pictures/train": training}
-    for part, items in folders.items():
-        for k, (file, name) in enumerate(tqdm(items, desc=part)):
-            try:
-                image = on_white(file)
-            except READ_ERRORS:
-                left_out.append(file)
-                continue
-            if part.endswith("val"):
-                seen.add(image.tobytes())
-            elif image.tobytes() in seen:
-                left_out.append(file)
-                continue
-            path = out / part / name / f"{k:05}-{file.stem}.png"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            image.save(path)
+
+    thumbnails, left_out = write_pictures(test, out / "labelled/val")
+    known = np.concatenate([thumbnails, thumbnails[:, :, ::-1]]) if len(thumbnails) else ()
+    left_out += write_pictures(labelled, out / "labelled/train", known)[1]
+    left_out += write_pictures(training, out / "pictures/train", known)[1]
     if left_out:
-        print(f"left out, unreadable or equal to a test picture: {len(set(left_out))} files, "
-              f"{left_out[0]} is one")
+        print("left out, unreadable or as good as a test picture: "
+              f"{len(set(left_out))} files, {left_out[0]} is one")
+    for name in {name for _, name in labelled}:
+        folders = {part: out / "labelled" / part / name for part in MIN_LEFT}
+        if any(len(list(folders[part].glob("*"))) < MIN_LEFT[part] for part in MIN_LEFT):
+            print(f"too few pictures are left of the class {name}")
+            for folder in folders.values():
+                shutil.rmtree(folder, ignore_errors=True)
+
     count = {part: len(list(out.glob(f"{part}/*/*.png")))
              for part in ("pictures/train", "labelled/train", "labelled/val")}
     count["classes"] = len(list(out.glob("labelled/train/*")))
+    if count["classes"] < 2 or count["pictures/train"] < MIN_PICTURES:
+        raise InputError(f"--data {data}: {count['pictures/train']} pictures for pre-training and "
+                         f"{count['classes']} classes are left; {MIN_PICTURES} and 2 are needed")
+    shutil.copytree(out / "labelled/val", out / "pictures/val")
     done.with_suffix(".tmp").write_text(json.dumps(count))
     done.with_suffix(".tmp").replace(done)
     return count
@@ -298,7 +324,11 @@ class Study:
             shutil.rmtree(folder)    # there are two hundred of them
             return dict(top1=[line["top1"] for line in log if "top1" in line][-1])
 
-        return self.run(finetune, words, measure, patch_size=8, eval_every=epochs)["top1"]
+        try:
+            return self.run(finetune, words, measure, patch_size=8, eval_every=epochs)["top1"]
+        except FloatingPointError:
+            print(f"at rate {rate:g} the loss is not finite: counted as 0 % right", flush=True)
+            return 0.0
 
     def analyze(self, name, models, *words):
         """Command of analyze.py on folders {label: folder}, "random" untrained -> rows of
@@ -340,10 +370,7 @@ def best_rates(study):
     top1 = {}
     for start in ("scratch", "mae-0", "d2-mae-0"):
         for rate in RATES:
-            try:
-                top1[start, rate] = study.finetune(start, 99, "10", rate, data="tuning")
-            except FloatingPointError:    # too high
-                top1[start, rate] = 0.0
+            top1[start, rate] = study.finetune(start, 99, "10", rate, data="tuning")
     return (max(RATES, key=lambda rate: top1["scratch", rate]),
             max(RATES, key=lambda rate: top1["mae-0", rate] + top1["d2-mae-0", rate]), top1)
 
@@ -473,8 +500,8 @@ def kept_table(blocks, scratch):
     rows = [[start, *(shown(row[keep]) for keep in KEPT)] for start, row in blocks.items()]
     rows.append(["scratch", shown(scratch), *[""] * (len(KEPT) - 1)])
     lines = markdown(["blocks kept, top-1, 10 a class", *KEPT], rows)
-    return lines + ["", f"({RUNS} runs of the first encoder, with its rate and layer decay for the "
-                    "random blocks, too)"]
+    return lines + ["", f"({RUNS} runs of the first encoder, {len(scratch)} of scratch; random "
+                    "blocks have the encoder's rate and layer decay, too)"]
 
 
 def taps_table(taps, probe):

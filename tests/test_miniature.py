@@ -3,7 +3,7 @@ import json
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 
 import miniature
 from models import InputError
@@ -56,13 +56,42 @@ def test_copies_of_test_pictures_and_unreadable_files_are_left_out(pictures, tmp
     copy = pictures / "few" / "copy.png"
     copy.write_bytes(test[0][0].read_bytes())
     (pictures / "few" / "broken.png").write_bytes(b"no image")
+    ImageOps.mirror(Image.open(test[1][0])).save(pictures / "few" / "mirrored.png")
     (pictures / "few" / ".hidden").mkdir()
     (pictures / "few" / ".hidden" / "copy.png").write_bytes(b"no image")
     count = miniature.prepare(pictures, tmp_path / "out")
-    assert "left out, unreadable or equal to a test picture: 2 files" in capsys.readouterr().out
+    assert "unreadable or as good as a test picture: 3 files" in capsys.readouterr().out
     names = [name for _, name in written(tmp_path / "out")["pictures/train"]]
-    assert "copy" not in names and "broken" not in names and len(names) == 33
+    assert not {"copy", "mirrored", "broken"} & set(names) and len(names) == 33
     assert count["labelled/val"] == 14
+
+
+def test_a_class_of_too_few_readable_pictures_is_not_labelled(pictures, tmp_path, capsys):
+    """Probes draw 5 of a class's test pictures, and one more must be left."""
+    test, _, _ = miniature.choose(pictures, 1000)
+    file = next(file for file, name in test if name == "cats")
+    good = file.read_bytes()
+    file.write_bytes(b"no image")
+    with pytest.raises(InputError, match="1 classes are left"):
+        miniature.prepare(pictures, tmp_path / "out")
+    assert "too few pictures are left of the class cats" in capsys.readouterr().out
+    file.write_bytes(good)    # the same command goes on once it is repaired
+    assert miniature.prepare(pictures, tmp_path / "out")["classes"] == 2
+
+
+def test_folders_of_splits_and_equal_names_in_folders(tmp_path):
+    for part in ("train", "val"):
+        for kind in ("cats", "dogs"):
+            (tmp_path / part / kind).mkdir(parents=True)
+            Image.new("RGB", (8, 8)).save(tmp_path / part / kind / "1.png")
+    with pytest.raises(InputError, match="parts of a set, not classes.*train"):
+        miniature.list_pictures(tmp_path)
+    assert {name: len(groups) for name, groups in miniature.list_pictures(tmp_path / "val").items()
+            } == {"cats": 1, "dogs": 1}
+    (tmp_path / "val").rename(tmp_path / "animals")
+    (tmp_path / "train").rename(tmp_path / "more")
+    assert {name: len(groups) for name, groups in miniature.list_pictures(tmp_path).items()
+            } == {"animals": 2, "more": 2}    # 1.png of cats is not that of dogs
 
 
 def test_an_interrupted_preparation_leaves_nothing_behind(pictures, tmp_path):
@@ -78,7 +107,9 @@ def test_an_interrupted_preparation_leaves_nothing_behind(pictures, tmp_path):
                                                          "1f9d1-200d-1f9d1"),
     ("emoji_u1f44b_1f3fe", "emoji_u1f44b"), ("1f44b-tone3", "1f44b"),
     ("waving_hand_medium-light", "waving_hand"), ("wave_dark_skin_tone", "wave"),
-    ("light", "light"), ("IMG_0012", "img_0012"), ("darkroom-2", "darkroom-2")])
+    ("waving hand medium-light skin tone", "waving hand"), ("wave-skin-tone-6", "wave"),
+    ("hand_default", "hand"), ("light", "light"), ("IMG_0012", "img_0012"),
+    ("darkroom-2", "darkroom-2")])
 def test_names_that_differ_in_skin_tone_are_one_picture(name, same):
     assert miniature.identity(f"{name}.png") == same
 
