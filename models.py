@@ -902,8 +902,8 @@ def fingerprint(path):
 
 def outlive_sigterm(worker):
     """For loader processes: torchrun sends SIGTERM to them, too, and training needs them for the
-    step that it finishes. They end 20 seconds later by themselves."""
-    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(20))
+    step that it finishes. They end five minutes later at the latest."""
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(300))
 
 
 def endless_batches(dataset, sampler, args, device):
@@ -974,8 +974,8 @@ def check_readable(dataset, bad, args, world, device):
 def stop_at_unreadable(dataset, bad):
     """The process that has the file names it; the others end without a word."""
     if bad:
-        print(f"error: cannot read image {dataset.name(bad[0])}: remove it, or go on without it by "
-              "--skip-corrupt", file=sys.stderr)
+        print(f"error: cannot read image {dataset.name(bad[0])}: replace it by a good copy, or go "
+              "on without it by --skip-corrupt", file=sys.stderr)
     sys.exit(1)
 
 
@@ -1015,7 +1015,7 @@ def add_run_options(parser, out):
 @contextlib.contextmanager
 def plain_errors():
     """Report errors that the user can mend in one sentence, without a traceback, and exit with
-    status 1. What all processes raise alike is printed once a machine."""
+    status 1. What all processes raise alike, InputError, is printed once a machine."""
     first = int(os.environ.get("LOCAL_RANK", 0)) == 0
     message = None
     try:
@@ -1024,11 +1024,13 @@ def plain_errors():
         message = ("out of memory on the device: in training --accum-steps 2 (or twice what it is) "
                    "halves the images held at a time; elsewhere a smaller --batch-size does"
                    if first else 1)
-    except OSError as error:
-        message = str(error)
-    except (InputError, FloatingPointError) as error:    # of a loader process: its last line
-        text = str(error).strip().splitlines()[-1].removeprefix("models.InputError: ")
-        message = text if first else 1
+    except (OSError, InputError, FloatingPointError) as error:    # a loader process's: last line
+        text = str(error).strip().splitlines()[-1].rpartition("Error: ")[2]
+        message = text if first or isinstance(error, OSError) else 1
+    except RuntimeError as error:
+        if "peer" not in str(error):    # or gloo says that another process has ended
+            raise
+        message = 1
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
@@ -1140,6 +1142,8 @@ def open_image(path):
     image = Image.open(path)
     with contextlib.suppress(SyntaxError, struct.error):    # broken EXIF: taken as upright
         if image.getexif().get(0x0112, 1) != 1:    # orientation
+            image.load()
+            image.info.clear()    # else its other tags are written again, and fail if odd
             image = ImageOps.exif_transpose(image)
     if image.format == "JPEG":
         return image
@@ -1169,14 +1173,14 @@ def open_item(item):
 
 def read_or_next(read, items, index):
     """read(item) of items[index], or of the next one that can be read -> what it returned, whether
-    another item stood in. InputError after 100 failures."""
+    another item stood in. OSError after 100 failures."""
     for tries in range(100):
         item = items[(index + tries) % len(items)]
         try:
             return read(item), tries > 0
         except READ_ERRORS:
             continue
-    raise InputError(f"100 unreadable images in a row, up to {item}: is --data complete?")
+    raise OSError(f"100 unreadable images in a row, up to {item}: is --data complete?")
 
 
 def random_crop(image, size, scale):

@@ -642,7 +642,7 @@ def draw_overlays(path, titles, rows, names, width=200):
 
 def predict(run, args, model):
     """Label every image of --predict, into OUT/predict: NAME.jpg_labels.png, with the numbers of
-    label files, and NAME.jpg_overlay.png. Raises InputError at the end if some cannot be read."""
+    label files, and NAME.jpg_overlay.png. Raises OSError at the end if some cannot be read."""
     rank, world, _, _ = run
     path = Path(args.predict)
     files = list_images(path) if path.is_dir() else [path]
@@ -666,7 +666,7 @@ def predict(run, args, model):
     if world > 1:
         dist.barrier()    # an error ends the other processes
     if bad:
-        raise InputError(f"cannot read {', '.join(bad)}; every other image was labelled")
+        raise OSError(f"cannot read {', '.join(bad)}; every other image was labelled")
 
 
 # --------------------------------------------------------------------------------------------------

@@ -81,7 +81,7 @@ TRACKER = dict(    # OSTrack-256; a checkpoint stores these beside its weights
     head_channels=256                           # halved by each of the next three layers
 )
 RECIPE = dict(    # what a run rarely changes; the rest are options, see `parse_args`
-    patch_size=16,                              # of an encoder without --init
+    patch_size=None,                            # of an encoder without --init; None: its usual one
     max_gap=200,                                # frames between template and search, at most
     drop_path=0.1,                              # of the last block; grows linearly from 0
     centre_jitter=3.0,                          # of the search region: +- half of it * sqrt(w * h)
@@ -419,7 +419,7 @@ class OnePassTracker:
 def build_tracker(args):
     """Tracker on a fresh encoder, or on that of --init -> tracker, mean and std of its pixels."""
     name = args.model or "vit_tiny"
-    patch = args.patch_size
+    patch = args.patch_size or MODELS[name].keywords.get("patch_size")
     info = {}
     if args.init:
         found, patch = infer_model(args.init)
@@ -598,19 +598,19 @@ class Pairs(Dataset):
 
     def __getitem__(self, key):
         args = self.args
-        unreadable = False
+        unreadable = None
         for attempt in range(100):
-            rng, frames, boxes, pair = self.draw((*key, attempt))
-            if pair is None:
-                continue
             try:
+                rng, frames, boxes, pair = self.draw((*key, attempt))
+                if pair is None:
+                    continue
                 first, second = (read_frame(frames[i]) for i in pair)
                 break
-            except InputError:
-                unreadable = True
+            except InputError as error:
+                unreadable = error
         else:
-            raise InputError(f"of 100 sequences of --data, that of {frames[0]} the last, "
-                             "none had two readable frames with a visible box: is it complete?")
+            raise OSError("of 100 sequences of --data none had two readable frames with a visible "
+                          f"box (the last: {unreadable or frames[0]}): is it complete?")
         target, box = boxes[list(pair)]
         template, _ = crop_square(first, target, args.template_factor, args.template_size)
         around = jitter_box(rng, box, args.centre_jitter, args.scale_jitter)
@@ -618,7 +618,7 @@ class Pairs(Dataset):
         box = box_to_crop(box, around, side, args.search_size)
         template, search, box = augment(rng, template, search, box)
         key = torch.tensor([*key, attempt])
-        return (template, search), torch.from_numpy(box).float(), key, unreadable
+        return (template, search), torch.from_numpy(box).float(), key, unreadable is not None
 
 
 def augment(rng, template, search, box):

@@ -476,6 +476,19 @@ def test_photographs_stand_upright(tmp_path):
     picture.save(tmp_path / "phone.jpg", exif=exif)
     assert read_image(tmp_path / "phone.jpg").shape == (3, 30, 20)
 
+    # with a resolution of the wrong type, which Pillow can read but not write again
+    tags = struct.pack("<HHHIIHHI", 2, 0x0112, 3, 1, 6, 0x011A, 7, 4) + bytes(8)
+    file = b"Exif\0\0II*\0\x08\0\0\0" + tags
+    picture.save(tmp_path / "odd.jpg", exif=file)
+    assert read_image(tmp_path / "odd.jpg").shape == (3, 30, 20)
+
+
+def test_emulated_bf16_is_not_chosen(monkeypatch):
+    """V100, T4: fp16. is_bf16_supported counts emulation unless told otherwise."""
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported",
+                        lambda including_emulation=True: including_emulation)
+    assert models.choose_dtype("auto", torch.device("cuda")) == torch.float16
+
 
 def test_damaged_files_raise_one_of_the_errors_that_callers_expect(tmp_path):
     noise = np.random.default_rng(0).integers(0, 256, (60, 60, 3), dtype=np.uint8)

@@ -1,5 +1,6 @@
 """Masking, decoders, distillation and the training run of pretrain_d2mae.py."""
 import re
+import signal
 import shutil
 import time
 from types import SimpleNamespace
@@ -507,7 +508,7 @@ def test_an_unreadable_held_out_image_is_left_out_or_stops_the_run(pictures, tmp
                "--batch-size", 8, "--max-steps", 1, "--out", tmp_path / "out"]
     with pytest.raises(SystemExit):
         here(P, *options)
-    assert f"error: cannot read image {bad}: remove it" in capfd.readouterr().err
+    assert f"error: cannot read image {bad}: replace it" in capfd.readouterr().err
     here(P, *options, "--skip-corrupt")
     assert read_log(tmp_path / "out/log.jsonl")[-1]["val_images"] == 6
 
@@ -556,6 +557,7 @@ def test_other_ways_to_train(tmp_path, options, capsys):
     here(P, *QUICK, "--method", "mae", "--epochs", 1, "--batch-size", 4, "--max-steps", 2,
          "--out", tmp_path, *options)
     assert "held-out reconstruction loss" in capsys.readouterr().out
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL    # a run gives it back
 
 
 def test_a_compiled_run_saves_names_without_a_prefix(tmp_path):

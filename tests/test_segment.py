@@ -621,7 +621,7 @@ def test_predict_names_a_broken_image_and_labels_the_others(photos, finished, tm
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "a.jpg").write_bytes(b"\xff\xd8\xff")
     Image.open(photos[0] / "b.jpg").save(tmp_path / "photos" / "b.jpg")
-    with pytest.raises(InputError, match=r"cannot read \S+a.jpg \(\w+\); every other image"):
+    with pytest.raises(OSError, match=r"cannot read \S+a.jpg \(\w+\); every other image"):
         here(segment, "--predict", tmp_path / "photos", "--out", tmp_path, "--init",
              finished[0] / "best.pt")
     assert (tmp_path / "predict" / "b.jpg_labels.png").exists()
@@ -722,6 +722,29 @@ def test_a_wrong_number_ends_all_processes_with_one_sentence(data, tmp_path):
     own = done.stderr.split("exitcode")[0]    # torchrun adds its own report and traceback
     assert done.returncode == 1 and "Traceback" not in own
     assert len(re.findall(r"error: labels \S+ hold the number 5, which is no class", own)) == 1
+
+
+def test_a_wrong_number_of_the_held_out_labels_is_found_before_training(data, tmp_path):
+    shutil.copytree(data, tmp_path / "data")
+    file = tmp_path / "data" / "annotations" / "validation" / "7.png"
+    labels = np.array(Image.open(file))
+    labels[5] = 6
+    Image.fromarray(labels).save(file)
+    with pytest.raises(InputError, match=r"labels \S+7.png hold the number 6"):
+        here(segment, *QUICK, "--data", tmp_path / "data", "--out", tmp_path / "out")
+    assert not (tmp_path / "out" / "log.jsonl").exists()
+
+
+def test_what_one_process_alone_cannot_read_is_named(photos, finished, tmp_path):
+    """The second of two processes, for which no other speaks."""
+    (tmp_path / "photos").mkdir()
+    Image.open(photos[0] / "b.jpg").save(tmp_path / "photos" / "a.jpg")
+    (tmp_path / "photos" / "b.jpg").write_bytes(b"no image")
+    done = run(SCRIPT, "--predict", tmp_path / "photos", "--out", tmp_path, "--init",
+               finished[0] / "best.pt", "--device", "cpu", torchrun=2, check=False)
+    own = done.stderr.split("exitcode")[0]
+    assert done.returncode == 1 and "Traceback" not in own
+    assert len(re.findall(r"error: cannot read \S+b.jpg", own)) == 1
 
 
 def test_a_corrupt_image_is_named_or_replaced(pair, tmp_path, capsys):

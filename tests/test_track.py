@@ -514,6 +514,20 @@ def test_a_missing_frame_is_replaced_and_counted(tmp_path):
     assert last["step"] == 4 and last["unreadable"] > 0
 
 
+def test_a_sequence_without_its_annotation_is_replaced_or_named(tmp_path):
+    folder = tmp_path / "lasot"
+    write_lasot(folder, names=("airplane-2", "bear-1"))
+    (folder / "bear" / "bear-1" / "out_of_view.txt").unlink()
+    pairs = pairs_of(f"lasot={folder}")
+    found = [(pairs.name(key.tolist()), unreadable)
+             for _, _, key, unreadable in (pairs[0, k] for k in range(8))]
+    assert all("airplane-2" in name for name, _ in found)
+    assert {unreadable for _, unreadable in found} == {False, True}
+    (folder / "airplane" / "airplane-2" / "out_of_view.txt").unlink()
+    with pytest.raises(OSError, match=r"of 100 sequences .* out_of_view.txt"):
+        pairs[0, 0]
+
+
 # ---- training ------------------------------------------------------------------------------------
 def test_checkpoint_is_plain_and_an_encoder(trained):
     state = state_of(trained / "out" / "last.pt")
@@ -530,8 +544,16 @@ def test_log_has_every_loss(trained):
             "keep_rate", "unreadable"} <= set(lines[-1])
 
 
-def test_rates_drop_and_elimination_begins_at_their_epochs(trained, tmp_path):
+def test_rates_drop_and_elimination_begins_at_their_epochs(trained, tmp_path, monkeypatch):
     """Ten epochs of one step; OSTrack counts epochs from 1 in its schedule of the keep rate."""
+    given = []
+    forward = track.Tracker.forward
+
+    def noting(self, template, search, keep_rate):
+        given.append(keep_rate)
+        return forward(self, template, search, keep_rate)
+
+    monkeypatch.setattr(track.Tracker, "forward", noting)
     here(track, "--data", f"lasot={trained / 'lasot'}", *SMALL, "--out", tmp_path, "--pairs", 4,
          "--epochs", 10)
     groups = state_of(tmp_path / "last.pt")["optimizer"]["param_groups"]
@@ -541,6 +563,13 @@ def test_rates_drop_and_elimination_begins_at_their_epochs(trained, tmp_path):
     assert last["lr"] == pytest.approx((8 * 4e-4 + 2 * 4e-5) / 10, rel=1e-5)
     keep_rates = [track.keep_rate_at(epoch, 0.7, 0, 3) for epoch in range(1, 11)]
     assert last["keep_rate"] == pytest.approx(np.mean(keep_rates), abs=1e-5)
+    assert given[:10] == keep_rates
+
+
+def test_patches_of_vit_huge_are_14_pixels():
+    args = track.parse_args(["--model", "vit_huge"])
+    with pytest.raises(InputError, match="14"):    # 128 is no multiple
+        track.build_tracker(track.resolve(args))
 
 
 def test_schedule_scales_with_the_length_of_the_run():
