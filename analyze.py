@@ -23,8 +23,11 @@ NOTES, departures from the authors' code:
 - Attention distance is in pixels: grid distance times patch size. The authors multiply by 14 for
   patches of 16 pixels: their numbers are 14/16 of these. Entropy has no 1e-6 inside the logarithm.
 - Whiskers reach the lowest and the highest head: no head counts as an outlier.
-- The final norm of a D2-MAE file was trained on block 8, and here it normalises block 12. Hiera has
-  no norm behind its last block: a LayerNorm without scale and bias stands for it.
+- Layer 0 is the embedding itself; the authors' stands behind the first block's norm1.
+- Layer 12 is normalised by the file's own norm, which D2-MAE trained on block 8. The authors' model
+  pools: its fc_norm is in no file of pre-training, and stays without scale and bias. Hiera has no
+  norm behind its last block: that stands for it here, too.
+- Images are drawn at random; the authors take the first 1,152 of ImageNet's, that is of 24 classes.
 - Blocks of Hiera that attend within mask units are left out of the attention statistics.
 """
 import argparse
@@ -300,8 +303,8 @@ def probe(args):
 # Cost (Fig. 1)
 # --------------------------------------------------------------------------------------------------
 def timings(model, images, seconds):
-    """Milliseconds of a forward pass -> median, 10th and 90th percentile of what fits into
-    `seconds`, eight times at least, without the first quarter, the warm-up."""
+    """Forward passes for `seconds`, eight at least, of which the first quarter is warm-up ->
+    median, 10th and 90th percentile in milliseconds."""
     times = []
     end = time.perf_counter() + seconds
     while len(times) < 8 or time.perf_counter() < end:

@@ -19,8 +19,16 @@ Data:   DIR/{images,annotations}/{training,validation}, as in ADEChallengeData20
 
 NOTES, departures from the authors' code (mmsegmentation):
 - Relative position tables are resized bicubically like the absolute one, not over a geometric grid.
-- Crops, flips and colours are a function of (seed, epoch, image): a run does not depend on the
-  number of workers or processes, and resumes as if never interrupted.
+- Crops, flips and colours are a function of (seed, epoch, image), whatever the number of workers
+  and processes (dropout and drop path are drawn in each process). A run resumes as if never
+  interrupted.
+- Training and evaluation run in bfloat16 or float16 on a GPU, as the paper says. The authors'
+  configuration asks for it by a key that MMEngine does not read, so their code runs in float32:
+  --dtype fp32.
+- best.pt is the best of the evaluations, every 16,000 steps, on the images that are scored; the
+  authors select nothing. The last line of log.jsonl is the score to compare with theirs.
+- The position table and the class token are not decayed; mmsegmentation means to spare them, but
+  compares names without their prefix.
 - Hue shifts are continuous, not whole steps of OpenCV's 180.
 - Images smaller than a window are padded to it with the mean colour, zero once normalised.
 - All label files are read before training, in the loader processes: a wrong number shows then, not
@@ -82,9 +90,9 @@ IGNORE = 255    # label of pixels that are neither trained on nor scored
 # Method: pyramid, head and loss
 # --------------------------------------------------------------------------------------------------
 class Pyramid(nn.Module):
-    """Four maps (B, C, ., .), each half the size of the one before, from those after `taps`.
-
-    A plain ViT's have one size and are enlarged or reduced; Hiera's stages are a pyramid already.
+    """From the maps after the blocks `taps` to four (B, C, ., .), each half the size of the one
+    before. Those of a plain ViT have one size and are enlarged or reduced; Hiera's stages are a
+    pyramid already.
     """
 
     def __init__(self, encoder, channels):
@@ -281,68 +289,6 @@ def describe(run, args, model, train_set, val_set, sampler):
 
 
 # --------------------------------------------------------------------------------------------------
-# Data: labels
-# --------------------------------------------------------------------------------------------------
-def label_table(num_classes, zero_is_class):
-    """Class of every number in a label file -> (257,) int16: IGNORE for unlabelled pixels, -1 for
-    invalid numbers; the last entry stands for all above 255.
-
-    ADE20K: 0 is ignored, 1 .. 150 are classes 0 .. 149. Labels are shifted here and nowhere else.
-    """
-    table = np.full(257, -1, np.int16)
-    first = 0 if zero_is_class else 1
-    table[[0, IGNORE]] = IGNORE
-    table[first:first + num_classes] = np.arange(num_classes)
-    return table
-
-
-def read_labels(path, table):
-    """Label PNG (grey or palette) -> (H, W) uint8 classes by `label_table`. Raises InputError."""
-    try:
-        with Image.open(path) as image:
-            numbers = np.asarray(image).astype(np.int64)    # a one-bit image has booleans
-    except READ_ERRORS as error:
-        raise InputError(f"cannot read labels {path} ({type(error).__name__}): replace them, or "
-                         "remove them with their image") from None
-    if numbers.ndim != 2:
-        raise InputError(f"labels {path} are a colour image: they must be one class number per "
-                         "pixel, grey or palette")
-    labels = table[numbers.clip(max=256)]
-    if labels.min() < 0:
-        raise InputError(f"labels {path} hold the number {numbers[labels < 0][0]}, which is no "
-                         "class: check --num-classes and --zero-is-class")
-    return torch.from_numpy(labels.astype(np.uint8))
-
-
-def check_pair(pair, table):
-    """Raise InputError if the labels of a pair of files are wrong, or not of the image's size. An
-    image that cannot be read is left for training to report."""
-    image, labels = pair
-    height, width = read_labels(labels, table).shape
-    try:
-        size = open_image(image).size    # JPEGs are not decoded
-    except READ_ERRORS:
-        return
-    if size != (width, height):
-        raise InputError(f"{image} has {size[0]}x{size[1]} pixels, its labels {labels} "
-                         f"{width}x{height}: they must have the same size")
-
-
-def class_names(args):
-    """From objectInfo150.txt in --data, which comes with ADE20K, or numbers."""
-    listed = Path(args.data, "objectInfo150.txt")
-    names = [f"class {k}" for k in range(args.num_classes)]
-    if args.data == "toy":
-        names = ["ground", *TOY_CLASSES]
-    elif listed.exists():    # a header; the last of 5 columns is like "wall, wall panel"
-        rows = [row for row in listed.read_text().splitlines() if not row.startswith("Idx")]
-        names = [row.split("\t")[-1].split(",")[0] for row in rows]
-    if len(names) != args.num_classes:
-        raise InputError(f"{listed} has {len(names)} names, --num-classes is {args.num_classes}")
-    return names
-
-
-# --------------------------------------------------------------------------------------------------
 # Data: images and augmentation
 # --------------------------------------------------------------------------------------------------
 def uniform(low, high):
@@ -423,7 +369,7 @@ def augment(image, labels, size, fill):
     return pad(image, missing, fill), pad(labels[None], missing, IGNORE)[0]
 
 
-class Scenes(Dataset):
+class SegmentationSet(Dataset):
     """Images with a class for every pixel. items: pairs of files, or of numbers of toy pictures.
 
     Item (epoch, index) -> image (3, H, W) uint8, labels (H, W) uint8, index, and whether the file
@@ -486,13 +432,75 @@ def open_set(args, split):
     training = split == "training"
     if args.data == "toy":
         numbers = range(args.toy_images) if training else range(7000, 7100)
-        return Scenes([(i, i) for i in numbers], args, training)
+        return SegmentationSet([(i, i) for i in numbers], args, training)
     pairs = list_pairs(args.data, split)
     check = functools.partial(check_pair, table=label_table(args.num_classes, args.zero_is_class))
     checks = DataLoader(pairs, None, num_workers=args.workers, collate_fn=check)
     for _ in tqdm(checks, f"reading {split} labels", disable="RANK" in os.environ, leave=False):
         pass    # the work is done in the loader processes
-    return Scenes(pairs, args, training)
+    return SegmentationSet(pairs, args, training)
+
+
+# --------------------------------------------------------------------------------------------------
+# Data: labels
+# --------------------------------------------------------------------------------------------------
+def label_table(num_classes, zero_is_class):
+    """Class of every number in a label file -> (257,) int16: IGNORE for unlabelled pixels, -1 for
+    invalid numbers; the last entry stands for all above 255.
+
+    ADE20K: 0 is ignored, 1 .. 150 are classes 0 .. 149. Labels are shifted here and nowhere else.
+    """
+    table = np.full(257, -1, np.int16)
+    first = 0 if zero_is_class else 1
+    table[[0, IGNORE]] = IGNORE
+    table[first:first + num_classes] = np.arange(num_classes)
+    return table
+
+
+def read_labels(path, table):
+    """Label PNG (grey or palette) -> (H, W) uint8 classes by `label_table`. Raises InputError."""
+    try:
+        with Image.open(path) as image:
+            numbers = np.asarray(image).astype(np.int64)    # a one-bit image has booleans
+    except READ_ERRORS as error:
+        raise InputError(f"cannot read labels {path} ({type(error).__name__}): replace them, or "
+                         "remove them with their image") from None
+    if numbers.ndim != 2:
+        raise InputError(f"labels {path} are a colour image: they must be one class number per "
+                         "pixel, grey or palette")
+    labels = table[numbers.clip(max=256)]
+    if labels.min() < 0:
+        raise InputError(f"labels {path} hold the number {numbers[labels < 0][0]}, which is no "
+                         "class: check --num-classes and --zero-is-class")
+    return torch.from_numpy(labels.astype(np.uint8))
+
+
+def check_pair(pair, table):
+    """Raise InputError if the labels of a pair of files are wrong, or not of the image's size. An
+    image that cannot be read is left for training to report."""
+    image, labels = pair
+    height, width = read_labels(labels, table).shape
+    try:
+        size = open_image(image).size    # JPEGs are not decoded
+    except READ_ERRORS:
+        return
+    if size != (width, height):
+        raise InputError(f"{image} has {size[0]}x{size[1]} pixels, its labels {labels} "
+                         f"{width}x{height}: they must have the same size")
+
+
+def class_names(args):
+    """From objectInfo150.txt in --data, which comes with ADE20K, or numbers."""
+    listed = Path(args.data, "objectInfo150.txt")
+    names = [f"class {k}" for k in range(args.num_classes)]
+    if args.data == "toy":
+        names = ["ground", *TOY_CLASSES]
+    elif listed.exists():    # a header; the last of 5 columns is like "wall, wall panel"
+        rows = [row for row in listed.read_text().splitlines() if not row.startswith("Idx")]
+        names = [row.split("\t")[-1].split(",")[0] for row in rows]
+    if len(names) != args.num_classes:
+        raise InputError(f"{listed} has {len(names)} names, --num-classes is {args.num_classes}")
+    return names
 
 
 # --------------------------------------------------------------------------------------------------
@@ -514,7 +522,7 @@ def sliding_logits(model, image, stride):
     image = F.pad(image, (0, max(0, w - W), 0, max(0, h - H)))
     corners = list(itertools.product(window_starts(H, h, stride), window_starts(W, w, stride)))
     scores = model(torch.stack([image[:, y:y + h, x:x + w] for y, x in corners]))
-    scores = scores.contiguous()    # channels stand last in a batch, which makes the sums slow
+    scores = scores.contiguous()    # channels may stand last in memory: slow sums
     total = image.new_zeros(len(scores[0]), *image.shape[1:])
     count = image.new_zeros(image.shape[1:])
     for (y, x), score in zip(corners, scores):                                   # (K, h/s, w/s)
@@ -573,9 +581,9 @@ def evaluate(run, args, model, val_set):
     confusion = torch.zeros(args.num_classes, args.num_classes, dtype=torch.long, device=device)
     examples = []
     bad = []
-    loader = own_batches(val_set, None, args, rank, world)
-    bar = tqdm(loader, "evaluation", disable=rank != 0, leave=False)
-    for image, labels, index, unreadable in bar:
+    loader = tqdm(own_batches(val_set, None, args, rank, world), "evaluation", disable=rank != 0,
+                  leave=False)
+    for image, labels, index, unreadable in loader:
         if unreadable:
             bad.append(index)
         predicted = label_image(run, args, model, image, labels.shape)

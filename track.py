@@ -1,7 +1,7 @@
-"""OSTrack with a lightweight ViT: training, one-pass evaluation on LaSOT, your own videos (Sec. 4).
+"""OSTrack with a lightweight ViT: training, evaluation on LaSOT, own videos (Sec. "transfer").
 
     D=lasot=data/lasot,got10k=data/got10k,coco=data/coco,trackingnet=data/trackingnet
-    torchrun --nproc_per_node=8 track.py --data $D --init out/pretrain/encoder.pt   # the paper's
+    torchrun --nproc_per_node=4 track.py --data $D --init out/pretrain/encoder.pt   # the paper's
     torchrun --nproc_per_node=8 track.py --eval --data lasot=data/lasot         # AUC, P, P_norm
     python track.py --eval --data lasot=data/lasot --results DIR   # boxes of any tracker
     python track.py --frames DIR --box 120 80 40 60                 # boxes.txt and overlay.gif
@@ -24,16 +24,25 @@ NOTES, departures from the authors' code:
   this row is written out (in float32); attention itself stays fused, for the queries that are
   kept. While tracking, batch norms are folded into the convolutions, and the template is embedded
   once. The numbers are the same.
-- A box leaves a crop by the exact inverse of the way it came in, and is mirrored about the same
-  middle; the authors leave out half a crop pixel on the way back, and one in the mirror.
-- The authors flip both frames together and then each crop again: each crop is flipped on its own.
+- Boxes are mapped out of a crop by the exact inverse of the mapping in, and mirrored about the same
+  centre, (size - 1) / 2. The authors map in with that centre but out, and mirror, with size / 2.
+- Each crop is flipped on its own. The authors flip both frames and then each crop again, which has
+  the same distribution.
+- A template has a visible frame at most 200 later, or is not drawn; the authors start at 199 and
+  widen the gap by 5 until one is found. Where a sequence does not serve, another set may be drawn,
+  too; theirs stays.
+- A crop that reaches the right or lower edge keeps the frame's last column or row; theirs loses it.
+- Batch norms of the head see one process's pairs, as theirs: 32 with their 4 GPUs. Other numbers of
+  processes or --accum-steps change that.
 - Biases, norms and position tables are not decayed; the authors decay all parameters by 1e-4.
 - Nothing is withheld to watch the training, as the authors watch GOT-10k's validation set: the IoU
   in log.jsonl is of pairs that are new in every epoch. As theirs, the tracker is the last epoch's.
 - All of GOT-10k trains; the authors take the 7,086 sequences of their list `vottrain`.
 - A frame that cannot be read makes another pair stand in, as theirs, and is counted in log.jsonl.
 - A frame whose true box has no extent counts as absent, in P_norm too. Boxes are saved with two
-  decimals (--int cuts them off, as the authors do). Evaluation is in float32, as theirs.
+  decimals (--int cuts them off, as the authors do).
+- Evaluation is in float32, as theirs. Training is in bfloat16 or float16 on a GPU; theirs is in
+  float32, which --dtype fp32 gives.
 """
 import argparse
 import datetime
@@ -88,12 +97,13 @@ RECIPE = dict(    # what a run rarely changes; the rest are options, see `parse_
     scale_jitter=0.25,                          # of the search region: deviation of log w and log h
     encoder_lr=0.1, weight_decay=1e-4,          # AdamW; the encoder's rate is this times --lr
     log_every=20,                               # optimizer steps per line of log.jsonl
-    skip_corrupt=True, compile=False            # keep rates that change would be compiled anew
+    skip_corrupt=True,                          # another pair stands in
+    compile=False                               # keep rates that change would be compiled anew
 )
 DEMO = dict(data="toy", out="out/demo/track", model="vit_pico", patch_size=8, template_size=40,
             search_size=64, head_channels=64, keep_rate=0.8, drop_path=0.0, epochs=7, pairs=1200,
             batch_size=8, lr=1e-3, encoder_lr=0.5, workers=1)
-TOY = dict(size=(120, 160), frames=40, train=range(60), test=range(7000, 7008))    # of videos
+TOY = dict(size=(120, 160), frames=40, train=range(60), test=range(7000, 7008))    # videos
 
 
 # --------------------------------------------------------------------------------------------------
@@ -252,21 +262,22 @@ def decode(score, size, offset):
 # --------------------------------------------------------------------------------------------------
 # Method: losses
 # --------------------------------------------------------------------------------------------------
-def middle(boxes):
+def box_centre(boxes):
     """Centres (..., 2) of boxes (..., 4), x, y, w, h."""
     return boxes[..., :2] + boxes[..., 2:] / 2
 
 
 def gaussian_radius(w, h, overlap=0.7):
-    """Radius in cells: boxes whose corners move that far still overlap that much. As in CornerNet,
-    with all three roots divided by 2."""
+    """CornerNet's radius in cells: the least root of p x^2 - q x + r = 0 for corners that shift
+    until the IoU is `overlap`. Its code divides the roots by 2, not by 2 p, and so does this: boxes
+    at that radius overlap less."""
     b = w + h
     c = w * h
     roots = []
     for p, q, r in ((1, b, c * (1 - overlap) / (1 + overlap)),
                     (4, 2 * b, c * (1 - overlap)),
                     (4 * overlap, -2 * overlap * b, c * (overlap - 1))):
-        roots.append((q + (q ** 2 - 4 * p * r).sqrt()) / 2)    # of p x^2 - q x + r, times p
+        roots.append((q + (q ** 2 - 4 * p * r).sqrt()) / 2)    # not / (2 * p)
     return torch.stack(roots).amin(dim=0).clamp(min=0).floor()
 
 
@@ -276,7 +287,7 @@ def gaussian_target(boxes, side):
     w, h = (boxes[:, 2:] * side).clamp(min=0).unbind(1)
     radius = gaussian_radius(w, h)[:, None, None]
     sigma = (2 * radius + 1) / 6
-    centres = (middle(boxes) * side).round()                                # (B, 2), x and y
+    centres = (box_centre(boxes) * side).round()                                # (B, 2), x and y
     distance = torch.arange(side, device=boxes.device) - centres[..., None]     # (B, 2, side)
     lines = torch.exp(-distance ** 2 / (2 * sigma ** 2)) * (distance.abs() <= radius)
     return lines[:, 1, :, None] * lines[:, 0, None]
@@ -304,10 +315,9 @@ def tracking_losses(score, size, offset, boxes):
     dict of scalars."""
     focal = focal_loss(score, gaussian_target(boxes, score.shape[-1])[:, None])
     pred = box_convert(decode(score, size, offset), "cxcywh", "xyxy")
-    truth = box_convert(boxes, "xywh", "xyxy")
-    seen = truth.clamp(0, 1)    # what reaches out of the crop cannot be seen
-    giou = generalized_box_iou_loss(pred, seen, reduction="mean")
-    l1 = F.l1_loss(pred, seen)
+    truth = box_convert(boxes, "xywh", "xyxy").clamp(0, 1)    # beyond the crop nothing is seen
+    giou = generalized_box_iou_loss(pred, truth, reduction="mean")
+    l1 = F.l1_loss(pred, truth)
     iou = box_iou(pred.detach(), truth).mean()
     return {"loss": focal + 2 * giou + 5 * l1, "focal": focal, "giou": giou, "l1": l1, "iou": iou}
 
@@ -319,7 +329,7 @@ def crop_square(image, box, factor, size):
     """Square around a box, side ceil(factor * sqrt(w * h)), zeros outside the image
     -> (3, size, size) uint8, side. Corners are whole pixels; bilinear without antialiasing."""
     side = math.ceil(math.sqrt(box[2] * box[3]) * factor)
-    left, top = (round(v) for v in middle(box) - side / 2)
+    left, top = (round(v) for v in box_centre(box) - side / 2)
     return resized_crop(image, top, left, side, side, [size, size], antialias=False), side
 
 
@@ -330,13 +340,13 @@ def box_around(centre, extent):
 def box_to_crop(box, around, side, size):
     """Box of a frame -> box in [0, 1] of the crop of `side` around the box `around`, resized to
     `size` pixels. Pixel centres are whole numbers in OSTrack: the middle is (size - 1) / 2."""
-    centre = (middle(box) - middle(around)) / side + (size - 1) / (2 * size)
+    centre = (box_centre(box) - box_centre(around)) / side + (size - 1) / (2 * size)
     return box_around(centre, box[2:] / side)
 
 
 def box_from_crop(box, around, side, size):
     """The inverse of `box_to_crop`."""
-    centre = (middle(box) - (size - 1) / (2 * size)) * side + middle(around)
+    centre = (box_centre(box) - (size - 1) / (2 * size)) * side + box_centre(around)
     return box_around(centre, box[2:] * side)
 
 
@@ -395,9 +405,9 @@ class OnePassTracker:
         with self.autocast:
             keep_rate = self.model.options["keep_rate"]
             score, size, offset = self.model(self.template, search, keep_rate)
-        likely = score * self.window
-        box = box_convert(decode(likely, size, offset), "cxcywh", "xywh")[0]
-        *box, score = torch.cat([box, likely.amax()[None]]).tolist()    # waits for the device
+        response = score * self.window
+        box = box_convert(decode(response, size, offset), "cxcywh", "xywh")[0]
+        *box, score = torch.cat([box, response.amax()[None]]).tolist()    # waits for the device
         return np.array(box), score
 
     def step(self, frame):
@@ -552,7 +562,7 @@ def sample_pair(rng, visible, max_gap):
         return 0, 0
     if len(visible) < 20 or len(ids) < 5:
         return None
-    ids = ids[:-1][np.diff(ids) <= max_gap]    # those with a visible frame close behind
+    ids = ids[:-1][np.diff(ids) <= max_gap]    # followed by a visible one within max_gap
     if not len(ids):
         return None
     template = rng.choice(ids)
@@ -565,7 +575,7 @@ def jitter_box(rng, box, centre, scale):
     up to centre / 2 * sqrt(w * h)."""
     extent = box[2:] * np.exp(rng.normal(0, scale, 2))
     shift = math.sqrt(extent.prod()) * centre * (rng.random(2) - 0.5)
-    return box_around(middle(box) + shift, extent)
+    return box_around(box_centre(box) + shift, extent)
 
 
 class Pairs(Dataset):
@@ -721,40 +731,9 @@ def read_still(folder, files, boxes, index):
 
 def read_toy(index):
     frames = [(index, TOY["size"], t / 10, 0.4) for t in range(TOY["frames"])]
-    boxes = np.array([toy_picture(*frame)[3] for frame in frames], dtype=np.float64)
+    boxes = np.array([toy_picture(*frame)[3] for frame in frames])
     return make_sequence(frames, boxes)
 
-
-# the 280 test sequences of LaSOT; the other 1120 are for training
-LASOT_TEST = """
-airplane-1 airplane-9 airplane-13 airplane-15 basketball-1 basketball-6 basketball-7 basketball-11
-bear-2 bear-4 bear-6 bear-17 bicycle-2 bicycle-7 bicycle-9 bicycle-18 bird-2 bird-3 bird-15 bird-17
-boat-3 boat-4 boat-12 boat-17 book-3 book-10 book-11 book-19 bottle-1 bottle-12 bottle-14 bottle-18
-bus-2 bus-5 bus-17 bus-19 car-2 car-6 car-9 car-17 cat-1 cat-3 cat-18 cat-20 cattle-2 cattle-7
-cattle-12 cattle-13 spider-14 spider-16 spider-18 spider-20 coin-3 coin-6 coin-7 coin-18 crab-3
-crab-6 crab-12 crab-18 surfboard-12 surfboard-4 surfboard-5 surfboard-8 cup-1 cup-4 cup-7 cup-17
-deer-4 deer-8 deer-10 deer-14 dog-1 dog-7 dog-15 dog-19 guitar-3 guitar-8 guitar-10 guitar-16
-person-1 person-5 person-10 person-12 pig-2 pig-10 pig-13 pig-18 rubicCube-1 rubicCube-6
-rubicCube-14 rubicCube-19 swing-10 swing-14 swing-17 swing-20 drone-13 drone-15 drone-2 drone-7
-pool-12 pool-15 pool-3 pool-7 rabbit-10 rabbit-13 rabbit-17 rabbit-19 racing-10 racing-15 racing-16
-racing-20 robot-1 robot-19 robot-5 robot-8 sepia-13 sepia-16 sepia-6 sepia-8 sheep-3 sheep-5 sheep-7
-sheep-9 skateboard-16 skateboard-19 skateboard-3 skateboard-8 tank-14 tank-16 tank-6 tank-9 tiger-12
-tiger-18 tiger-4 tiger-6 train-1 train-11 train-20 train-7 truck-16 truck-3 truck-6 truck-7
-turtle-16 turtle-5 turtle-8 turtle-9 umbrella-17 umbrella-19 umbrella-2 umbrella-9 yoyo-15 yoyo-17
-yoyo-19 yoyo-7 zebra-10 zebra-14 zebra-16 zebra-17 elephant-1 elephant-12 elephant-16 elephant-18
-goldfish-3 goldfish-7 goldfish-8 goldfish-10 hat-1 hat-2 hat-5 hat-18 kite-4 kite-6 kite-10 kite-15
-motorcycle-1 motorcycle-3 motorcycle-9 motorcycle-18 mouse-1 mouse-8 mouse-9 mouse-17 flag-3 flag-9
-flag-5 flag-2 frog-3 frog-4 frog-20 frog-9 gametarget-1 gametarget-2 gametarget-7 gametarget-13
-hand-2 hand-3 hand-9 hand-16 helmet-5 helmet-11 helmet-19 helmet-13 licenseplate-6 licenseplate-12
-licenseplate-13 licenseplate-15 electricfan-1 electricfan-10 electricfan-18 electricfan-20
-chameleon-3 chameleon-6 chameleon-11 chameleon-20 crocodile-3 crocodile-4 crocodile-10 crocodile-14
-gecko-1 gecko-5 gecko-16 gecko-19 fox-2 fox-3 fox-5 fox-20 giraffe-2 giraffe-10 giraffe-13
-giraffe-15 gorilla-4 gorilla-6 gorilla-9 gorilla-13 hippo-1 hippo-7 hippo-9 hippo-20 horse-1 horse-4
-horse-12 horse-15 kangaroo-2 kangaroo-5 kangaroo-11 kangaroo-14 leopard-1 leopard-7 leopard-16
-leopard-20 lion-1 lion-5 lion-12 lion-20 lizard-1 lizard-3 lizard-6 lizard-13 microphone-2
-microphone-6 microphone-14 microphone-16 monkey-3 monkey-4 monkey-9 monkey-17 shark-2 shark-3
-shark-5 shark-6 squirrel-8 squirrel-11 squirrel-13 squirrel-19 volleyball-1 volleyball-13
-volleyball-18 volleyball-19""".split()
 
 LAYOUTS = {    # where the annotations lie below the folder of a set, how one of them is read
     "lasot": (("*/groundtruth.txt", "*/*/groundtruth.txt"), read_lasot),
@@ -829,7 +808,7 @@ def score_sequence(boxes, truth, visible):
             boxes[i] = boxes[i - 1]
     present = torch.from_numpy(visible) & (truth[:, 2:] > 0).all(dim=1)
     iou = box_iou(box_convert(boxes, "xywh", "xyxy"), box_convert(truth, "xywh", "xyxy"))
-    shift = middle(boxes) - middle(truth)
+    shift = box_centre(boxes) - box_centre(truth)
     error = shift.norm(dim=1)
     relative_error = (shift / truth[:, 2:]).norm(dim=1)
     hits = (iou[:, None] > torch.arange(21).double() / 20, error[:, None] <= torch.arange(51),
@@ -984,6 +963,41 @@ def benchmark(args, frames=100, warmup=10):
         variables = {**globals(), **locals()}
         times = timeit.repeat(statement, globals=variables, repeat=warmup + frames, number=1)
         print(f"{title}: {1 / np.median(times[warmup:]):.1f} frames/s")
+
+
+# --------------------------------------------------------------------------------------------------
+# The test split of LaSOT
+# --------------------------------------------------------------------------------------------------
+# 280 sequences; the other 1120 are for training
+LASOT_TEST = """
+airplane-1 airplane-9 airplane-13 airplane-15 basketball-1 basketball-6 basketball-7 basketball-11
+bear-2 bear-4 bear-6 bear-17 bicycle-2 bicycle-7 bicycle-9 bicycle-18 bird-2 bird-3 bird-15 bird-17
+boat-3 boat-4 boat-12 boat-17 book-3 book-10 book-11 book-19 bottle-1 bottle-12 bottle-14 bottle-18
+bus-2 bus-5 bus-17 bus-19 car-2 car-6 car-9 car-17 cat-1 cat-3 cat-18 cat-20 cattle-2 cattle-7
+cattle-12 cattle-13 spider-14 spider-16 spider-18 spider-20 coin-3 coin-6 coin-7 coin-18 crab-3
+crab-6 crab-12 crab-18 surfboard-12 surfboard-4 surfboard-5 surfboard-8 cup-1 cup-4 cup-7 cup-17
+deer-4 deer-8 deer-10 deer-14 dog-1 dog-7 dog-15 dog-19 guitar-3 guitar-8 guitar-10 guitar-16
+person-1 person-5 person-10 person-12 pig-2 pig-10 pig-13 pig-18 rubicCube-1 rubicCube-6
+rubicCube-14 rubicCube-19 swing-10 swing-14 swing-17 swing-20 drone-13 drone-15 drone-2 drone-7
+pool-12 pool-15 pool-3 pool-7 rabbit-10 rabbit-13 rabbit-17 rabbit-19 racing-10 racing-15 racing-16
+racing-20 robot-1 robot-19 robot-5 robot-8 sepia-13 sepia-16 sepia-6 sepia-8 sheep-3 sheep-5 sheep-7
+sheep-9 skateboard-16 skateboard-19 skateboard-3 skateboard-8 tank-14 tank-16 tank-6 tank-9 tiger-12
+tiger-18 tiger-4 tiger-6 train-1 train-11 train-20 train-7 truck-16 truck-3 truck-6 truck-7
+turtle-16 turtle-5 turtle-8 turtle-9 umbrella-17 umbrella-19 umbrella-2 umbrella-9 yoyo-15 yoyo-17
+yoyo-19 yoyo-7 zebra-10 zebra-14 zebra-16 zebra-17 elephant-1 elephant-12 elephant-16 elephant-18
+goldfish-3 goldfish-7 goldfish-8 goldfish-10 hat-1 hat-2 hat-5 hat-18 kite-4 kite-6 kite-10 kite-15
+motorcycle-1 motorcycle-3 motorcycle-9 motorcycle-18 mouse-1 mouse-8 mouse-9 mouse-17 flag-3 flag-9
+flag-5 flag-2 frog-3 frog-4 frog-20 frog-9 gametarget-1 gametarget-2 gametarget-7 gametarget-13
+hand-2 hand-3 hand-9 hand-16 helmet-5 helmet-11 helmet-19 helmet-13 licenseplate-6 licenseplate-12
+licenseplate-13 licenseplate-15 electricfan-1 electricfan-10 electricfan-18 electricfan-20
+chameleon-3 chameleon-6 chameleon-11 chameleon-20 crocodile-3 crocodile-4 crocodile-10 crocodile-14
+gecko-1 gecko-5 gecko-16 gecko-19 fox-2 fox-3 fox-5 fox-20 giraffe-2 giraffe-10 giraffe-13
+giraffe-15 gorilla-4 gorilla-6 gorilla-9 gorilla-13 hippo-1 hippo-7 hippo-9 hippo-20 horse-1 horse-4
+horse-12 horse-15 kangaroo-2 kangaroo-5 kangaroo-11 kangaroo-14 leopard-1 leopard-7 leopard-16
+leopard-20 lion-1 lion-5 lion-12 lion-20 lizard-1 lizard-3 lizard-6 lizard-13 microphone-2
+microphone-6 microphone-14 microphone-16 monkey-3 monkey-4 monkey-9 monkey-17 shark-2 shark-3
+shark-5 shark-6 squirrel-8 squirrel-11 squirrel-13 squirrel-19 volleyball-1 volleyball-13
+volleyball-18 volleyball-19""".split()
 
 
 # --------------------------------------------------------------------------------------------------
