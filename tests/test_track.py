@@ -524,7 +524,7 @@ def test_a_sequence_without_its_annotation_is_replaced_or_named(tmp_path):
     assert all("airplane-2" in name for name, _ in found)
     assert {unreadable for _, unreadable in found} == {False, True}
     (folder / "airplane" / "airplane-2" / "out_of_view.txt").unlink()
-    with pytest.raises(OSError, match=r"of 100 sequences .* out_of_view.txt"):
+    with pytest.raises(OSError, match=r"of 100 sequences .*out_of_view.txt"):
         pairs[0, 0]
 
 
