@@ -845,7 +845,9 @@ def resolve(args):
     if not args.patch_size:
         args.patch_size = MODELS[args.model].keywords.get("patch_size", 16)
         if args.init and not hiera:
-            args.patch_size = infer_model(args.init)[1]
+            found, args.patch_size = infer_model(args.init)
+            if found.startswith("hiera"):
+                raise InputError(f"--init {args.init} is a {found}: choose --model {found}")
 
     # sizes, classes, schedule
     cell = 32 if hiera else 2 * args.patch_size

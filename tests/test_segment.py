@@ -685,6 +685,13 @@ def test_the_patch_is_that_of_the_model(model, patch):
     assert segment.resolve(args).patch_size == patch
 
 
+def test_an_encoder_of_hiera_needs_its_model_named(tmp_path):
+    encoder = MODELS["hiera_tiny"](img_size=64)
+    torch.save({"model": encoder.state_dict(), "arch": encoder.arch}, tmp_path / "encoder.pt")
+    with pytest.raises(InputError, match="is a hiera_tiny: choose --model hiera_tiny"):
+        segment.resolve(segment.parse_args(["--init", str(tmp_path / "encoder.pt")]))
+
+
 @pytest.fixture
 def pair(tmp_path):
     """A data set of one training pair, to be spoilt."""
