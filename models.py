@@ -571,8 +571,8 @@ def vit(embed_dim, depth, num_heads, patch_size=16):
 
 
 MODELS = {    # parameters: the encoder alone / with a classifier of 1000 classes
-    "vit_pico": vit(48, 12, 3),                    # for demos
-    "vit_nano": vit(96, 12, 3),                    # its teacher there
+    "vit_pico": vit(48, 12, 3),                    # for demos and tests/miniature.py
+    "vit_nano": vit(96, 12, 3),                    # its teacher in the demos
     "vit_tiny": vit(192, 12, 12),                                                  # 5.52M / 5.72M
     "deit_tiny": vit(192, 12, 3),                                                  # 5.52M / 5.72M
     "vit_base": vit(768, 12, 12),                                                  # 85.8M / 86.6M
@@ -1015,7 +1015,7 @@ def add_run_options(parser, out):
 @contextlib.contextmanager
 def plain_errors():
     """Report errors that the user can mend in one sentence, without a traceback, and exit with
-    status 1. What all processes raise alike, InputError, is printed once a machine."""
+    status 1. What all processes raise alike, all but OSError, is printed once a machine."""
     first = int(os.environ.get("LOCAL_RANK", 0)) == 0
     message = None
     try:
@@ -1025,12 +1025,14 @@ def plain_errors():
                    "halves the images held at a time; elsewhere a smaller --batch-size does"
                    if first else 1)
     except (OSError, InputError, FloatingPointError) as error:    # a loader process's: last line
-        text = str(error).strip().splitlines()[-1].rpartition("Error: ")[2]
+        text = (str(error).strip() or repr(error)).splitlines()[-1]
+        text = re.sub(r"^[\w.]*Error: ", "", text)
         message = text if first or isinstance(error, OSError) else 1
     except RuntimeError as error:
-        if "peer" not in str(error):    # or gloo says that another process has ended
+        if "by peer" not in str(error):
             raise
-        message = 1
+        message = ("the connection to another process broke: its own message, if any, says why"
+                   if first else 1)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

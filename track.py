@@ -38,7 +38,7 @@ NOTES, departures from the authors' code:
 - Nothing is withheld to watch the training, as the authors watch GOT-10k's validation set: the IoU
   in log.jsonl is of pairs that are new in every epoch. As theirs, the tracker is the last epoch's.
 - All of GOT-10k trains; the authors take the 7,086 sequences of their list `vottrain`.
-- A frame that cannot be read makes another pair stand in, as theirs, and is counted in log.jsonl.
+- A file that cannot be read makes another pair stand in, as theirs, and is counted in log.jsonl.
 - A frame whose true box has no extent counts as absent, in P_norm too. Boxes are saved with two
   decimals (--int cuts them off, as the authors do).
 - Evaluation is in float32, as theirs. Training is in bfloat16 or float16 on a GPU; theirs is in
@@ -268,9 +268,9 @@ def box_centre(boxes):
 
 
 def gaussian_radius(w, h, overlap=0.7):
-    """CornerNet's radius in cells: the least root of p x^2 - q x + r = 0 for corners that shift
-    until the IoU is `overlap`. Its code divides the roots by 2, not by 2 p, and so does this: boxes
-    at that radius overlap less."""
+    """CornerNet's radius in cells: the least, over three ways in which corners shift until the IoU
+    is `overlap`, of the larger root of p x^2 - q x + r = 0. Its code divides by 2, not by 2 p, and
+    so does this: boxes at that radius overlap less."""
     b = w + h
     c = w * h
     roots = []
@@ -583,7 +583,7 @@ class Pairs(Dataset):
 
     sets: list of (items, function that reads the sequence of an item). Item (epoch, index) ->
     (template (3, z, z), search (3, s, s)) uint8, the target's box in the search crop, the key of
-    the pair, and whether a frame could not be read, so that another pair stands in. All randomness
+    the pair, and whether a file could not be read, so that another pair stands in. All randomness
     comes from (seed, epoch, index).
     """
 

@@ -257,6 +257,7 @@ class Study:
         self.commit = commit
         self.path = out / "results.json"
         self.results = json.loads(self.path.read_text()) if self.path.exists() else {}
+        self.diverged = []    # fine-tunings whose loss was not finite
 
     def run(self, script, words, measure, **defaults):
         """`script` with the options `words` -> what `measure()` reads of its files afterwards.
@@ -327,7 +328,7 @@ class Study:
         try:
             return self.run(finetune, words, measure, patch_size=8, eval_every=epochs)["top1"]
         except FloatingPointError:
-            print(f"at rate {rate:g} the loss is not finite: counted as 0 % right", flush=True)
+            self.diverged.append(folder.name)
             return 0.0
 
     def analyze(self, name, models, *words):
@@ -597,6 +598,8 @@ def main(args):
              f"the search: {tried}).", *starts_table(losses, top1), *differences(top1),
              *blocks_table(probe), *kept_table(blocks, top1["scratch", "10"]),
              *taps_table(taps, probe)]
+    if study.diverged:
+        lines += ["", f"The loss was not finite, and 0 % right is counted: {study.diverged}"]
     text = "\n".join(lines) + "\n"
     (args.out / "table.md").write_text(text, encoding="utf-8")
     print(text)

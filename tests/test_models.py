@@ -483,6 +483,20 @@ def test_photographs_stand_upright(tmp_path):
     assert read_image(tmp_path / "odd.jpg").shape == (3, 30, 20)
 
 
+@pytest.mark.parametrize("error, rank, printed", [
+    (InputError("x.json is no file of boxes (KeyError: 'images'): get it again"), 0,
+     "error: x.json is no file of boxes (KeyError: 'images'): get it again"),
+    (InputError("Caught InputError in DataLoader worker\nmodels.InputError: it broke"), 0,
+     "error: it broke"),
+    (OSError("Caught OSError in DataLoader worker\nOSError: it broke"), 1, "error: it broke"),
+    (OSError(), 0, "error: OSError()"), (InputError("all say so"), 1, 1)])
+def test_an_error_becomes_one_sentence(error, rank, printed, monkeypatch):
+    monkeypatch.setenv("LOCAL_RANK", str(rank))
+    with pytest.raises(SystemExit) as stop, models.plain_errors():
+        raise error
+    assert stop.value.code == printed
+
+
 def test_emulated_bf16_is_not_chosen(monkeypatch):
     """V100, T4: fp16. is_bf16_supported counts emulation unless told otherwise."""
     monkeypatch.setattr(torch.cuda, "is_bf16_supported",

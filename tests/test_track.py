@@ -305,7 +305,7 @@ def test_crops_outside_the_frame_are_black():
 
 # ---- losses and metrics --------------------------------------------------------------------------
 def box_losses_by_hand(pred, truth):
-    """GIoU and L1 losses of a box (centre x, y, w, h) against a true one (x, y, w, h)."""
+    """IoU, GIoU loss and L1 loss of a box (centre x, y, w, h) against a true one (x, y, w, h)."""
     cx, cy, w, h = pred
     p = (cx - w / 2, cy - h / 2, cx + w / 2, cy + h / 2)
     t = (truth[0], truth[1], min(1, truth[0] + truth[2]), min(1, truth[1] + truth[3]))
@@ -314,7 +314,7 @@ def box_losses_by_hand(pred, truth):
     union = w * h + (t[2] - t[0]) * (t[3] - t[1]) - inter
     hull = (max(p[2], t[2]) - min(p[0], t[0])) * (max(p[3], t[3]) - min(p[1], t[1]))
     giou = 1 - inter / union + (hull - union) / hull
-    return giou, sum(abs(a - c) for a, c in zip(p, t)) / 4
+    return inter / union, giou, sum(abs(a - c) for a, c in zip(p, t)) / 4
 
 
 def test_losses_against_loops():
@@ -323,15 +323,16 @@ def test_losses_against_loops():
     size = torch.rand(4, 2, 8, 8)
     offset = torch.rand(4, 2, 8, 8)
     boxes = torch.tensor([[0.1, 0.2, 0.3, 0.4], [0.5, 0.5, 0.2, 0.1], [0.0, 0.0, 1.0, 1.0],
-                          [0.3, 0.6, 0.05, 0.3]])
+                          [0.3, 0.6, 0.05, 0.6]])    # the last reaches out of the crop
     losses = track.tracking_losses(score, size, offset, boxes)
     target = track.gaussian_target(boxes, 8)
-    giou = l1 = focal = 0.0
+    iou = giou = l1 = focal = 0.0
     for b in range(4):
         y, x = divmod(int(score[b, 0].argmax()), 8)
         centre = ((x + float(offset[b, 0, y, x])) / 8, (y + float(offset[b, 1, y, x])) / 8)
         pred = (*centre, *size[b, :, y, x].tolist())
-        one_giou, one_l1 = box_losses_by_hand(pred, boxes[b].tolist())
+        one_iou, one_giou, one_l1 = box_losses_by_hand(pred, boxes[b].tolist())
+        iou += one_iou / 4
         giou += one_giou / 4
         l1 += one_l1 / 4
         for s, g in zip(score[b].flatten().tolist(), target[b].flatten().tolist()):
@@ -340,6 +341,7 @@ def test_losses_against_loops():
             else:
                 focal -= (1 - g) ** 4 * s ** 2 * math.log(1 - s)
     focal /= 4    # ones in the target
+    assert abs(float(losses["iou"]) - iou) < 1e-5
     assert abs(float(losses["giou"]) - giou) < 1e-4
     assert abs(float(losses["l1"]) - l1) < 1e-5
     assert abs(float(losses["focal"]) - focal) < 1e-3
