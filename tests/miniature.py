@@ -441,7 +441,7 @@ def difference(first, second):
     if len(gains) == 1:
         return f"{mean:+.1f} (1 run)"
     by_encoder = ""
-    if len(gains) > len(SEEDS) > 1:
+    if len(gains) == RUNS * len(SEEDS) > len(SEEDS) > 1:
         means = gains.reshape(len(SEEDS), -1).mean(axis=1)
         by_encoder = "; by encoder " + ", ".join(f"{value:+.1f}" for value in means)
     return f"{mean:+.1f} ({error:.1f}, {len(gains)} runs{by_encoder})"
