@@ -18,7 +18,7 @@ import finetune
 import models
 from models import MODELS, InputError, read_log
 
-QUICK = ["--model", "vit_nano", "--image-size", 32, "--device", "cpu", "--workers", 0]
+QUICK = ["--model", "vit_pico", "--image-size", 32, "--device", "cpu", "--workers", 0]
 PLAIN = ["--recipe", "improved", "rand_augment=0", "mixup=0", "--batch-size", 8, "--epochs", 2]
 
 
@@ -58,7 +58,7 @@ def folder(tmp_path_factory):
 def encoder(tmp_path_factory):
     """A ViT of 24 channels, saved as `pretrain_d2mae.py` saves its encoder, with another mean."""
     torch.manual_seed(0)
-    model = MODELS["vit_nano"](img_size=32, patch_size=8)
+    model = MODELS["vit_pico"](img_size=32, patch_size=8)
     path = tmp_path_factory.mktemp("pretrained") / "encoder.pt"
     torch.save(dict(model=model.state_dict(), arch=model.arch, mean=[0.4, 0.5, 0.6], std=[0.2] * 3),
                path)
@@ -131,7 +131,7 @@ def test_every_parameter_is_in_the_group_of_its_layer():
 
 
 def test_sgd_is_nesterov_s_as_the_authors_build_it():
-    model = MODELS["vit_nano"](img_size=32, num_classes=5)
+    model = MODELS["vit_pico"](img_size=32, num_classes=5)
     optimizer = finetune.build_optimizer(model, resolved("--recipe", "transfer"), 0.1)
     assert isinstance(optimizer, torch.optim.SGD)
     assert optimizer.defaults["nesterov"] and optimizer.defaults["momentum"] == 0.9
@@ -570,7 +570,7 @@ def test_a_mistake_ends_the_script_in_one_line(tmp_path):
 # ---- hand-over ----
 def test_size_model_and_colours_come_from_the_encoder(encoder):
     args = resolved("--init", encoder)
-    assert (args.model, args.image_size, args.patch_size) == ("vit_nano", [32, 32], 8)
+    assert (args.model, args.image_size, args.patch_size) == ("vit_pico", [32, 32], 8)
     assert args.mean == [0.4, 0.5, 0.6]
 
 
@@ -613,7 +613,7 @@ def test_names_are_those_of_timm(trained):
 
 
 def test_classifier_exports():
-    model = MODELS["vit_nano"](img_size=32, num_classes=5).eval()
+    model = MODELS["vit_pico"](img_size=32, num_classes=5).eval()
     x = torch.randn(1, 3, 32, 32)
     exported = torch.export.export(model, (x,)).module()
     with torch.no_grad():
@@ -647,7 +647,7 @@ def test_accuracies_match_a_loop(folder, trained):
 def test_an_unreadable_test_image_is_left_out_of_all_means(broken):
     bad, good = broken
     data = dataset([(good, 1), (bad, 0)], "--skip-corrupt", *QUICK, train=False)
-    model = MODELS["vit_nano"](img_size=32, num_classes=5)
+    model = MODELS["vit_pico"](img_size=32, num_classes=5)
     run_ = (0, 1, torch.device("cpu"), torch.float32)
     values = finetune.evaluate(run_, data.args, model, data)
     assert values["test_images"] == 1 and values["mean_class"] in (0, 100)

@@ -404,7 +404,7 @@ def test_photometric_distortion_has_the_ranges_of_the_paper(column, low, high, n
 
 
 # ---- runs ------------------------------------------------------------------------------------
-QUICK = ["--model", "vit_nano", "--num-classes", 5, "--image-size", 32, "--patch-size", 8,
+QUICK = ["--model", "vit_pico", "--num-classes", 5, "--image-size", 32, "--patch-size", 8,
          "--batch-size", 4, "--lr", 1e-3, "--workers", 0, "--device", "cpu"]
 
 
@@ -482,13 +482,13 @@ def test_a_run_draws_what_it_predicts(finished):
 def test_the_best_model_serves_other_scripts(finished):
     best = state_of(finished[0] / "best.pt")
     assert best["classes"] == [f"class {k}" for k in range(5)] and best["arch"]["rel_pos_bias"]
-    encoder = MODELS["vit_nano"](img_size=32, patch_size=8, rel_pos_bias=True, layer_scale=1.0)
+    encoder = MODELS["vit_pico"](img_size=32, patch_size=8, rel_pos_bias=True, layer_scale=1.0)
     load_encoder(encoder, finished[0] / "best.pt")
     assert torch.equal(encoder.blocks[3].ls1.gamma, best["model"]["encoder.blocks.3.ls1.gamma"])
 
 
 def test_a_run_starts_from_an_encoder_with_its_patches_and_colours(data, tmp_path, capsys):
-    encoder = MODELS["vit_nano"](img_size=48, patch_size=8)
+    encoder = MODELS["vit_pico"](img_size=48, patch_size=8)
     torch.save({"model": encoder.state_dict(), "arch": encoder.arch, "mean": [0.5] * 3,
                 "std": [0.25] * 3}, tmp_path / "encoder.pt")
     args = segment.resolve(segment.parse_args(["--init", str(tmp_path / "encoder.pt")]))

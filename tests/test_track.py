@@ -18,7 +18,7 @@ from models import (MODELS, Block, InputError, VisionTransformer, load_encoder, 
 
 BOXES = [(5 + i, 8 + i // 2, 14, 10) for i in range(24)]    # of a red rectangle on grey
 LINES = "\n".join(",".join(map(str, box)) for box in BOXES)
-SMALL = ["--model", "vit_nano", "--template-size", 32, "--search-size", 64, "--pairs", 8,
+SMALL = ["--model", "vit_pico", "--template-size", 32, "--search-size", 64, "--pairs", 8,
          "--batch-size", 4, "--epochs", 2, "--workers", 0, "--device", "cpu"]
 USE = ["--device", "cpu", "--workers", 0]
 
@@ -534,7 +534,7 @@ def test_a_sequence_without_its_annotation_is_replaced_or_named(tmp_path):
 def test_checkpoint_is_plain_and_an_encoder(trained):
     state = state_of(trained / "out" / "last.pt")
     assert {"model", "optimizer", "scaler", "step", "arch", "mean", "std", "args"} <= set(state)
-    encoder = MODELS["vit_nano"](img_size=224, patch_size=16)
+    encoder = MODELS["vit_pico"](img_size=224, patch_size=16)
     load_encoder(encoder, trained / "out" / "last.pt")
     saved = state["model"]["encoder.blocks.3.attn.qkv.weight"]
     assert torch.equal(encoder.blocks[3].attn.qkv.weight, saved)
@@ -643,7 +643,7 @@ def test_trains_and_evaluates_in_bfloat16_on_the_cpu(trained, tmp_path):
 
 
 def test_non_finite_loss_names_the_frames(trained, tmp_path, capsys):
-    encoder = MODELS["vit_nano"](img_size=48, patch_size=8)
+    encoder = MODELS["vit_pico"](img_size=48, patch_size=8)
     encoder.norm.weight.data[0] = math.nan
     save_checkpoint(tmp_path / "nan.pt", model=encoder.state_dict(), arch=encoder.arch)
     with pytest.raises(FloatingPointError, match="at step 0"):
@@ -770,7 +770,7 @@ def test_own_frames_are_tracked_as_in_the_evaluation(trained, tmp_path):
 
 
 def test_benchmark_prints_both_speeds(capsys):
-    args = track.parse_args(["--benchmark", "--device", "cpu", "--model", "vit_nano"])
+    args = track.parse_args(["--benchmark", "--device", "cpu", "--model", "vit_pico"])
     args = track.resolve(args)
     track.benchmark(args, frames=3, warmup=1)
     out = capsys.readouterr().out
