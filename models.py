@@ -1,10 +1,11 @@
-"""ViT and Hiera encoders, written out, and what the scripts beside this file must agree on.
+"""ViT and Hiera encoders from scratch, the checkpoints they read, and what all scripts share.
 
-Every script imports this file and no other. Read it for the two things that differ from an ordinary
-ViT: `forward_features` embeds and encodes **only the visible patches** that it is given, and
-`attention_map` returns the pre-softmax map that the distillation reads, projecting q and k alone.
+Part 1, models: `VisionTransformer`, `Hiera`, and `load_encoder`. They differ from the usual ones in
+two ways: `forward_features` embeds and encodes **only the visible patches** that it is given, and
+`attention_map` returns the pre-softmax map that the distillation reads, from q and k alone.
+Part 2, runs: processes, loaders, log, checkpoints, errors, options, images.
 
-    vit = MODELS["vit_tiny"](num_classes=1000)               # 5,717,416 parameters, random weights
+    vit = build_model("vit_tiny", num_classes=1000)          # 5,717,416 parameters, random weights
     load_encoder(vit, "out/encoder.pt")                      # any file of README, "Checkpoints"
     logits = vit(normalize(uint8_images))                    # (B, 1000)
     tokens = vit.forward_features(images, taps=(8, 12))      # {8: (B, 197, 192), 12: (B, 197, 192)}
@@ -17,15 +18,14 @@ Masks:  `ids_keep` (B, V) holds raster indices of the visible patches (Hiera: of
 """
 import argparse
 import contextlib
+import datetime
 import functools
-import hashlib
 import importlib
 import json
 import math
 import os
 import pickle
 import re
-import signal
 import struct
 import subprocess
 import sys
@@ -38,15 +38,19 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, DistributedSampler, default_collate
 from torchvision.ops import StochasticDepth
 from torchvision.transforms import InterpolationMode, RandomResizedCrop
 from torchvision.transforms.v2.functional import pil_to_tensor, resize
+from tqdm import tqdm
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 LayerNorm = functools.partial(nn.LayerNorm, eps=1e-6)    # everywhere, decoders included
+
+
+class InputError(ValueError):
+    """Invalid user input. The message is one sentence; it is printed without a traceback."""
 
 
 def normalize(images, mean=IMAGENET_MEAN, std=IMAGENET_STD):
@@ -55,17 +59,21 @@ def normalize(images, mean=IMAGENET_MEAN, std=IMAGENET_STD):
     return (images - mean) / std
 
 
-@functools.lru_cache(maxsize=8)    # a copy to the device in every step would make the host wait
+@functools.lru_cache(maxsize=8)    # copying these in every step would force a GPU sync
 def channel_constants(mean, std, device):
     return [255 * torch.tensor(c, device=device).view(3, 1, 1) for c in (mean, std)]
 
 
 def pair(size):
-    return (size, size) if isinstance(size, int) else tuple(size)
+    """A side, [side] or [height, width] -> (height, width)."""
+    size = [size] if isinstance(size, int) else list(size)
+    if len(size) not in (1, 2):
+        raise InputError(f"--image-size takes a side, or height and width, not {len(size)} numbers")
+    return size[0], size[-1]
 
 
 # --------------------------------------------------------------------------------------------------
-# Position tables
+# Part 1: models. Position tables
 # --------------------------------------------------------------------------------------------------
 def sincos_2d(dim, grid, class_token=True):
     """Fixed 2-D sin-cos position embedding of MAE -> (1, N [+ 1], dim), the class row zero.
@@ -86,7 +94,8 @@ def sincos_2d(dim, grid, class_token=True):
 
 
 def resize_grid(table, old, new):
-    """Bicubic resize of a raster table, not antialiased: (1, old_h * old_w, D) -> (1, N, D)."""
+    """Resize a raster table bicubically, without antialiasing: (1, old_h * old_w, D) -> (1, N, D).
+    """
     if tuple(old) == tuple(new):
         return table
     x = table.float().reshape(1, *old, -1).permute(0, 3, 1, 2)
@@ -110,6 +119,35 @@ def relative_position_index(grid):
     index[:, 0] = rows + 1
     index[0, 0] = rows + 2
     return index
+
+
+def spline_matrix(old, new):
+    """Matrix (2 new - 1, 2 old - 1) that resizes one axis of a relative position table, as BEiT and
+    mmsegmentation do. Offsets matter most near 0: the rows of the table are placed at distances 1,
+    1 + q, 1 + q + q^2, ... on both sides of 0, the last at new - 1, and an interpolating cubic
+    spline (not-a-knot) through them is read at the offsets -(new - 1) .. new - 1."""
+    low, high = 0.0, float(new)
+    for _ in range(60):                                     # bisection for q
+        q = (low + high) / 2
+        places = np.cumsum(q ** np.arange(old - 1))
+        low, high = (q, high) if places[-1] < new - 1 else (low, q)
+    x = np.concatenate([-places[::-1], [0], places])
+
+    def basis(at):    # 1, x, x^2, x^3, and (x - knot)^3 above each knot; not-a-knot: x[1], x[-2]
+        at = at[:, None] / new
+        return np.hstack([at ** np.arange(4), (at - x[2:-2] / new).clip(min=0) ** 3])
+
+    return basis(np.arange(1.0 - new, new)) @ np.linalg.inv(basis(x))
+
+
+def resize_relative_table(table, old, new):
+    """Relative position table ((2h - 1)(2w - 1) + 3, H) of the grid `old` -> that of `new`."""
+    if tuple(old) == tuple(new):
+        return table
+    rows, columns = (torch.from_numpy(spline_matrix(*sides)).float() for sides in zip(old, new))
+    body = table[:-3].float().view(2 * old[0] - 1, 2 * old[1] - 1, -1)
+    body = torch.einsum("yi,xj,ijh->yxh", rows, columns, body)
+    return torch.cat([body.flatten(0, 1), table[-3:]])      # the class token's rows stay
 
 
 # --------------------------------------------------------------------------------------------------
@@ -144,19 +182,41 @@ def attention_logits(q, k):
         return (q.float() * q.shape[-1] ** -0.5) @ k.float().transpose(-2, -1)
 
 
-def init_mae(module):
-    """Weights as in MAE: Xavier-uniform linear layers, zero biases, identity norms."""
-    if isinstance(module, nn.Linear):
-        nn.init.xavier_uniform_(module.weight)
-        nn.init.zeros_(module.bias)
-    elif isinstance(module, nn.LayerNorm):
-        nn.init.ones_(module.weight)
-        nn.init.zeros_(module.bias)
+def init_mae(model):
+    """Weights as in MAE: Xavier-uniform linear layers, the patch embedding like the linear layer
+    that it is, zero biases, identity norms."""
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear):
+            nn.init.xavier_uniform_(module.weight)
+            nn.init.zeros_(module.bias)
+        elif isinstance(module, nn.LayerNorm):
+            nn.init.ones_(module.weight)
+            nn.init.zeros_(module.bias)
+        elif name.endswith("patch_embed.proj"):
+            nn.init.xavier_uniform_(module.weight.view(module.out_channels, -1))
 
 
-def init_patch_embed(proj):
-    """As in MAE, the patch embedding starts like the linear layer that it is."""
-    nn.init.xavier_uniform_(proj.weight.view(proj.weight.shape[0], -1))
+def run_blocks(x, blocks, taps, *context):
+    """Tokens x through the blocks -> {tap: tokens after block `tap`}; 0 is x itself."""
+    features = {0: x} if 0 in taps else {}
+    for k, block in enumerate(blocks[:max(taps)], start=1):
+        x = block(x, *context)
+        if k in taps:
+            features[k] = x
+    return features
+
+
+def check_size(img_size, cell, what):
+    """Raise InputError unless both sides are multiples of `cell` pixels."""
+    if any(side % cell or side < cell for side in img_size):
+        nearest = tuple(max(1, round(side / cell)) * cell for side in img_size)
+        raise InputError(f"--image-size {img_size} is not a multiple of {cell}, the {what}; the "
+                         f"nearest valid size is {nearest}")
+
+
+def check_images(images, img_size):
+    if tuple(images.shape[2:]) != img_size:
+        raise ValueError(f"images of {tuple(images.shape[2:])} given to a model for {img_size}")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -218,39 +278,38 @@ class Block(nn.Module):
         return x + self.drop_path(self.ls2(self.mlp(self.norm2(x))))
 
 
-def take_patches(images, patch_size, ids=None):
-    """(B, 3, H, W) -> patches (B, N, 3, p, p) in raster order, or those of ids (B, V) in its order.
-    Indexing a view copies those patches and never touches the others."""
-    B, p = len(images), patch_size
-    h, w = images.shape[2] // p, images.shape[3] // p
-    patches = images.view(B, 3, h, p, w, p).permute(0, 2, 4, 1, 3, 5)         # (B, h, w, 3, p, p)
-    if ids is None:
-        return patches.flatten(1, 2)
-    batch = torch.arange(B, device=images.device)[:, None]
-    return patches[batch, ids // w, ids % w]
-
-
 class PatchEmbed(nn.Module):
     """Linear embedding of p x p patches, of all of them or of the visible ones only."""
 
     def __init__(self, patch_size, dim):
         super().__init__()
         self.patch_size = patch_size
-        self.proj = nn.Conv2d(3, dim, patch_size, patch_size)    # for its weight's name and shape
+        self.proj = nn.Conv2d(3, dim, patch_size, patch_size)    # Conv2d for timm's key and shape
 
     def forward(self, images, ids_keep=None):
-        """(B, 3, H, W) -> (B, N, D) in raster order, or (B, V, D) in that of ids_keep (B, V)."""
-        patches = take_patches(images, self.patch_size, ids_keep).flatten(2)
-        return F.linear(patches, self.proj.weight.flatten(1), self.proj.bias)
+        """(B, 3, H, W) -> (B, N, D) in raster order, or (B, V, D) in that of ids_keep (B, V).
+
+        Indexing a view copies the visible patches and never touches the others.
+        """
+        p = self.patch_size
+        patches = images.unfold(2, p, p).unfold(3, p, p).permute(0, 2, 3, 1, 4, 5)
+        if ids_keep is None:                                                  # (B, h, w, 3, p, p)
+            patches = patches.flatten(1, 2)
+        else:
+            batch = torch.arange(images.shape[0], device=images.device)[:, None]
+            w = patches.shape[2]
+            patches = patches[batch, ids_keep // w, ids_keep % w]
+        return F.linear(patches.flatten(2), self.proj.weight.flatten(1), self.proj.bias)
 
 
 class VisionTransformer(nn.Module):
     """Plain ViT with a class token. The classifier reads head(fc_norm(mean patch token)) (Sec. 3).
 
-    img_size: int or (H, W), multiples of patch_size. num_classes=0 builds an encoder that ends in
+    img_size: side or (H, W), multiples of patch_size. num_classes=0 builds an encoder that ends in
     `norm` instead. fixed_pos_embed: sin-cos table that is not trained (pre-training); else trained.
     rel_pos_bias: BEiT relative position bias in every block. layer_scale: None or the gammas'
-    initial value. drop_path: rate of the last block; the rates grow linearly from 0.
+    initial value. drop_path: rate of the last block; the rates grow linearly from 0. Raises
+    InputError for an image size that patches do not fill.
     """
 
     def __init__(self, img_size=224, patch_size=16, embed_dim=192, depth=12, num_heads=12,
@@ -261,10 +320,8 @@ class VisionTransformer(nn.Module):
         self.patch_size = patch_size
         self.embed_dim = embed_dim
         self.depth = depth
-        if any(s % patch_size or s < patch_size for s in self.img_size):
-            raise ValueError(f"image size {self.img_size} is not a multiple of the patch size "
-                             f"{patch_size}")
-        h, w = self.grid = tuple(s // patch_size for s in self.img_size)
+        check_size(self.img_size, patch_size, "patch size")
+        h, w = self.grid = tuple(side // patch_size for side in self.img_size)
         self.arch = dict(kind="vit", img_size=list(self.img_size), patch_size=patch_size,
                          embed_dim=embed_dim, depth=depth, num_heads=num_heads,
                          rel_pos_bias=rel_pos_bias, layer_scale=layer_scale)
@@ -274,9 +331,9 @@ class VisionTransformer(nn.Module):
         position_table = sincos_2d(embed_dim, self.grid)
         self.pos_embed = nn.Parameter(position_table, requires_grad=not fixed_pos_embed)
         rel_pos_rows = (2 * h - 1) * (2 * w - 1) + 3 if rel_pos_bias else 0
-        rates = [drop_path * i / max(1, depth - 1) for i in range(depth)]
         self.blocks = nn.ModuleList(
-            [Block(embed_dim, num_heads, rate, layer_scale, rel_pos_rows) for rate in rates])
+            [Block(embed_dim, num_heads, rate, layer_scale, rel_pos_rows)
+             for rate in torch.linspace(0, drop_path, depth).tolist()])
         index = relative_position_index(self.grid) if rel_pos_bias else None
         self.register_buffer("rel_pos_index", index, persistent=False)
         if num_classes:
@@ -285,8 +342,7 @@ class VisionTransformer(nn.Module):
         else:
             self.norm = LayerNorm(embed_dim)
 
-        self.apply(init_mae)
-        init_patch_embed(self.patch_embed.proj)
+        init_mae(self)
         nn.init.normal_(self.cls_token, std=0.02)
         if not fixed_pos_embed:
             nn.init.trunc_normal_(self.pos_embed, std=0.02)
@@ -295,27 +351,19 @@ class VisionTransformer(nn.Module):
 
     def embed(self, images, ids_keep=None):
         """(B, 3, H, W) -> (B, 1 + V, D): class token, then the patches of ids_keep (None: all)."""
-        if tuple(images.shape[2:]) != self.img_size:
-            raise ValueError(f"images of {tuple(images.shape[2:])} given to a ViT built for "
-                             f"{self.img_size}")
+        check_images(images, self.img_size)
         if ids_keep is not None and self.rel_pos_index is not None:
             raise ValueError("relative position bias needs all patches: build the model without it "
                              "to use ids_keep")
         pos = self.pos_embed[:, 1:] if ids_keep is None else self.pos_embed[0, 1:][ids_keep]
         x = self.patch_embed(images, ids_keep) + pos
-        cls_token = (self.cls_token + self.pos_embed[:, :1]).expand(len(x), -1, -1)
+        cls_token = (self.cls_token + self.pos_embed[:, :1]).expand(x.shape[0], -1, -1)
         return torch.cat([cls_token.to(x.dtype), x], dim=1)
 
     def forward_features(self, images, taps, ids_keep=None):
-        """Tokens after the blocks in `taps`, not normalised -> {tap: (B, T, D)}. No block after the
-        last tap runs."""
-        x = self.embed(images, ids_keep)
-        features = {0: x} if 0 in taps else {}
-        for number, block in enumerate(self.blocks[:max(taps)], start=1):
-            x = block(x, self.rel_pos_index)
-            if number in taps:
-                features[number] = x
-        return features
+        """Unnormalised tokens after the blocks in `taps` -> {tap: (B, T, D)}. Later blocks are
+        skipped."""
+        return run_blocks(self.embed(images, ids_keep), self.blocks, taps, self.rel_pos_index)
 
     def forward(self, images):
         """(B, 3, H, W) -> logits (B, classes); without a head, normalised tokens (B, T, D)."""
@@ -329,15 +377,15 @@ class VisionTransformer(nn.Module):
         features = self.forward_features(images, taps)
         return [features[tap][:, 1:].transpose(1, 2).unflatten(2, self.grid) for tap in taps]
 
-    def attention_map(self, x, number):
-        """Pre-softmax map (B, H, T, T) of block `number` from its input, the tokens before it."""
-        block = self.blocks[number - 1]
+    def attention_map(self, x, k):
+        """Pre-softmax map (B, H, T, T) of block k from its input, the tokens before it."""
+        block = self.blocks[k - 1]
         return block.attn.logits(block.norm1(x), self.rel_pos_index)
 
-    def representation(self, x, number):
-        """Representation of block `number` (Fig. 2) from its output x: normalised by the next
-        block's norm1, by `norm` for the last."""
-        return self.blocks[number].norm1(x) if number < self.depth else self.norm(x)
+    def representation(self, x, k):
+        """Representation of block k (Fig. 2) from its output x: normalised by the next block's
+        norm1, by `norm` for the last."""
+        return self.blocks[k].norm1(x) if k < self.depth else self.norm(x)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -420,7 +468,7 @@ class HieraBlock(nn.Module):
     """Pre-norm block. One that opens a stage doubles the width and, with q_pool, takes the maximum
     over 2x2 tokens."""
 
-    def __init__(self, dim, dim_out, num_heads, q_pool=False, tokens_per_unit=0, drop_path=0.0):
+    def __init__(self, dim, dim_out, num_heads, q_pool, tokens_per_unit, drop_path):
         super().__init__()
         self.norm1 = LayerNorm(dim)
         self.attn = MaskUnitAttention(dim, dim_out, num_heads, q_pool, tokens_per_unit)
@@ -440,13 +488,33 @@ class HieraBlock(nn.Module):
         return x + self.drop_path(self.mlp(self.norm2(x)))
 
 
+def hiera_blocks(embed_dim, num_heads, stages, q_pool):
+    """Table of Hiera's blocks -> [(dim, dim_out, heads, pools, tokens per mask unit, 0: global)].
+
+    Stages 1 and 2 attend within mask units, 3 and 4 globally; the block that opens a stage still
+    attends as the stage before.
+    """
+    table = []
+    dim = embed_dim
+    tokens = 64                                             # of a mask unit, 8 x 8 at first
+    for stage, depth in enumerate(stages):
+        for i in range(depth):
+            opens = stage > 0 and i == 0
+            pools = opens and stage <= q_pool
+            in_units = stage - opens < 2
+            dim_out = embed_dim * 2 ** stage
+            table.append((dim, dim_out, num_heads * 2 ** stage, pools, tokens if in_units else 0))
+            dim = dim_out
+            tokens //= 4 if pools else 1
+    return table
+
+
 class Hiera(nn.Module):
     """Hierarchical ViT of four stages; width and heads double with each. Tokens stay unrolled.
 
-    img_size: int or (H, W), multiples of 32 (one mask unit = 8x8 tokens = 32x32 pixels). q_pool:
+    img_size: side or (H, W), multiples of 32 (one mask unit = 8x8 tokens = 32x32 pixels). q_pool:
     stages that open with 2x2 pooling; 3 for classification (last grid 7x7 at 224), 2 in
-    pre-training (14x14). Mask-unit attention in stages 1-2, global in 3-4; the block that opens a
-    stage still attends as the stage before.
+    pre-training (14x14). Raises InputError for an image size that mask units do not fill.
     """
     unit = 8
     patch_stride = 4
@@ -457,40 +525,27 @@ class Hiera(nn.Module):
         self.img_size = pair(img_size)
         self.depth = sum(stages)
         self.q_pool = q_pool
-        if any(s % 32 or s < 32 for s in self.img_size):
-            nearest = tuple(max(1, round(s / 32)) * 32 for s in self.img_size)
-            raise ValueError(f"image size {self.img_size} is not a multiple of 32, Hiera's mask "
-                             f"unit; the nearest valid size is {nearest}")
-        self.grid = tuple(s // self.patch_stride for s in self.img_size)    # 56 x 56 tokens at 224
-        self.unit_grid = tuple(s // self.unit for s in self.grid)           # 7 x 7 mask units
-        self.stage_ends = tuple(sum(stages[:i + 1]) for i in range(4))      # last block of each
+        check_size(self.img_size, self.unit * self.patch_stride, "side of Hiera's mask unit")
+        self.grid = tuple(side // self.patch_stride for side in self.img_size)    # 56 x 56 at 224
+        self.unit_grid = tuple(side // self.unit for side in self.grid)           # 7 x 7 mask units
+        self.stage_ends = tuple(sum(stages[:i + 1]) for i in range(4))            # last blocks
         self.arch = dict(kind="hiera", img_size=list(self.img_size), embed_dim=embed_dim,
                          num_heads=num_heads, stages=list(stages), depth=self.depth)
 
         proj = nn.Conv2d(3, embed_dim, 7, self.patch_stride, 3)
         self.patch_embed = nn.Sequential(OrderedDict(proj=proj))
         self.pos_embed = nn.Parameter(torch.zeros(1, self.grid[0] * self.grid[1], embed_dim))
-        self.blocks = nn.ModuleList()
-        dim = embed_dim
-        tokens_per_unit = self.unit ** 2
-        for i in range(self.depth):
-            stage = self.stage_of(i + 1)
-            stage_before = self.stage_of(max(1, i))
-            pool = stage_before < stage <= q_pool
-            dim_out = embed_dim * 2 ** stage
-            in_units = tokens_per_unit if stage_before < 2 else 0
-            rate = drop_path * i / (self.depth - 1)
-            self.blocks.append(
-                HieraBlock(dim, dim_out, num_heads * 2 ** stage, pool, in_units, rate))
-            dim = dim_out
-            tokens_per_unit //= 4 if pool else 1
-        self.embed_dim = dim
+        table = hiera_blocks(embed_dim, num_heads, stages, q_pool)
+        rates = torch.linspace(0, drop_path, self.depth).tolist()
+        self.blocks = nn.ModuleList([HieraBlock(*row, rate) for row, rate in zip(table, rates)])
+        self.embed_dim = table[-1][1]
         if num_classes:
-            self.norm = LayerNorm(dim)
-            self.head = nn.Sequential(OrderedDict(projection=nn.Linear(dim, num_classes)))
+            self.norm = LayerNorm(self.embed_dim)
+            head = nn.Linear(self.embed_dim, num_classes)
+            self.head = nn.Sequential(OrderedDict(projection=head))
 
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
-        for module in self.modules():    # as in Hiera, whose small positive biases are intended
+        for module in self.modules():    # Hiera initialises biases to 0.02 on purpose
             if isinstance(module, (nn.Linear, nn.Conv2d)):
                 nn.init.trunc_normal_(module.weight, std=0.02)
             if isinstance(module, (nn.Linear, nn.LayerNorm)):
@@ -499,9 +554,9 @@ class Hiera(nn.Module):
             for p in self.head.parameters():
                 p.data.mul_(0.001)
 
-    def stage_of(self, block):
-        """Stage (from 0) of a block (from 1)."""
-        return sum(end < block for end in self.stage_ends)
+    def stage_of(self, k):
+        """Stage (from 0) of block k (from 1)."""
+        return sum(end < k for end in self.stage_ends)
 
     def embed(self, images, ids_keep=None):
         """(B, 3, H, W) -> unrolled tokens (B, 64 * U, D), only those of the mask units ids_keep
@@ -509,12 +564,10 @@ class Hiera(nn.Module):
 
         The patch convolution overlaps, so masked units are zeroed *before* it: nothing leaks.
         """
-        if tuple(images.shape[2:]) != self.img_size:
-            raise ValueError(f"images of {tuple(images.shape[2:])} given to a Hiera built for "
-                             f"{self.img_size}")
+        check_images(images, self.img_size)
         h, w = self.unit_grid
         if ids_keep is not None:
-            visible = images.new_zeros(len(images), h * w).scatter_(1, ids_keep, 1)
+            visible = images.new_zeros(images.shape[0], h * w).scatter_(1, ids_keep, 1)
             images = images * F.interpolate(visible.view(-1, 1, h, w), scale_factor=32.0)
         x = self.patch_embed(images).flatten(2).transpose(1, 2) + self.pos_embed
         x = unroll(x, self.grid)
@@ -525,15 +578,9 @@ class Hiera(nn.Module):
         return x
 
     def forward_features(self, images, taps, ids_keep=None):
-        """Unrolled tokens after the blocks in `taps` -> {tap: (B, T, D of the block)}. No block
-        after the last tap runs."""
-        x = self.embed(images, ids_keep)
-        features = {0: x} if 0 in taps else {}
-        for number, block in enumerate(self.blocks[:max(taps)], start=1):
-            x = block(x)
-            if number in taps:
-                features[number] = x
-        return features
+        """Unrolled tokens after the blocks in `taps` -> {tap: (B, T, D of the block)}. Later blocks
+        are skipped."""
+        return run_blocks(self.embed(images, ids_keep), self.blocks, taps)
 
     def forward(self, images):
         """(B, 3, H, W) -> logits head(norm(mean token)) (B, classes); without a classifier, all
@@ -553,57 +600,79 @@ class Hiera(nn.Module):
             maps.append(reroll(features[tap], self.unit_grid, rounds).permute(0, 3, 1, 2))
         return maps
 
-    def attention_map(self, x, number):
-        """Pre-softmax map of block `number` from its input, the unrolled tokens before it.
+    def unit_maps(self, x, rounds):
+        """Unrolled tokens (B, 4^rounds * V, C) -> raster map of each unit (B V, C, 2^r, 2^r)."""
+        x = x.unflatten(1, (4 ** rounds, -1)).transpose(1, 2).flatten(0, 1)     # (B V, 4^r, C)
+        return reroll(x, (1, 1), rounds).permute(0, 3, 1, 2)
+
+    def attention_map(self, x, k):
+        """Pre-softmax map of block k from its input, the unrolled tokens before it.
 
         (B, H, T, T) for a global block, (B * U, H, queries, keys) for one attending within units.
         """
-        block = self.blocks[number - 1]
+        block = self.blocks[k - 1]
         return block.attn.logits(block.norm1(x))
 
 
 # --------------------------------------------------------------------------------------------------
 # Sizes, layer numbers, optimizer groups
 # --------------------------------------------------------------------------------------------------
-def vit(embed_dim, depth, num_heads, patch_size=16):
-    return functools.partial(VisionTransformer, embed_dim=embed_dim, depth=depth,
-                             num_heads=num_heads, patch_size=patch_size)
-
-
 MODELS = {    # parameters: the encoder alone / with a classifier of 1000 classes
-    "vit_pico": vit(48, 12, 3),                    # for demos and tests/miniature.py
-    "vit_nano": vit(96, 12, 3),                    # its teacher in the demos
-    "vit_tiny": vit(192, 12, 12),                                                  # 5.52M / 5.72M
-    "deit_tiny": vit(192, 12, 3),                                                  # 5.52M / 5.72M
-    "vit_base": vit(768, 12, 12),                                                  # 85.8M / 86.6M
-    "vit_large": vit(1024, 24, 16),                                                # 303.3M / 304.3M
-    "vit_huge": vit(1280, 32, 16, patch_size=14),                                  # 630.8M / 632.0M
-    "hiera_tiny": functools.partial(Hiera, embed_dim=46, stages=(1, 2, 7, 2)),     # 6.33M / 6.69M
-    "hiera_base": functools.partial(Hiera, embed_dim=96, stages=(2, 3, 16, 3)),    # 50.8M / 51.5M
+    "vit_pico": dict(embed_dim=48, depth=12, num_heads=3),                         # 0.35M / 0.40M
+    "vit_nano": dict(embed_dim=96, depth=12, num_heads=3),                         # 1.4M / 1.5M
+    "vit_tiny": dict(embed_dim=192, depth=12, num_heads=12),                       # 5.52M / 5.72M
+    "deit_tiny": dict(embed_dim=192, depth=12, num_heads=3),                       # 5.52M / 5.72M
+    "vit_base": dict(embed_dim=768, depth=12, num_heads=12),                       # 85.8M / 86.6M
+    "vit_large": dict(embed_dim=1024, depth=24, num_heads=16),                     # 303.3M / 304.3M
+    "vit_huge": dict(embed_dim=1280, depth=32, num_heads=16, patch_size=14),       # 630.8M / 632.0M
+    "hiera_tiny": dict(embed_dim=46, stages=[1, 2, 7, 2]),                         # 6.33M / 6.69M
+    "hiera_base": dict(embed_dim=96, stages=[2, 3, 16, 3]),                        # 50.8M / 51.5M
 }
 
 
-def depth_of(name):
-    """Number of blocks of a model of MODELS."""
-    options = MODELS[name].keywords
-    return options.get("depth") or sum(options["stages"])
+def build_model(name=None, init=None, keep_blocks=None, vit={}, hiera={}, **options):
+    """ViT or Hiera of a size in MODELS with random weights, or with the encoder of the file `init`.
+
+    The name and the options img_size and patch_size are those of the file unless given. options:
+    arguments of both classes; vit, hiera: of one of them. keep_blocks: see `load_encoder`. The
+    model gets the attributes `mean` and `std` of the pixels that it was trained on. Raises
+    InputError.
+    """
+    arch, pixels = read_encoder(init)[1:] if init else ({}, {})
+    name = name or arch.get("name", "vit_tiny")
+    if name not in MODELS:
+        raise InputError(f"--model {name} is none of {', '.join(MODELS)}")
+    sizes = {"patch_size": arch.get("patch_size", 16), **MODELS[name],
+             "img_size": arch.get("img_size", 224)}
+    sizes.update({k: v for k, v in options.items() if v is not None})
+    if name.startswith("hiera"):
+        if sizes.pop("patch_size") != 16:
+            raise InputError(f"--patch-size has no effect on {name}: leave it out")
+        model = Hiera(**{**sizes, **hiera})
+    else:
+        model = VisionTransformer(**{**sizes, **vit})
+    model.mean = pixels.get("mean", IMAGENET_MEAN)
+    model.std = pixels.get("std", IMAGENET_STD)
+    if init:
+        load_encoder(model, init, keep_blocks)
+    return model
 
 
 def layer_id(name, depth):
     """Layer of a parameter: 0 embeddings and tokens, k for block k, depth + 1 for the rest."""
     if name.startswith("blocks."):
-        return block_number(name) + 1
+        return block_index(name) + 1
     return 0 if name.startswith(("patch_embed", "pos_embed", "cls_token")) else depth + 1
 
 
 def param_groups(model, weight_decay, layer_decay=1.0, depth=12):
     """Optimizer groups: lr_scale = layer_decay^(depth + 1 - layer) (Sec. 4), and no weight decay on
-    biases, norms, tokens, position embeddings. Names may start with 'encoder.' or 'backbone.'."""
+    biases, norms, tokens, position embeddings. Names may start with 'encoder.'."""
     groups = {}
     for name, p in model.named_parameters():
         if not p.requires_grad:
             continue
-        layer = layer_id(re.sub(r"^(encoder|backbone)\.", "", name), depth)
+        layer = layer_id(name.removeprefix("encoder."), depth)
         if layer_decay == 1:
             layer = depth + 1
         decayed = p.dim() > 1 and not name.endswith(("cls_token", "mask_token", "pos_embed"))
@@ -616,11 +685,7 @@ def param_groups(model, weight_decay, layer_decay=1.0, depth=12):
 # --------------------------------------------------------------------------------------------------
 # Reading checkpoints
 # --------------------------------------------------------------------------------------------------
-class InputError(ValueError):
-    """Something that the user gave cannot be used. Its message is one sentence, and is printed."""
-
-
-HUGGING_FACE_NAMES = (    # in published files -> here; q_proj, layers: names of transformers 5
+RENAMED = (    # in published files -> here; q_proj, layers: names of transformers 5
     ("embeddings.cls_token", "cls_token"),
     ("embeddings.position_embeddings", "pos_embed"),
     ("embeddings.patch_embeddings.projection.", "patch_embed.proj."),
@@ -636,56 +701,59 @@ HUGGING_FACE_NAMES = (    # in published files -> here; q_proj, layers: names of
     ("layernorm_before.", "norm1."),
     ("layernorm_after.", "norm2."),
     ("layernorm.", "norm."),
+    ("gamma_1", "ls1.gamma"),
+    ("gamma_2", "ls2.gamma"),
 )
 
 
 def read_file(path):
     """The object in a checkpoint file, on the CPU. Never unpickles code. Raises InputError."""
     path = Path(path)
+    if path.is_dir():
+        raise InputError(f"checkpoint {path} is a folder: give a file, such as its encoder.pt or "
+                         "best.pt")
     if not path.is_file():
         raise InputError(f"checkpoint {path} does not exist: give the path of a file, or leave the "
                          "option out")
     head = path.open("rb").read(64)
     if head.startswith(b"version https://git-lfs") or head.lstrip().startswith(b"<"):
-        raise InputError(f"checkpoint {path} holds no weights but a Git LFS pointer or a web page: "
+        raise InputError(f"checkpoint {path} is a Git LFS pointer or HTML page, not weights: "
                          "download the real file")
-    if path.suffix == ".safetensors":
-        try:
+    try:
+        if path.suffix.lower() == ".safetensors":
             return importlib.import_module("safetensors.torch").load_file(path)
-        except ImportError:
-            raise InputError(f"{path} needs one more package: pip install safetensors") from None
-        except Exception as error:    # a class of that package
-            raise InputError(f"checkpoint {path} is not a readable safetensors file "
-                             f"({type(error).__name__}): is it complete?") from None
-    try:    # MAE's training files keep their options in a Namespace
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        with torch.serialization.safe_globals([argparse.Namespace]):    # of MAE's training files
             return torch.load(path, map_location="cpu", weights_only=True)
-    except (*READ_ERRORS, EOFError, LookupError, pickle.UnpicklingError) as error:
+    except ImportError:
+        raise InputError(f"{path} needs one more package: pip install safetensors") from None
+    except pickle.UnpicklingError as error:
         forbidden = re.search(r"GLOBAL (\S+)|type (\S+)", str(error))
-        if forbidden and isinstance(error, pickle.UnpicklingError):
+        if forbidden:
             raise InputError(f"checkpoint {path} pickles {forbidden.group(0)}, which could run "
                              "code when loaded: re-save only its tensors and plain types") from None
-        raise InputError(f"checkpoint {path} is not a readable PyTorch file "
-                         f"({type(error).__name__}): is it complete?") from None
+        damage = error
+    except Exception as error:    # safetensors and torch have many kinds
+        damage = error
+    raise InputError(f"checkpoint {path} is not a readable PyTorch or safetensors file "
+                     f"({type(damage).__name__}): is it complete?")
 
 
-def load_state(path):
-    """Encoder tensors of any file named in README "Checkpoints", under timm / MAE / Hiera names,
-    and `info`, what own files store besides: 'arch', 'mean', 'std'.
+def read_encoder(path):
+    """Encoder of any file named in README "Checkpoints" -> its tensors under the names of timm, MAE
+    and Hiera, its sizes (see `infer_arch`), and the mean and std stored with it. InputError.
 
     Unwraps {'model'}, {'model_state'}, {'state_dict'}, drops prefixes (DistributedDataParallel,
-    torch.compile, MAE-Lite, MoCo-v3, Hugging Face) and joins q, k, v. A file with several encoders
-    gives the student, not the teacher.
+    torch.compile, MAE-Lite, MoCo-v3, Hugging Face) and joins q, k, v. Decoders, adapters, heads, a
+    13th block and, of several encoders, the teacher are dropped.
     """
     file = read_file(path)
     state = file
     for key in ("state_dict", "model_state", "model"):
         if isinstance(file, dict) and isinstance(file.get(key), dict):
             state = file[key]
-    if not isinstance(state, dict):
-        state = {}
-    state = {str(k): v for k, v in state.items() if torch.is_tensor(v)}
+    state = {str(k): v for k, v in dict(state).items() if torch.is_tensor(v)}
 
+    # one encoder, without its prefix
     stems = ("patch_embed.proj.weight", "embeddings.patch_embeddings.projection.weight")
     prefixes = {k[:-len(stem)] for k in state for stem in stems if k.endswith(stem)}
     if len(prefixes) > 1:
@@ -694,153 +762,291 @@ def load_state(path):
         found = f"several encoders: {sorted(prefixes)}" if prefixes else "no ViT or Hiera encoder"
         raise InputError(f"checkpoint {path} has {found} (looked for a key ending in {stems[0]})")
     prefix = prefixes.pop()
-    state = {k.removeprefix(prefix): v for k, v in state.items()}
-    if any(k.startswith("embeddings.") for k in state):
-        state = from_hugging_face(state)
+    state = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+    if "dist_token" in state:
+        raise InputError(f"checkpoint {path} is a distilled DeiT, with a distillation token that "
+                         "the models here lack: give the plain DeiT")
+    supervised = bool({"head.weight", "head.projection.weight"} & state.keys())
 
-    info = {k: file[k] for k in ("arch", "mean", "std") if k in file}
-    if not (isinstance(info.get("arch"), dict) and "img_size" in info["arch"]):
-        info.pop("arch", None)    # MoCo-v3 and timm store a name
-    return state, info
+    # names, and one qkv
+    state = {k: v for k, v in state.items() if not k.startswith("decoder")}
+    for old, new in RENAMED:
+        state = {k.replace(old, new): v for k, v in state.items()}
+    join_qkv(state)
+    state = {re.sub("^fc_norm", "norm", k): v for k, v in state.items()}
 
-
-def from_hugging_face(state):
-    """Tensors of facebook/vit-mae-base and the like under timm's names, q, k and v in one."""
-    renamed = {}
+    # the encoder alone
+    arch = infer_arch(state, file, path)
+    names = ("patch_embed.", "pos_embed", "cls_token", "blocks.", "norm.")
+    state = {k: v for k, v in state.items() if k.startswith(names)
+             and block_index(k) < arch["depth"] and not k.endswith("relative_position_index")}
     for key, value in state.items():
-        if not key.startswith("decoder."):
-            for old, new in HUGGING_FACE_NAMES:
-                key = key.replace(old, new)
-        renamed[key] = value
-    for key in [k for k in renamed if k.startswith("blocks.") and ".attention.q_proj." in k]:
+        if not value.isfinite().all():
+            raise InputError(f"checkpoint {path}: {key} holds NaN or infinity; give an earlier one")
+    arch["supervised"] = supervised
+    pixels = {k: file[k] for k in ("mean", "std") if isinstance(file.get(k), (list, tuple))}
+    return state, arch, pixels
+
+
+def join_qkv(state):
+    """Join q, k and v of each block, in place: matrices and biases of Hugging Face, and the q and v
+    biases of BEiT and of the authors, whose k has none (a zero bias is the same)."""
+    for key in [k for k in state if ".attention.q_proj." in k]:
         parts = [key.replace("q_proj", part) for part in ("q_proj", "k_proj", "v_proj")]
-        if all(part in renamed for part in parts):
-            joined = torch.cat([renamed.pop(part) for part in parts])
-            renamed[key.replace("attention.q_proj", "attn.qkv")] = joined
-    return renamed
+        if all(part in state for part in parts):
+            joined = torch.cat([state.pop(part) for part in parts])
+            state[key.replace("attention.q_proj", "attn.qkv")] = joined
+    for key in [k for k in state if k.endswith("attn.q_bias")]:
+        q = state.pop(key)
+        v = state.pop(key.replace("q_bias", "v_bias"))
+        state[key.replace("q_bias", "qkv.bias")] = torch.cat([q, torch.zeros_like(q), v])
 
 
-def block_number(key):
-    """0-based number of the block that a tensor belongs to, -1 for the others."""
+def infer_arch(state, file, path):
+    """Sizes of an encoder, stored in own files, else seen in its tensors -> dict with the keys of
+    `VisionTransformer.arch` or `Hiera.arch` and `name`, its size in MODELS. The number of heads
+    cannot be inferred from weights: a foreign file lacks it. Raises InputError."""
+    weight = state["patch_embed.proj.weight"]
+    width, *_, kernel = weight.shape
+    if weight.dim() == 5:
+        raise InputError(f"checkpoint {path} is of a video model: give one of images")
+    if "pos_embed" not in state:
+        raise InputError(f"checkpoint {path} lacks pos_embed, which every encoder here has")
+    depth = 1 + max(map(block_index, state))
+    patches = state["pos_embed"].shape[1]
+    if kernel == 7:
+        opens = [k for k in range(depth) if f"blocks.{k}.proj.weight" in state]
+        stages = np.diff([0, *opens, depth]).tolist()
+        arch = dict(kind="hiera", embed_dim=width, depth=depth, stages=stages)
+    else:
+        patches -= 1                                        # class token
+        depth = 12 if depth == 13 else depth                # a student of D2-MAE
+        arch = dict(kind="vit", embed_dim=width, depth=depth, patch_size=kernel)
+    stored = file.get("arch")
+    if isinstance(stored, dict) and "img_size" in stored:   # MoCo-v3 and timm store a name
+        arch.update(stored)
+    elif math.isqrt(patches) ** 2 == patches:
+        arch["img_size"] = [math.isqrt(patches) * arch.get("patch_size", Hiera.patch_stride)] * 2
+    else:
+        raise InputError(f"checkpoint {path}: pos_embed of {patches} patches is of no square "
+                         "image, and the file does not store the image size")
+    for name, sizes in MODELS.items():
+        if ("stages" in sizes) == ("stages" in arch) and all(
+                arch.get(k, v) == v for k, v in sizes.items() if k != "patch_size"):
+            return dict(arch, name=name)
+    sizes = {k: arch[k] for k in ("embed_dim", "depth", "stages", "num_heads") if k in arch}
+    raise InputError(f"checkpoint {path} holds a {arch['kind']} of {sizes}, which is none of "
+                     f"{', '.join(MODELS)}; hiera_tiny is 46 wide, with stages [1, 2, 7, 2]")
+
+
+def block_index(key):
+    """0-based index of the block that a tensor belongs to, -1 for the others."""
     match = re.match(r"blocks\.(\d+)\.", key)
     return int(match[1]) if match else -1
 
 
-def infer_model(path):
-    """Name in MODELS and patch size of the encoder in a file -> ('vit_base', 16). Head counts
-    cannot be seen in weights: own files store them, others get those of the standard model."""
-    state, info = load_state(path)
-    width, *_, patch = state["patch_embed.proj.weight"].shape
-    depth = 1 + max(map(block_number, state))
-    heads = info.get("arch", {}).get("num_heads")
-    known = {}
-    for name, build in MODELS.items():
-        known.setdefault((build.keywords["embed_dim"], depth_of(name)), name)
-    if depth == 13:    # a student of D2-MAE with its 13th block
-        depth = 12
-    if (width, depth) not in known:
-        raise InputError(f"checkpoint {path} has an encoder of width {width} and {depth} blocks, "
-                         f"which is none of {', '.join(MODELS)}: name the model if it is one")
-    if (width, depth, heads) == (192, 12, 3):
-        return "deit_tiny", patch
-    return known[width, depth], patch
-
-
 def load_encoder(model, path, keep_blocks=None):
-    """Load an encoder from any file of README "Checkpoints" into a ViT or Hiera, in place -> info.
+    """Load the encoder of any file of README "Checkpoints" into a ViT or Hiera, in place.
 
     Every encoder tensor must be there in the right shape. Position tables are resized to the
-    model's grid; what the file was trained without (relative position bias, LayerScale) and a norm
-    that it lacks keep their initial values. keep_blocks: load only the embedding and the first so
-    many blocks (Fig. 4); the others stay random. Raises InputError naming the file and the keys.
+    model's grid. What the file was trained without (relative position bias, LayerScale) keeps its
+    initial value, as does a final norm, which a classifier takes from supervised files alone.
+    keep_blocks: load only the embedding and the first `keep_blocks` blocks (Fig. 4). Raises
+    InputError naming the file and the keys.
     """
-    state, info = load_state(path)
+    state, arch, _ = read_encoder(path)
     target = model.state_dict()
-    check_encoder(model, state, info.get("arch", {}), path)
-    if "norm.weight" in target and "norm.weight" not in state and "fc_norm.weight" in state:
-        for kind in ("weight", "bias"):    # timm with average pooling
-            state[f"norm.{kind}"] = state.pop(f"fc_norm.{kind}")
-    wanted = {k for k in target if k in state and in_encoder(k, model.depth)}
-    if isinstance(model, VisionTransformer):    # Hiera's norm belongs to a classifier
-        wanted |= {k for k in target if k in state and k.startswith("norm.")}
 
-    loaded = {}
-    for key in wanted:
-        if keep_blocks is not None and layer_id(key, model.depth) > keep_blocks:
-            continue
-        value = state[key]
-        if key == "pos_embed" or key.endswith("relative_position_bias_table"):
-            value = resize_position_table(key, value, model, info.get("arch"), path)
-        if value.shape != target[key].shape:
-            raise InputError(f"checkpoint {path}: {key} is {tuple(value.shape)}, the model needs "
-                             f"{tuple(target[key].shape)}: choose the --model of the file")
-        loaded[key] = value
-    model.load_state_dict(loaded, strict=False)
+    # fit it to this model: the final norm, LayerScale, position tables
+    if hasattr(model, "fc_norm"):
+        state = {re.sub("^norm", "fc_norm", k): v for k, v in state.items()}
+    norm_fits = arch["supervised"] or not hasattr(model, "head")
+    state = {k: v for k, v in state.items()
+             if not re.match("(fc_)?norm", k) or (norm_fits and k in target)}
+    if not any(k.endswith(".gamma") for k in target):
+        fold_layer_scale(state)
+    grid = [side // arch.get("patch_size", Hiera.patch_stride) for side in arch["img_size"]]
+    extra = arch["kind"] == "vit"                           # row of the class token
+    for key, table in state.items():
+        if key == "pos_embed" and table.shape[1] == math.prod(grid) + extra:
+            patches = resize_grid(table[:, extra:], grid, model.grid)
+            state[key] = torch.cat([table[:, :extra], patches], dim=1)
+        elif key.endswith("bias_table") and len(table) == math.prod(2 * n - 1 for n in grid) + 3:
+            state[key] = resize_relative_table(table, grid, model.grid)
 
+    # compare sizes, then names and shapes
+    sizes = ("kind", "patch_size", "embed_dim", "depth", "num_heads", "stages")
+    sizes = [k for k in sizes if k in arch and k in model.arch]
+    optional = ("bias_table", ".gamma")
+    have = {k: arch[k] for k in sizes} | {k: tuple(v.shape) for k, v in state.items()}
+    want = {k: model.arch[k] for k in sizes} | {
+        k: tuple(v.shape) for k, v in target.items() if k in state
+        or (layer_id(k, model.depth) <= model.depth and not k.endswith(optional))}
+    wrong = [f"{k} is {have.get(k, 'absent')} in the file, {want.get(k, 'absent')} in the model"
+             for k in {**have, **want} if have.get(k) != want.get(k)]
+    if wrong:
+        raise InputError(f"checkpoint {path}, a {arch['name']}, does not fit the model: "
+                         f"{'; '.join(wrong[:5])}; choose the --model of the file (and --rpe)")
+
+    # load
+    if keep_blocks is not None:
+        state = {k: v for k, v in state.items() if layer_id(k, model.depth) <= keep_blocks}
+    model.load_state_dict(state, strict=False)
     if int(os.environ.get("RANK", 0)) == 0:
-        print(f"{path}: loaded {len(loaded)} tensors, fresh {len(target) - len(loaded)}, ignored "
-              f"{len(state) - len(loaded)}")
-        if not info.get("arch") and not isinstance(model, Hiera):
-            print(f"{path}: {model.arch['num_heads']} heads assumed, which weights do not tell")
-    return info
+        heads = "" if "num_heads" in arch else (
+            f"; assuming {model.arch['num_heads']} heads (not stored in the file)")
+        print(f"{path}: {arch['name']}, loaded {len(state)} tensors; {len(target) - len(state)} "
+              f"left at initialisation{heads}")
 
 
-def in_encoder(key, depth):
-    """Whether a tensor belongs to an encoder of `depth` blocks; decoders, adapters, heads, teachers
-    and a 13th block do not."""
-    return (key.startswith(("patch_embed.", "pos_embed", "cls_token", "blocks."))
-            and block_number(key) < depth and not key.endswith("relative_position_index"))
-
-
-def check_encoder(model, state, arch, path):
-    """Raise InputError unless the tensors of a file are those of the model's encoder."""
-    for key in ("kind", "patch_size", "embed_dim", "depth", "num_heads", "stages"):
-        if key in arch and key in model.arch and arch[key] != model.arch[key]:
-            raise InputError(f"checkpoint {path} has {key} = {arch[key]}, the model {key} = "
-                             f"{model.arch[key]}: choose the --model of the file")
-    depth = 1 + max(map(block_number, state))
-    if depth > model.depth + 1:    # one more is the 13th block of a D2-MAE file
-        raise InputError(f"checkpoint {path} has {depth} blocks, the model {model.depth}: choose "
-                         "the right --model")
-    target = model.state_dict()
-    optional = ("relative_position_bias_table", ".gamma")
-    needed = {k for k in target if in_encoder(k, model.depth) and not k.endswith(optional)}
-    missing = sorted(needed - set(state))
-    surplus = sorted(k for k in state if in_encoder(k, model.depth) and k not in target)
-    for keys, problem in ((missing, "lacks"), (surplus, "has, and the model lacks,")):
-        if keys:
-            raise InputError(f"checkpoint {path} {problem} {len(keys)} encoder tensor(s): "
-                             f"{', '.join(keys[:5])}; is it of this --model (and --rpe)?")
-
-
-def resize_position_table(key, table, model, arch, path):
-    """Absolute (1, tokens, D) or relative (rows, H) position table of a file -> model's grid."""
-    vit = not isinstance(model, Hiera)
-    old = None
-    if arch:
-        patch = model.patch_size if vit else model.patch_stride
-        old = [s // patch for s in arch["img_size"]]
-    if key == "pos_embed":
-        extra = 1 if vit else 0    # class token row
-        n = table.shape[1] - extra
-        old = old or [round(n ** 0.5)] * 2
-        if old[0] * old[1] != n or table.shape[2] != model.pos_embed.shape[2]:
-            raise InputError(f"checkpoint {path}: pos_embed is {tuple(table.shape)}, the model's "
-                             f"{tuple(model.pos_embed.shape)}: choose the --model of the file")
-        return torch.cat([table[:, :extra], resize_grid(table[:, extra:], old, model.grid)], dim=1)
-    side = round((table.shape[0] - 3) ** 0.5)
-    offsets = [2 * s - 1 for s in old] if old else [side, side]    # -(h - 1) .. h - 1
-    body = resize_grid(table[None, :-3], offsets, [2 * s - 1 for s in model.grid])[0]
-    return torch.cat([body, table[-3:]])
+def fold_layer_scale(state):
+    """Fold LayerScale, in place, into the linear layers before it: the same function."""
+    for key in [k for k in state if k.endswith(".gamma")]:
+        gamma = state.pop(key)
+        layer = key.replace("ls1.gamma", "attn.proj").replace("ls2.gamma", "mlp.fc2")
+        state[f"{layer}.weight"] = gamma[:, None] * state[f"{layer}.weight"]
+        state[f"{layer}.bias"] = gamma * state[f"{layer}.bias"]
 
 
 # --------------------------------------------------------------------------------------------------
-# Runs: checkpoints of a run, resuming, options, errors
+# Part 2: runs. Processes and loaders
 # --------------------------------------------------------------------------------------------------
-def save_checkpoint(path, **state):
-    """Write tensors and plain types atomically: a killed job leaves no half file called `path`."""
-    torch.save(state, f"{path}.tmp")
-    os.replace(f"{path}.tmp", path)
+def init_distributed(args, minutes=10):
+    """Join torchrun's process group, if there is one -> rank, world, torch.device, torch.dtype.
+
+    --device auto takes cuda, mps or cpu, the first that is there; --dtype auto takes bf16 on GPUs
+    that have it, fp16 on others, float32 elsewhere.
+    """
+    rank, world, local_rank = (int(os.environ.get(name, default)) for name, default in
+                               (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(),
+             "cpu": True}
+    name = next(n for n in there if there[n]) if args.device == "auto" else args.device
+    if not there[name]:
+        raise InputError(f"--device {name} is not available on this machine: choose another")
+    device = torch.device(name)
+    dtype = args.dtype
+    if name == "cuda":
+        if local_rank >= torch.cuda.device_count():
+            raise InputError(f"process {local_rank} of this machine has no GPU of its own: start "
+                             f"at most {torch.cuda.device_count()}")
+        device = torch.device("cuda", local_rank)
+        torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("high")
+        if dtype == "auto":    # before Ampere bf16 is emulated, and slow
+            dtype = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    if world > 1:
+        backend = "nccl" if name == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=datetime.timedelta(minutes=minutes))
+    dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16}
+    return rank, world, device, dtypes.get(dtype, torch.float32)
+
+
+class EpochSampler(DistributedSampler):
+    """(epoch, index) of this process's share of an epoch's whole batches, which hold the same items
+    for any number of processes and micro-batches. A data set smaller than the batch gives one
+    batch, rounded down to a multiple of processes x micro-batches."""
+
+    def __init__(self, dataset, batch_size, accum_steps, rank, world, seed):
+        super().__init__(dataset, world, rank, seed=mix_seed(seed), drop_last=True)
+        parts = accum_steps * world
+        self.micro_batch = min(batch_size, len(dataset)) // parts
+        self.batch_size = self.micro_batch * parts
+        if batch_size % parts or not self.batch_size:
+            raise InputError(f"--batch-size {batch_size}, for {len(dataset)} items, must be a "
+                             f"multiple of processes x --accum-steps = {parts}, and there must be "
+                             "at least that many items")
+        self.num_samples = len(dataset) // self.batch_size * self.batch_size // world
+        self.total_size = self.num_samples * world
+
+    def __iter__(self):
+        return ((self.epoch, index) for index in super().__iter__())
+
+
+def train_loader(dataset, args, rank, world):
+    """Micro-batches of this process, read ahead by --workers processes that live as long as it.
+    `loader.sampler.set_epoch` shuffles; `loader.sampler.batch_size` is the total batch."""
+    sampler = EpochSampler(dataset, args.batch_size, args.accum_steps, rank, world, args.seed)
+    if rank == 0:
+        print(f"{len(dataset)} training items; batch {sampler.batch_size} = {sampler.micro_batch} x "
+              f"{world} process(es) x {args.accum_steps} micro-batches, "
+              f"{len(dataset) // sampler.batch_size} steps per epoch")
+    return DataLoader(dataset, sampler.micro_batch, sampler=sampler, num_workers=args.workers,
+                      persistent_workers=args.workers > 0, pin_memory=torch.cuda.is_available(),
+                      generator=torch.Generator())    # else it draws from the global one
+
+
+def eval_loader(dataset, batch_size, args, rank, world):
+    """Batches of an evaluation: every item once, dealt out to the processes. Items that are None
+    (unreadable, with --skip-corrupt) are left out."""
+    own = [(0, index) for index in range(rank, len(dataset), world)]
+    loader = DataLoader(dataset, batch_size, sampler=own, num_workers=args.workers,
+                        collate_fn=collate_readable)
+    bar = tqdm(loader, "evaluation", leave=False, disable=rank > 0)
+    return (batch for batch in bar if batch is not None)
+
+
+def collate_readable(items):
+    items = [item for item in items if item is not None]
+    return default_collate(items) if items else None
+
+
+def mix_seed(*numbers):
+    """One seed in [0, 2^63) from several whole numbers, by steps of a linear congruential
+    generator: there is no RNG state to save, and an item is the same whichever process loads it."""
+    seed = 0
+    for n in numbers:
+        seed = ((seed ^ n) * 6364136223846793005 + 1442695040888963407) % 2 ** 63
+    return seed
+
+
+def lr_at(step, total, warmup, lr, min_lr):
+    """Learning rate of step `step` (from 0): linear warm-up from 0, then half a cosine."""
+    if step < warmup:
+        return lr * step / warmup
+    done = (step - warmup) / max(1, total - warmup)
+    return min_lr + (lr - min_lr) / 2 * (1 + math.cos(math.pi * done))
+
+
+# --------------------------------------------------------------------------------------------------
+# Log, checkpoints of a run, errors
+# --------------------------------------------------------------------------------------------------
+def log(args, rank, world, **values):
+    """Append the values to log.jsonl, on process 0 -> them as plain numbers.
+
+    Tensors are averaged over processes first: the only device-to-host sync of a training loop. What
+    is not finite, such as gradients that the loss scaler skips, becomes null. Raises
+    FloatingPointError, on all processes, if `loss` is not finite.
+    """
+    tensors = {k: v.detach().float() for k, v in values.items() if torch.is_tensor(v)}
+    if tensors:
+        vector = torch.stack(list(tensors.values()))
+        if world > 1:
+            dist.all_reduce(vector)
+        values.update(zip(tensors, (vector / world).tolist()))
+    check_finite(values.get("loss", 0.0), f"the loss in epoch {values.get('epoch')}", args)
+    if rank == 0:
+        line = {k: None if isinstance(v, float) and not math.isfinite(v) else v
+                for k, v in values.items()}
+        with open(Path(args.out, "log.jsonl"), "a") as file:
+            file.write(json.dumps(line) + "\n")
+    return values
+
+
+def read_log(path):
+    """The objects in a log.jsonl, skipping a truncated line."""
+    values = []
+    for line in Path(path).read_text().splitlines():
+        with contextlib.suppress(json.JSONDecodeError):
+            values.append(json.loads(line))
+    return values
+
+
+def check_finite(value, what, args):
+    if not math.isfinite(value):
+        raise FloatingPointError(
+            f"{what} is not finite ({value}); {args.out}/last.pt, if there is one, was saved "
+            "before: rerun with --dtype fp32, --clip-grad 1 or a lower learning rate to resume")
 
 
 def plain(args):
@@ -848,422 +1054,291 @@ def plain(args):
     return json.loads(json.dumps(vars(args), default=str))
 
 
-def resume(args, fixed, model, optimizer, scaler, rank, world):
-    """Go on with the run whose last.pt lies in args.out: fill in model, optimizer and scaler ->
-    what else the file holds, {"step": 0} for a new run. Process 0 reads it for all of them.
+def save(args, rank, name, model, **state):
+    """Write the weights, the options and `state` (plain types) to args.out/name, on process 0.
 
-    fixed: the options that give a run its meaning; the others (where files lie, how many processes
-    share the work, remedies such as --dtype or --clip-grad) may change. Raises InputError if the
-    file is of another run.
+    Atomic: a killed process or a full disk leaves the file as it was. Raises FloatingPointError, on
+    all processes, if a weight is not finite, so that a checkpoint is always good.
     """
-    path = Path(args.out, "last.pt")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    answer = {"step": 0}
-    if rank == 0 and path.exists() and not args.no_resume:
-        try:
-            answer = read_file(path)
-            check_same_run(path, answer, plain(args), fixed)
-        except InputError as error:
-            answer = error
+    weights = model.state_dict()
+    total = torch.stack([w.float().sum() for w in weights.values()]).sum().item()
+    check_finite(total, "the sum of the weights", args)
+    if rank > 0:
+        return
+    path = Path(args.out, name)
+    scratch = path.with_suffix(".tmp")
+    about = dict(arch=args.arch, mean=list(args.mean), std=list(args.std), args=plain(args))
+    try:
+        with open(scratch, "wb") as file:    # given a name, torch.save crashes on a full disk
+            torch.save(dict(model=weights, **about, **state), file)
+        os.replace(scratch, path)
+    except (OSError, RuntimeError) as error:
+        scratch.unlink(missing_ok=True)
+        raise OSError(f"cannot write {path} ({error}): what it held before is kept") from None
+
+
+MAY_CHANGE = {"out", "data", "init", "teacher", "no_resume", "download", "skip_corrupt", "device",
+              "dtype", "workers", "accum_steps", "compile", "clip_grad", "base_lr", "lr",
+              "eval_every", "log_every"}    # on resuming; all other options define the run
+
+
+def resume(args, rank, world, model, optimizer, scaler):
+    """Load args.out/last.pt, if there, into model, optimizer and scaler -> the rest of what it
+    holds; {"epoch": 0} for a new run. Process 0 reads it for all of them, and drops from log.jsonl
+    what will be logged again. Raises InputError if the file is of another run."""
+    out = Path(args.out)
+    if out.exists() and not out.is_dir():
+        raise InputError(f"--out {out} is a file: give a folder")
+    out.mkdir(parents=True, exist_ok=True)
+    for source in filter(None, (getattr(args, "init", None), getattr(args, "teacher", None))):
+        if Path(source).resolve().parent == out.resolve():
+            raise InputError(f"--out {out} holds {source}, which this run starts from and would "
+                             "overwrite: give another --out")
+    holder = [{"epoch": 0}]
+    if rank == 0 and (out / "last.pt").exists() and not args.no_resume:
+        holder = [read_file(out / "last.pt")]
+        check_same_run(out / "last.pt", holder[0], plain(args))
     if world > 1:
-        holder = [answer]
         dist.broadcast_object_list(holder, src=0)
-        answer = holder[0]
-    if isinstance(answer, InputError):
-        raise answer
-    if answer["step"]:
-        model.load_state_dict(answer.pop("model"))
-        optimizer.load_state_dict(answer.pop("optimizer"))
-        if answer["scaler"]:    # empty where the run had no loss scaler until now
-            scaler.load_state_dict(answer["scaler"])
-    return answer
+    state = holder[0]
+    if state["epoch"]:
+        model.load_state_dict(state.pop("model"))
+        optimizer.load_state_dict(state.pop("optimizer"))
+        if state["scaler"]:    # empty where the run had no loss scaler until now
+            scaler.load_state_dict(state["scaler"])
+    if rank == 0:
+        start_log(out / "log.jsonl", args, state["epoch"])
+    return state
 
 
-def check_same_run(path, state, options, fixed):
-    """Raise InputError if a checkpoint is of another run; say which options have changed."""
-    if not isinstance(state, dict) or not {"args", "optimizer", "step"} <= state.keys():
-        raise InputError(f"{path} is no checkpoint to go on from: give another --out, or "
-                         "--no-resume to start again")
+def check_same_run(path, state, options):
+    """Raise InputError if a checkpoint is of another run; print which options have changed."""
+    if not isinstance(state, dict) or not {"args", "optimizer", "epoch"} <= state.keys():
+        raise InputError(f"{path} cannot be resumed from: give another --out, or --no-resume to "
+                         "start again")
     before = state["args"]
     changed = [k for k in options if options[k] != before.get(k)]
     refused = [f"{k.replace('_', '-')} {before.get(k)}, not {options[k]}"
-               for k in changed if k in fixed]
+               for k in changed if k not in MAY_CHANGE]
     if refused:
         raise InputError(f"{path} was written with {'; '.join(refused[:5])}: give the same options "
-                         "to go on, another --out, or --no-resume to start again")
+                         "to resume, another --out, or --no-resume to start again")
     news = "".join(f"; {k} is now {options[k]}, was {before.get(k)}" for k in changed)
-    print(f"{path}: going on after step {state['step']}{news}")
+    print(f"{path}: resuming after epoch {state['epoch']}{news}")
 
 
-def fingerprint(path):
-    """First digits of a file's SHA-256, wherever it lies; None for no file."""
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:12] if path else None
-
-
-def outlive_sigterm(worker):
-    """For loader processes: torchrun sends SIGTERM to them, too, and training needs them for the
-    step that it finishes. They end five minutes later at the latest."""
-    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(300))
-
-
-def endless_batches(dataset, sampler, args, device):
-    """Iterator over the micro-batches of this process, read ahead by --workers processes."""
-    return iter(DataLoader(dataset, sampler.micro_batch, sampler=sampler, num_workers=args.workers,
-                           worker_init_fn=outlive_sigterm, pin_memory=device.type == "cuda"))
-
-
-def own_batches(dataset, batch_size, args, rank, world):
-    """Loader of an evaluation: every item once, dealt out to the processes; batch_size None: one by
-    one."""
-    own = [(0, index) for index in range(rank, len(dataset), world)]
-    return DataLoader(dataset, batch_size, sampler=own, num_workers=args.workers,
-                      worker_init_fn=outlive_sigterm)
-
-
-def parallel(model, args, device, world):
-    """The model to train with: compiled if --compile asks for it, and in DistributedDataParallel if
-    there are several processes. Save and evaluate the model itself: its names have no prefix."""
-    if args.compile:
-        model = torch.compile(model)
-    if world > 1:
-        devices = [device] if device.type == "cuda" else None
-        model = DistributedDataParallel(model, devices, gradient_as_bucket_view=True)
-    return model
-
-
-def average_over_processes(values, world, device):
-    """{name: number or scalar tensor} -> {name: float}: the one wait for the device in a step."""
-    vector = torch.stack([torch.as_tensor(v, dtype=torch.float32, device=device)
-                          for v in values.values()])
-    if world > 1:
-        dist.all_reduce(vector)
-    return dict(zip(values, (vector / world).tolist()))
-
-
-def check_step(values, own_loss, items, dataset, args, step, lr, scaler):
-    """End every process, before the update, at a file that cannot be read or at a loss or gradient
-    that is not finite. The process that has the cause names it; all come here together.
-
-    values: means over processes; own_loss: this process's; items: its (index, unreadable) pairs.
-    With a loss scaler, gradients that overflow are no error: it leaves the update out.
-    """
-    bad = [index for index, unreadable in items if unreadable]
-    if values["unreadable"] and not args.skip_corrupt:
-        stop_at_unreadable(dataset, bad)
-    watched = ["loss"] if scaler.is_enabled() else ["loss", "grad_norm"]
-    if all(math.isfinite(values[name]) for name in watched):
-        return
-    if not math.isfinite(own_loss):
-        names = ", ".join(dataset.name(index) for index, _ in items)
-        print(f"process {os.environ.get('RANK', 0)} saw a loss of {float(own_loss)} on: {names}",
-              file=sys.stderr)
-    raise FloatingPointError(
-        f"loss {values['loss']:.4g}, gradient norm {values['grad_norm']:.4g} at step {step}, lr "
-        f"{lr:.3g}: nothing was updated, and the checkpoints in {args.out} are from before; try "
-        "--dtype fp32, --clip-grad 1 or a lower learning rate")
-
-
-def check_readable(dataset, bad, args, world, device):
-    """After an evaluation, in which every process left out the images `bad`: end all of them if one
-    could not be read, unless --skip-corrupt allows it."""
-    found = average_over_processes({"unreadable": len(bad)}, world, device)["unreadable"]
-    if found and not args.skip_corrupt:
-        stop_at_unreadable(dataset, bad)
-
-
-def stop_at_unreadable(dataset, bad):
-    """The process that has the file names it; the others end without a word."""
-    if bad:
-        print(f"error: cannot read image {dataset.name(bad[0])}: replace it by a good copy, or go "
-              "on without it by --skip-corrupt", file=sys.stderr)
-    sys.exit(1)
-
-
-def number(kind, interval, hint=""):
-    """An argparse type: an int or float within an interval such as "[0, 1)" or "[1, inf)"."""
-    low, high = (float(end) for end in interval[1:-1].split(","))
-
-    def parse(text):
-        value = kind(text)
-        above = value >= low if interval[0] == "[" else value > low
-        below = value <= high if interval[-1] == "]" else value < high
-        if not (above and below):
-            raise argparse.ArgumentTypeError(f"{text} must lie in {interval}{hint}")
-        return value
-
-    parse.__name__ = kind.__name__    # for argparse's own message on text that is no number
-    return parse
-
-
-def add_run_options(parser, out):
-    """Options that all training scripts share -> a function that adds more to their group."""
-    add = parser.add_argument_group("run").add_argument
-    add("--out", default=out,
-        help="folder for checkpoints, log, pictures; the same command goes on there")
-    add("--no-resume", action="store_true", help="start again although --out holds a checkpoint")
-    add("--accum-steps", type=number(int, "[1, inf)"), default=1,
-        help="micro-steps that one batch is split into, per process")
-    cores = (os.cpu_count() or 2) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    add("--workers", type=number(int, "[0, inf)"), default=max(1, min(16, cores)),
-        help="loader processes per training process")
-    add("--device", choices=("auto", "cuda", "mps", "cpu"), default="auto")
-    add("--dtype", choices=("auto", "bf16", "fp16", "fp32"), default="auto",
-        help="auto: bf16 on GPUs that have it, fp16 with loss scaling on others, else fp32")
-    return add
+def start_log(path, args, epoch):
+    """Begin a log with the options and the git commit, or keep it up to `epoch`."""
+    kept = [v for v in read_log(path) if v["epoch"] <= epoch] if epoch and path.exists() else []
+    if not kept:
+        commit = subprocess.run("git rev-parse --short HEAD", shell=True, capture_output=True,
+                                cwd=Path(__file__).parent, text=True).stdout
+        kept = [dict(epoch=0, args=plain(args), commit=commit.strip())]
+    scratch = path.with_suffix(".tmp")
+    scratch.write_text("".join(json.dumps(v) + "\n" for v in kept))
+    scratch.replace(path)
 
 
 @contextlib.contextmanager
 def plain_errors():
-    """Report errors that the user can mend in one sentence, without a traceback, and exit with
-    status 1. What all processes raise alike, all but OSError, is printed once a machine."""
-    first = int(os.environ.get("LOCAL_RANK", 0)) == 0
-    message = None
+    """Print errors that the user can mend as one sentence, without a traceback, and exit with
+    status 1, at once: a process that first left its group would wait for the others, as they wait
+    for its gradients; torchrun ends them.
+
+    InputError and FloatingPointError are raised by all processes alike: the first of each machine
+    prints them. A file that cannot be read, a full disk or a full GPU concerns one process alone.
+    """
+    alone = True
     try:
         yield
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        return
     except torch.OutOfMemoryError:
         message = ("out of memory on the device: in training --accum-steps 2 (or twice what it is) "
-                   "halves the images held at a time; elsewhere a smaller --batch-size does"
-                   if first else 1)
-    except (OSError, InputError, FloatingPointError) as error:    # a loader process's: last line
-        text = (str(error).strip() or repr(error)).splitlines()[-1]
-        text = re.sub(r"^[\w.]*Error: ", "", text)
-        message = text if first or isinstance(error, OSError) else 1
+                   "halves the images held at a time; elsewhere a smaller --batch-size does")
+    except OSError as error:
+        message = str(error).strip() or repr(error)
+    except (InputError, FloatingPointError) as error:
+        message = str(error)
+        alone = False
+    except KeyboardInterrupt:
+        message = "interrupted; rerun a training command to resume after its last saved epoch"
+        alone = False
     except RuntimeError as error:
         if "by peer" not in str(error):
             raise
-        message = ("the connection to another process broke: its own message, if any, says why"
-                   if first else 1)
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
-    if message:
-        sys.exit(message if message == 1 else f"error: {message}")
+        message = "the connection to another process broke: its own message, if any, says why"
+        alone = False
+    if alone or os.environ.get("LOCAL_RANK", "0") == "0":
+        message = re.sub(r"^[\w.]*Error: ", "", message.splitlines()[-1])    # of a loader process
+        tqdm.write(f"error: {message}", sys.stderr)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(1)
 
 
-def mean_and_error(values):
-    """-> mean, its standard error (0 for a single value)."""
-    n = len(values)
-    return np.mean(values), np.std(values, ddof=min(1, n - 1)) / n ** 0.5
+# --------------------------------------------------------------------------------------------------
+# Options
+# --------------------------------------------------------------------------------------------------
+def bounded(convert, low, high, hint):
+    """An argparse type: an int or float in [low, high]."""
+    def parse(text):
+        value = convert(text)
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"{text} must lie in [{low}, {high}]{hint}")
+        return value
+
+    parse.__name__ = convert.__name__    # for argparse's own message on text that is no number
+    return parse
 
 
-def print_comparison(first, second):
-    """Scores of two ways to train, one a seed: means and paired difference, with errors."""
-    lines = {"scratch": first, "pre-trained": second, "difference": np.subtract(second, first)}
-    for name, values in lines.items():
-        print("{:12s} {:5.1f} +- {:.1f}".format(name, *mean_and_error(values)))
+class Parser(argparse.ArgumentParser):
+    """Options in groups. An option shows its default where it has one, and may be bounded."""
 
+    def __init__(self, doc):
+        super().__init__(usage="%(prog)s [options]", description=doc.split("\n\n")[0])
 
-def mix_seed(*numbers):
-    """One seed in [0, 2^63) from several whole numbers, by steps of a linear congruential
-    generator: no RNG state need be saved, and a picture is the same whichever process loads it."""
-    seed = 0
-    for n in numbers:
-        seed = ((seed ^ n) * 6364136223846793005 + 1442695040888963407) % 2 ** 63
-    return seed
+    def group(self, title):
+        """Begin a group -> a function that adds an option to it; numbers may have bounds."""
+        group = self.add_argument_group(title)
 
+        def add(name, help, low=None, high=math.inf, hint="", **options):
+            if low is not None:
+                options["type"] = bounded(options.get("type", int), low, high, hint)
+            if options.get("default") is not None:
+                help += " (default: %(default)s)"
+            group.add_argument(name, help=help, **options)
 
-def choose_device(name):
-    """--device as a torch.device; auto takes cuda, mps or cpu, the first that is there."""
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(),
-             "cpu": True}
-    if name == "auto":
-        name = next(n for n in there if there[n])
-    if not there[name]:
-        raise InputError(f"--device {name} is not available on this machine: choose another")
-    if name != "cuda":
-        return torch.device(name)
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-    torch.cuda.set_device(device)
-    torch.set_float32_matmul_precision("high")
-    return device
+        return add
 
+    def pixel_options(self, add):
+        """Statistics of the pixels, stored with the encoder."""
+        for name in ("mean", "std"):
+            add(f"--{name}", type=float, low=1e-3, high=1, nargs=3,
+                hint=": of pixels in [0, 1], so divide values of 0..255 by 255",
+                help="of pixels in [0, 1]; default: that of the checkpoint, or ImageNet's")
 
-def choose_dtype(name, device):
-    """--dtype as a torch.dtype; auto takes bf16 on GPUs that have it, fp16 on others, else fp32."""
-    if name == "auto" and device.type == "cuda":    # before Ampere bf16 is emulated, and slow
-        name = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-    return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(name, torch.float32)
-
-
-def log_line(path, **values):
-    """Append one JSON object to a log, if there is one. What is not finite, such as gradients that
-    the loss scaler skips, becomes null."""
-    for key, value in values.items():
-        if isinstance(value, float) and not math.isfinite(value):
-            values[key] = None
-    if path:
-        with open(path, "a") as file:
-            file.write(json.dumps(values) + "\n")
-
-
-def read_log(path):
-    """The objects in a log.jsonl, but for a last line that a kill cut short."""
-    return [json.loads(line) for line in Path(path).read_text().splitlines() if line.endswith("}")]
-
-
-def start_log(path, args, step):
-    """Begin a log with the options and the git commit, or go on with it after `step`: what was
-    logged later is dropped, as are the evaluations at `step`, which are made again."""
-    if not path:
-        return
-    kept = read_log(path) if step and path.exists() else []
-    kept = [v for v in kept if v["step"] < step or (v["step"] == step and "lr" in v)]
-    scratch = path.with_suffix(".tmp")
-    scratch.write_text("".join(json.dumps(v) + "\n" for v in kept))
-    scratch.replace(path)
-    commit = subprocess.run("git rev-parse --short HEAD", shell=True, cwd=Path(__file__).parent,
-                            capture_output=True, text=True).stdout
-    log_line(path, step=step, args=plain(args), commit=commit.strip())
+    def run_options(self, out, clip_grad=0.0):
+        """The options that all training scripts share -> a function that adds more of them."""
+        add = self.group("run")
+        add("--out", default=out,
+            help="folder for checkpoints, log and pictures; rerun the command to resume")
+        add("--no-resume", action="store_true", help="ignore an existing checkpoint in --out")
+        add("--accum-steps", low=1, default=1,
+            help="micro-batches that each batch is split into, per process")
+        add("--clip-grad", type=float, low=0, default=clip_grad,
+            help="largest gradient norm; 0: no clipping")
+        cores = (os.cpu_count() or 2) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        add("--workers", low=0, default=max(1, min(16, cores)),
+            help="loader processes per training process")
+        add("--device", choices=("auto", "cuda", "mps", "cpu"), default="auto",
+            help="auto: cuda, mps or cpu, the first that is there")
+        add("--dtype", choices=("auto", "bf16", "fp16", "fp32"), default="auto",
+            help="auto: bf16 on GPUs that have it, fp16 with loss scaling on others, else fp32")
+        add("--seed", low=0, high=2 ** 32 - 1, default=0, help="of weights, order and crops")
+        add("--log-every", low=1, default=20, help="updates per line of log.jsonl")
+        add("--skip-corrupt", action="store_true",
+            help="name unreadable files and go on without them; default: stop")
+        return add
 
 
 # --------------------------------------------------------------------------------------------------
 # Images
 # --------------------------------------------------------------------------------------------------
-IMAGE_TYPES = set(".jpg .jpeg .png .webp .bmp .gif .tif .tiff .ppm .pgm".split())
-READ_ERRORS = (OSError, RuntimeError, ValueError, SyntaxError, Image.DecompressionBombError)
+IMAGE_TYPES = set(".jpg .jpeg .jfif .png .webp .bmp .gif .tif .tiff .ppm .pgm".split())
 
 
 def list_images(folder):
-    """All image files below a folder, flat or nested, sorted; InputError if there is none."""
+    """All image files below a folder, flat or nested, sorted; hidden ones are none. InputError if
+    there is none."""
     folder = Path(folder)
     if not folder.is_dir():
-        raise InputError(f"{folder} is not a folder: give --data a folder of images")
-    files = sorted(os.path.join(root, name)
-                   for root, _, names in os.walk(folder, followlinks=True) for name in names
-                   if Path(name).suffix.lower() in IMAGE_TYPES)
+        raise InputError(f"{folder} is not a folder: give a folder of images")
+    files = []
+    seen = set()                                            # a link may lead to a folder above
+    for root, folders, names in os.walk(folder, followlinks=True):
+        visible = [f for f in sorted(folders) if not f.startswith(".")]
+        folders[:] = [f for f in visible if os.path.realpath(f"{root}/{f}") not in seen]
+        seen |= {os.path.realpath(f"{root}/{f}") for f in (".", *folders)}
+        files += [os.path.join(root, name) for name in names
+                  if Path(name).suffix.lower() in IMAGE_TYPES and not name.startswith(".")]
     if not files:
         raise InputError(f"{folder} holds no image ({', '.join(sorted(IMAGE_TYPES))}), directly or "
                          "in its folders")
-    return files
+    return sorted(files)
 
 
 def open_image(path):
-    """Any image file -> upright Pillow image; grey of 16 bit, 32 bit or float becomes 8 bit (white
-    is the first of 1, 255, 65535, 2^31 that no pixel exceeds by a tenth), palette and alpha become
-    RGB. An upright JPEG stays undecoded: `random_crop` may need less of it."""
-    image = Image.open(path)
-    with contextlib.suppress(SyntaxError, struct.error):    # broken EXIF: taken as upright
-        if image.getexif().get(0x0112, 1) != 1:    # orientation
-            image.load()
-            image.info.clear()    # else its other tags are written again, and fail if odd
-            image = ImageOps.exif_transpose(image)
-    if image.format == "JPEG":
-        return image
-    if image.mode.startswith("I") or image.mode == "F":
-        grey = np.nan_to_num(np.asarray(image, dtype=np.float64), posinf=0)
-        tops = (65535,) if image.mode.startswith("I;16") else (1, 255, 65535, 2 ** 31)
-        top = next((top for top in tops if grey.max() <= 1.1 * top), grey.max())
-        image = Image.fromarray((grey.clip(0, top) / top * 255).astype(np.uint8))
-    image.info.pop("transparency", None)    # of a palette: dropped like any other
-    return image.convert("RGB")
+    """Image file (or pixels (H, W, 3) uint8) -> upright Pillow RGB image, the first frame if there
+    are several. Grey of 16 or 32 bits is divided by 257, float grey is taken to lie in [0, 1];
+    transparency is dropped. Raises OSError naming the file."""
+    if isinstance(path, np.ndarray):
+        return Image.fromarray(path)
+    try:
+        image = Image.open(path)
+        with contextlib.suppress(SyntaxError, struct.error):    # broken EXIF: taken as upright
+            if image.getexif().get(0x0112, 1) != 1:    # orientation
+                image.load()
+                image.info.clear()    # else its other tags are written again, and fail if odd
+                image = ImageOps.exif_transpose(image)
+        if image.mode.startswith("I") or image.mode == "F":
+            grey = np.nan_to_num(np.asarray(image, dtype=np.float64))
+            grey = grey / 257 if image.mode.startswith("I") else grey * 255
+            image = Image.fromarray(grey.clip(0, 255).round().astype(np.uint8))
+        image.info.pop("transparency", None)    # of a palette: dropped like any other
+        return image.convert("RGB")
+    except (OSError, RuntimeError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        reason = re.sub("^cannot identify image file.*", "not an image", str(error))
+        raise OSError(f"cannot read image {path} ({reason or type(error).__name__})") from None
 
 
-def read_image(path):
-    """Any image file -> (3, H, W) uint8 RGB."""
-    return to_tensor(open_image(path))
+class Reader:
+    """Reads the pictures (files or pixels) of a data set, for keys (epoch, index).
 
+    All randomness of an item comes from (seed, epoch, index). An unreadable picture raises OSError;
+    with --skip-corrupt it is named once on stderr, and the next readable one takes its place in
+    training; in an evaluation the item is None.
+    """
 
-def to_tensor(image):
-    """Pillow image -> (3, H, W) uint8."""
-    return pil_to_tensor(image.convert("RGB"))
+    def __init__(self, pictures, args, train):
+        self.pictures = pictures
+        self.seed = args.seed
+        self.skip_corrupt = args.skip_corrupt
+        self.train = train
+        self.named = torch.zeros(len(pictures), dtype=torch.bool).share_memory_()    # by loaders
 
+    def __call__(self, key, transform):
+        """transform(Pillow image, index) of the picture; it may draw from torch's generator."""
+        epoch, index = key
+        with torch.random.fork_rng(devices=[]):    # the process's own generator is left alone
+            torch.default_generator.manual_seed(mix_seed(self.seed, epoch, index))
+            for i in range(index, index + min(100, len(self.pictures))):
+                i %= len(self.pictures)
+                try:
+                    return transform(open_image(self.pictures[i]), i)
+                except OSError as error:
+                    self.skip(i, error)
+                if not self.train:
+                    return None
+        raise OSError("100 unreadable images in a row, or all of them: is --data complete?")
 
-def open_item(item):
-    """Pillow image of an item of a data set: the path of a file, or the number of a toy picture."""
-    return Image.fromarray(toy_picture(item)[0]) if isinstance(item, int) else open_image(item)
-
-
-def read_or_next(read, items, index):
-    """read(item) of items[index], or of the next one that can be read -> what it returned, whether
-    another item stood in. OSError after 100 failures."""
-    for tries in range(100):
-        item = items[(index + tries) % len(items)]
-        try:
-            return read(item), tries > 0
-        except READ_ERRORS:
-            continue
-    raise OSError(f"100 unreadable images in a row, up to {item}: is --data complete?")
+    def skip(self, i, error):
+        if not self.skip_corrupt:
+            raise OSError(f"{error}: replace it by a good copy, or give --skip-corrupt to go on "
+                          "without it") from None
+        if not self.named[i]:
+            tqdm.write(f"{error}: left out", sys.stderr)
+        self.named[i] = True
 
 
 def random_crop(image, size, scale):
-    """RandomResizedCrop of a Pillow image to `size` (h, w), of `scale` of the area and ratio 3/4 ..
-    4/3, and a random flip -> (3, h, w) uint8. Draws from torch's global generator.
+    """RandomResizedCrop of a Pillow RGB image to `size` (h, w), of `scale` of the area and ratio
+    3/4 .. 4/3, and a random flip -> (3, h, w) uint8. Draws from torch's global generator.
 
-    A JPEG is decoded at 1/2, 1/4 or 1/8 of its size where the crop would be reduced by as much
-    anyhow. torch resizes uint8 three times as fast as Pillow, to the same pixels but for rounding.
+    torch resizes uint8 three times as fast as Pillow, to the same pixels but for rounding.
     """
     top, left, h, w = RandomResizedCrop.get_params(image, list(scale), [3 / 4, 4 / 3])
-    full_width, full_height = image.size
-    image.draft("RGB", (full_width * size[1] // w, full_height * size[0] // h))    # JPEG alone
-    x = image.width / full_width
-    y = image.height / full_height    # not x: sizes are rounded up
-    box = [round(edge) for edge in (left * x, top * y, (left + w) * x, (top + h) * y)]
-    pixels = to_tensor(image.crop(box))
+    pixels = pil_to_tensor(image.crop((left, top, left + w, top + h)))
     crop = resize(pixels, list(size), InterpolationMode.BICUBIC, antialias=True)
     return crop.flip(2) if torch.rand(()) < 0.5 else crop
-
-
-# --------------------------------------------------------------------------------------------------
-# The toy world of all demos
-# --------------------------------------------------------------------------------------------------
-# Coordinates of an object: u right, v down, both about -1 .. 1. Shapes are positive inside.
-TOY_SHAPES = {
-    "disc": lambda u, v: 0.9 - np.hypot(u, v),
-    "square": lambda u, v: 0.8 - np.maximum(abs(u), abs(v)),
-    "triangle": lambda u, v: 0.6 - np.maximum(v - 0.1, 0.866 * abs(u) - 0.5 * v),
-    "flower": lambda u, v: 0.8 + 0.25 * np.cos(5 * np.arctan2(u, -v)) - np.hypot(u, v),
-}
-TOY_PATTERNS = {
-    "stripes": lambda u, v: np.cos(7 * v),
-    "bars": lambda u, v: np.cos(7 * u),
-    "rings": lambda u, v: np.cos(9 * np.hypot(u, v)),
-    "spokes": lambda u, v: np.cos(6 * np.arctan2(u, -v)),
-}
-TOY_CLASSES = tuple(f"{shape} with {pattern}" for pattern in TOY_PATTERNS for shape in TOY_SHAPES)
-
-
-@functools.lru_cache(maxsize=20_000)
-def toy_picture(index, size=(48, 48), time=0.0, scale=1.0):
-    """Picture `index` of an endless world of patterned shapes, whose colours tell nothing.
-
-    -> image (H, W, 3) uint8; label, the main object's class, index % 16; label map (H, W) uint8, 0
-    the ground, k + 1 class k; box (x, y, w, h) of the main object in pixels. Do not write to them.
-    The main object lies on two small ones. `time` moves all three: 10 frames a unit make a video.
-    scale: size of the objects; below 1 the other two are as large and of the same class: rivals.
-    """
-    rng = np.random.default_rng([7, index])
-    label = index % len(TOY_CLASSES)
-    middle = np.array(size) / 2
-    image = np.tile(rng.uniform(0.15, 0.85) + rng.uniform(-0.1, 0.1, 3), (*size, 1))
-    labels = np.zeros(size, np.uint8)
-    for main in (False, False, True):
-        alike = main or scale < 1
-        kind = label if alike else rng.integers(len(TOY_CLASSES))
-        radius = rng.uniform(0.8, 1.0) * scale * middle.min()
-        radius *= 1 if alike else 0.3
-        light = rng.uniform(0.65, 0.9) + rng.uniform(-0.1, 0.1, 3)
-        dark = rng.uniform(0.1, 0.35) + rng.uniform(-0.1, 0.1, 3)
-
-        # place (y, x) and angle at this time, within the room in which the object stays in view
-        room = np.maximum(middle - 0.9 * radius, 0) * (0.35 if main else 0.5)
-        swing = np.sin(rng.uniform(0, 2 * np.pi, 2) + rng.uniform(0.5, 1.5, 2) * time)
-        y, x = middle + room * (rng.uniform(-1, 1, 2) + swing)
-        angle = rng.uniform(-0.15, 0.15) + 0.15 * np.sin(rng.uniform(0.5, 1.5) * time)
-
-        # only the window around the object is drawn on
-        top, left = max(0, int(y - 1.2 * radius)), max(0, int(x - 1.2 * radius))
-        window = np.s_[top:int(y + 1.2 * radius) + 1, left:int(x + 1.2 * radius) + 1]
-        rows, columns = np.mgrid[:size[0], :size[1]][(slice(None), *window)].astype(np.float32)
-        rows = (rows + 0.5 - y) / radius
-        columns = (columns + 0.5 - x) / radius
-        u = np.cos(angle) * columns + np.sin(angle) * rows
-        v = np.cos(angle) * rows - np.sin(angle) * columns
-        shape, pattern = TOY_CLASSES[kind].split(" with ")
-        inside = (TOY_SHAPES[shape](u, v) * radius + 0.5).clip(0, 1)[..., None]    # soft edge
-        shade = (0.75 * TOY_PATTERNS[pattern](u, v) + 0.5).clip(0, 1)[..., None]
-        image[window] += inside * (dark + shade * (light - dark) - image[window])
-        labels[window][inside[..., 0] > 0.5] = kind + 1
-    ys, xs = np.nonzero(inside[..., 0] > 0.5)
-    box = (left + xs.min(), top + ys.min(), np.ptp(xs) + 1, np.ptp(ys) + 1)
-    image = (255 * image.clip(0, 1)).round().astype(np.uint8)
-    return image, label, labels, tuple(float(edge) for edge in box)

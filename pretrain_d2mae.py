@@ -4,13 +4,14 @@ r"""MAE pre-training of lightweight ViTs with decoupled attention distillation, 
     torchrun --nproc_per_node=8 pretrain_d2mae.py --method mae              # its MAE baseline
     torchrun --nproc_per_node=8 pretrain_d2mae.py --model hiera_tiny --method d-mae \
         --teacher mae_hiera_base_224.pth
-    python pretrain_d2mae.py --demo                                         # needs no files
+    python tests/demo.py                                                    # needs no files
 
 The student sees a quarter of the patches and learns two things. Its block 8 feeds a small decoder
-that paints the other patches (L_rec). The attention map of one extra, 13th attention after block 12
-imitates, through a learned mix of heads, that of the teacher's last block over the same visible
-patches (L_attn). So reconstruction shapes the lower layers, distillation all of them, and nothing
-is traded off. Read `MaskedAutoencoder.forward` next to the paper, then `train`.
+that predicts the masked patches (L_rec). The attention map of one extra, 13th attention after block
+12 imitates, through a learned mix of heads, that of the teacher's last block over the same visible
+patches (L_attn). So reconstruction shapes the lower blocks, distillation all of them, and the two
+losses do not compete in blocks 9 to 12. Read `MaskedAutoencoder.forward` next to the paper, then
+`train`.
 
 Shapes: B images, N patches, V visible, M = N - V masked, T = 1 + V tokens, D width, H heads,
         P = 3 * patch_size^2. Hiera: N, V, M count mask units of 32x32 pixels; each holds 4 tokens
@@ -24,21 +25,13 @@ NOTES, departures from the authors' code:
   map are never created (the authors keep v, unused).
 - Tokens and position tables get no weight decay; the authors' code decays those that are trained.
 - Crops, flips and masks are a function of (seed, epoch, image), not of the process that makes them:
-  a run does not depend on the number of workers or processes, and resumes as if never interrupted.
-- A JPEG is decoded at reduced size where a crop would be reduced by as much anyway.
+  a run depends neither on the number of workers nor on that of processes, and a run that was killed
+  resumes to the same bits (on a CPU, or on GPUs of one kind with deterministic kernels).
+- Crops are resized bicubically; the authors draw bilinear or bicubic at random.
 - Attention maps are compared in float32, the authors' in float16; GPUs from Ampere on multiply
   float32 matrices in TensorFloat-32.
-- The losses are read on the host once per optimizer step, before the update: a loss that is not
-  finite stops every process while the weights are still good.
 """
-import argparse
-import datetime
 import math
-import os
-import signal
-import sys
-import threading
-import time
 from pathlib import Path
 
 import numpy as np
@@ -47,35 +40,24 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_
 from torch.optim import AdamW
-from torch.utils.data import Dataset, DistributedSampler
+from torch.utils.data import Dataset
+from torchvision.transforms.v2.functional import pil_to_tensor
 from torchvision.utils import draw_bounding_boxes, make_grid
 from tqdm import tqdm
 
-from models import (IMAGENET_MEAN, IMAGENET_STD, MODELS, Block, HieraBlock, InputError, LayerNorm,
-                    add_run_options, attention_logits, average_over_processes, check_readable,
-                    check_step, choose_device, choose_dtype, depth_of, endless_batches, fingerprint,
-                    infer_model, init_mae, init_patch_embed, list_images, load_encoder, load_state,
-                    log_line, mix_seed, normalize, number, open_item, own_batches, parallel,
-                    param_groups, plain, plain_errors, random_crop, read_log, read_or_next, reroll,
-                    resume, save_checkpoint, sincos_2d, start_log, take_patches, to_tensor)
+from models import (Block, InputError, Parser, Reader, attention_logits, build_model, eval_loader,
+                    init_distributed, init_mae, list_images, log, lr_at, normalize, param_groups,
+                    plain_errors, random_crop, resume, save, sincos_2d, train_loader)
 
 RECIPE = dict(    # Sec. 4; settings without an option. All others: `parse_args`
     decoder_dim=96, decoder_depth=1, decoder_heads=3,
-    norm_pix=True,                          # targets normalised per patch
     betas=(0.9, 0.95), weight_decay=0.05,   # AdamW; no decay of biases, norms and tokens
     min_lr=0.0,                             # end of the cosine
     val_images=512,                         # held-out images at most
-    eval_every=10,                          # epochs between evaluations with pictures
-    log_every=20,                           # optimizer steps per line of log.jsonl
 )
-DEMO = dict(data="toy", out="out/demo/pretrain", model="vit_pico", image_size=[48], patch_size=8,
-            crop_scale=(1.0, 1.0), epochs=14, batch_size=64, base_lr=1.2e-2, val_images=128,
-            workers=1, eval_every=4)
-DEMO_TEACHER = dict(    # a higher rate makes attention logits too large to be imitated
-    method="mae", model="vit_nano", epochs=12, base_lr=6e-3, decoder_tap=None,
-    distill="attention", distill_layers=None)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -89,27 +71,30 @@ def random_masking(noise, mask_ratio):
     return ids[:, :keep], ids[:, keep:]
 
 
+def patch_view(images, patch_size, channels_last):
+    """Images (B, 3, H, W) as a view of patches (B, h, w, p, p, 3), MAE's order of pixels, or (B, h,
+    w, 3, p, p), Hiera's."""
+    p = patch_size
+    patches = images.unfold(2, p, p).unfold(3, p, p)                         # (B, 3, h, w, p, p)
+    return patches.permute((0, 2, 3, 4, 5, 1) if channels_last else (0, 2, 3, 1, 4, 5))
+
+
 def patch_pixels(images, ids, patch_size, channels_last=True):
-    """Pixels of the patches `ids` (B, M) of images (B, 3, H, W) -> (B, M, P), ordered (row, column,
-    channel) as in MAE, or (channel, row, column) as in Hiera. Only those patches are copied."""
-    patches = take_patches(images, patch_size, ids)                          # (B, M, 3, p, p)
-    if channels_last:
-        patches = patches.permute(0, 1, 3, 4, 2)
-    return patches.flatten(2)
+    """Pixels of the patches `ids` (B, M) of images (B, 3, H, W) -> (B, M, P). Only those patches
+    are copied."""
+    patches = patch_view(images, patch_size, channels_last)
+    batch = torch.arange(images.shape[0], device=images.device)[:, None]
+    w = patches.shape[2]
+    return patches[batch, ids // w, ids % w].flatten(2)
 
 
-def paste_patches(images, patches, ids, patch_size, channels_last=True):
-    """Inverse of `patch_pixels`: a copy of the images with these pixels in the patches' place."""
-    B, p = len(images), patch_size
-    w = images.shape[3] // p
-    shape = (p, p, 3) if channels_last else (3, p, p)
-    patches = patches.unflatten(2, shape)                                    # (B, M, 3, p, p) or so
-    if channels_last:
-        patches = patches.permute(0, 1, 4, 2, 3)
+def paste_patches(images, pixels, ids, patch_size, channels_last=True):
+    """Inverse of `patch_pixels`: a copy of the images with patches `ids` replaced."""
     images = images.clone()
-    grid = images.view(B, 3, -1, p, w, p).permute(0, 2, 4, 1, 3, 5)          # written through
-    batch = torch.arange(B, device=images.device)[:, None]
-    grid[batch, ids // w, ids % w] = patches
+    patches = patch_view(images, patch_size, channels_last)                  # written through
+    batch = torch.arange(images.shape[0], device=images.device)[:, None]
+    w = patches.shape[2]
+    patches[batch, ids // w, ids % w] = pixels.unflatten(2, patches.shape[3:])
     return images
 
 
@@ -120,7 +105,8 @@ def normalize_patches(patches):
 
 
 def reconstruction_loss(pred, target):
-    """L_rec: mean squared error over the masked patches alone. Two (B, M, P); in float32."""
+    """L_rec: mean squared error over the masked patches alone. pred, target: (B, M, P); computed in
+    float32."""
     return F.mse_loss(pred.float(), target.float())
 
 
@@ -136,67 +122,46 @@ def attention_loss(student, teacher, adapter):
 
 
 # --------------------------------------------------------------------------------------------------
-# Method: student, decoder, adapter
+# Method: student, decoder, distillation
 # --------------------------------------------------------------------------------------------------
 class MaskedAutoencoder(nn.Module):
-    """Student of MAE, D-MAE and D2-MAE on a ViT: encoder, decoder, and what distillation adds.
+    """Student of MAE, D-MAE and D2-MAE on a ViT: encoder, decoder and, with a teacher, distillation.
 
     encoder: VisionTransformer without a head. decoder_tap: block whose normalised output the
-    decoder reads. teacher: read for its number of heads only, not stored. decoupled: D2-MAE, the
-    student's map comes from a 13th attention behind the last block. HieraMaskedAutoencoder
-    overrides build_decoder, latent, position_rows, patches and paste.
+    decoder reads. distillation: `Distillation` or None. HieraMaskedAutoencoder overrides
+    build_decoder, latent, position_rows, patches and paste.
     """
 
     def __init__(self, encoder, decoder_tap=12, decoder_dim=96, decoder_depth=1, decoder_heads=3,
-                 norm_pix=True, teacher=None, alpha=1.0, decoupled=False):
+                 norm_pix=True, distillation=None, alpha=1.0):
         super().__init__()
         self.encoder = encoder
         self.decoder_tap = decoder_tap
         self.norm_pix = norm_pix
         self.alpha = alpha
-        self.decoupled = decoupled
         self.taps = {decoder_tap}    # blocks whose outputs the losses read
         self.build_decoder(decoder_dim, decoder_depth, decoder_heads)
-        self.apply(init_mae)    # the encoder too: Hiera's own initialisation is for classifiers
-        init_patch_embed(encoder.patch_embed.proj)
-        if teacher is not None:
-            self.build_distillation(teacher)
+        init_mae(self)               # the encoder too: Hiera's own initialisation is for classifiers
+        self.distillation = distillation
+        if distillation:
+            self.taps |= distillation.taps
 
     def build_decoder(self, dim, depth, heads):
         """The decoder of MAE: embedding, mask token, fixed positions, blocks, norm, pixels."""
-        self.cells = self.encoder.grid[0] * self.encoder.grid[1]    # patches; of Hiera, mask units
+        self.cells = math.prod(self.encoder.grid)    # patches; of Hiera, mask units
         self.decoder_embed = nn.Linear(self.encoder.embed_dim, dim)
         self.mask_token = nn.Parameter(torch.randn(1, 1, dim) * 0.02)
         positions = sincos_2d(dim, self.encoder.grid)
         self.decoder_pos_embed = nn.Parameter(positions, requires_grad=False)
         self.decoder_blocks = nn.ModuleList([Block(dim, heads) for _ in range(depth)])
-        self.decoder_norm = LayerNorm(dim)
+        self.decoder_norm = nn.LayerNorm(dim, eps=1e-6)
         self.decoder_pred = nn.Linear(dim, 3 * self.encoder.patch_size ** 2)
 
-    def build_distillation(self, teacher):
-        """The adapter over heads and, for D2-MAE, the 13th attention."""
-        heads = self.encoder.blocks[-1].attn.num_heads
-        self.attn_adapter = nn.Conv2d(heads, teacher.blocks[-1].attn.num_heads, 1, bias=False)
-        if self.decoupled:
-            self.build_extra_attention()
-            self.taps |= {self.encoder.depth}
-        else:
-            self.taps |= {self.encoder.depth - 1}    # the input of the last block gives its map
-
-    def build_extra_attention(self):
-        """The 13th block, as far as its attention map: LayerNorm, q and k."""
-        dim = self.encoder.embed_dim
-        self.extra_norm = LayerNorm(dim)
-        self.extra_qk = nn.Linear(dim, 2 * dim)
-        bound = math.sqrt(6 / (dim + 3 * dim))    # Xavier as if v were there, as the authors do
-        nn.init.uniform_(self.extra_qk.weight, -bound, bound)
-        nn.init.zeros_(self.extra_qk.bias)
-
-    def forward(self, images, ids_keep, ids_masked, teacher_map=None):
+    def forward(self, images, ids_keep, ids_masked, teacher_maps=None):
         """L = L_rec + alpha * L_attn -> dict of scalars: loss, rec and, with a teacher, attn.
 
-        images (B, 3, H, W) normalised; teacher_map (B, H_T, T, T): pre-softmax map of the teacher's
-        last block for the same images and ids_keep, see `teacher_signal`.
+        images (B, 3, H, W) normalised; teacher_maps: pre-softmax maps of the teacher for the same
+        images and ids_keep, see `teacher_maps`.
         """
         features = self.encoder.forward_features(images, self.taps, ids_keep)   # block -> (B, T, D)
 
@@ -205,17 +170,12 @@ class MaskedAutoencoder(nn.Module):
         pred = self.forward_decoder(latent, ids_keep, ids_masked)               # (B, M, P)
         target = self.target(images, ids_masked)                                # (B, M, P)
         rec = reconstruction_loss(pred, target)
-        if teacher_map is None:
+        if teacher_maps is None:
             return {"loss": rec, "rec": rec}
 
         # distillation: the map of the 13th attention (D2-MAE) or of the last block (D-MAE)
-        attn = self.distillation_loss(features, teacher_map)
+        attn = self.distillation(self.encoder, features, teacher_maps)
         return {"loss": rec + self.alpha * attn, "rec": rec, "attn": attn}
-
-    def distillation_loss(self, features, teacher_map):
-        """L_attn between the student's and the teacher's map. The ablations override it."""
-        student_map = self.student_map(features)                                # (B, H_S, T, T)
-        return attention_loss(student_map, teacher_map, self.attn_adapter)
 
     def latent(self, features):
         # In D2-MAE this norm, and so the one in encoder.pt, belongs to block 8, not to block 12.
@@ -224,7 +184,7 @@ class MaskedAutoencoder(nn.Module):
     def forward_decoder(self, latent, ids_keep, ids_masked):
         """Visible tokens (B, T, D) -> pixels of the masked patches (B, M, P), in their order.
 
-        Tokens stand as [class, ids_keep, ids_masked].
+        Tokens are ordered [class, ids_keep, ids_masked].
         """
         x = self.decoder_embed(latent)                                          # (B, 1 + V, D_dec)
         B, T, _ = x.shape
@@ -237,7 +197,7 @@ class MaskedAutoencoder(nn.Module):
 
     def position_rows(self, ids_keep, ids_masked):
         """Row of the decoder's position table for each token; row 0 is the class token's."""
-        class_row = ids_keep.new_zeros(len(ids_keep), 1)
+        class_row = ids_keep.new_zeros(ids_keep.shape[0], 1)
         return torch.cat([class_row, ids_keep + 1, ids_masked + 1], dim=1)
 
     def target(self, images, ids_masked):
@@ -251,147 +211,149 @@ class MaskedAutoencoder(nn.Module):
     def paste(self, images, patches, ids):
         return paste_patches(images, patches, ids, self.encoder.patch_size)
 
-    def student_map(self, features):
-        """The student's pre-softmax map (B, H_S, T, T) that imitates the teacher's last one."""
-        depth = self.encoder.depth
-        if not self.decoupled:
-            return self.encoder.attention_map(features[depth - 1], depth)
-        heads = self.encoder.blocks[-1].attn.num_heads
-        qk = self.extra_qk(self.extra_norm(features[depth]))                    # (B, T, 2 D)
-        q, k = qk.unflatten(2, (2, heads, -1)).permute(2, 0, 3, 1, 4)           # 2 x (B, H, T, d)
-        return attention_logits(q, k)
-
     @torch.no_grad()
-    def teacher_signal(self, teacher, images, ids_keep):
-        """What the loss reads of the frozen teacher, and nothing more: blocks 1 to last - 1, then
-        LayerNorm, q and k of the last -> pre-softmax map (B, H_T, T, T)."""
-        x = teacher.forward_features(images, [teacher.depth - 1], ids_keep)[teacher.depth - 1]
-        return teacher.attention_map(x, teacher.depth)
+    def teacher_maps(self, teacher, images, ids_keep):
+        """What the loss reads of the frozen teacher -> list of maps (B, H_T, T, T), one for each
+        distilled block; None without a teacher."""
+        if teacher is not None:
+            return self.distillation.teacher_maps(teacher, images, ids_keep)
+
+
+class Distillation(nn.Module):
+    """L_attn between student and teacher: in the paper between their last blocks.
+
+    decoupled: D2-MAE, where the last block's map A_S is that of a 13th attention behind it. layers,
+    signal: ablations. Student blocks (from 1) that imitate the teacher's at the same relative
+    depth, with the sum of their losses; "attention" before the softmax, "probabilities" after it,
+    or "hidden" states ("representation" of Fig. 2, through a bias-free linear layer).
+    """
+
+    def __init__(self, encoder, teacher, decoupled=False, layers=(), signal="attention"):
+        super().__init__()
+        depth = encoder.depth
+        self.layers = list(layers) or [depth]
+        self.teacher_layers = [max(1, k * teacher.depth // depth) for k in self.layers]
+        self.signal = signal
+        self.extra = depth if decoupled else None    # the block that the 13th attention replaces
+        heads = [model.blocks[-1].attn.num_heads for model in (encoder, teacher)]
+        self.adapters = nn.ModuleList()              # M, one for each layer
+        for _ in self.layers:
+            hidden = nn.Linear(encoder.embed_dim, teacher.embed_dim, bias=False)
+            self.adapters.append(
+                hidden if signal == "hidden" else nn.Conv2d(*heads, 1, bias=False))
+        outputs = self.layers if signal == "hidden" else [self.extra]
+        self.taps = {k if k in outputs else k - 1 for k in self.layers}    # a map needs the input
+        if decoupled:
+            dim = encoder.embed_dim
+            self.extra_norm = nn.LayerNorm(dim, eps=1e-6)
+        if decoupled and signal != "hidden":
+            self.extra_qk = nn.Linear(dim, 2 * dim)
+            bound = math.sqrt(6 / (dim + 3 * dim))    # Xavier as if v were there, as the authors do
+            nn.init.uniform_(self.extra_qk.weight, -bound, bound)
+            nn.init.zeros_(self.extra_qk.bias)
+
+    def forward(self, encoder, features, teacher_maps):
+        """features {tap: (B, T, D)} of the student, maps of the teacher -> L_attn, a scalar."""
+        loss = 0.0
+        for k, adapter, teacher in zip(self.layers, self.adapters, teacher_maps):
+            student = self.student_map(encoder, features, k)                    # (B, H_S, T, T)
+            if self.signal == "probabilities":
+                student, teacher = student.softmax(dim=-1), teacher.softmax(dim=-1)
+            loss = loss + attention_loss(student, teacher, adapter)
+        return loss
+
+    def student_map(self, encoder, features, k):
+        """A_S: pre-softmax map (B, H_S, T, T), or hidden states (B, T, D), of the student's block k;
+        of the 13th attention in place of block 12 (D2-MAE)."""
+        if k == self.extra:
+            x = self.extra_norm(features[k])
+            if self.signal == "hidden":
+                return x
+            heads = encoder.blocks[-1].attn.num_heads
+            qk = self.extra_qk(x).unflatten(2, (2, heads, -1))                  # (B, T, 2, H, d)
+            return attention_logits(*qk.permute(2, 0, 3, 1, 4))
+        if self.signal == "hidden":
+            return encoder.representation(features[k], k)
+        return encoder.attention_map(features[k - 1], k)
+
+    def teacher_maps(self, teacher, images, ids_keep):
+        """A_T of each layer. No more of the teacher is run than: blocks 1 to last - 1, then
+        LayerNorm, q and k of the last."""
+        hidden = self.signal == "hidden"
+        taps = {k: k if hidden else k - 1 for k in self.teacher_layers}
+        read = teacher.representation if hidden else teacher.attention_map
+        features = teacher.forward_features(images, set(taps.values()), ids_keep)
+        return [read(features[taps[k]], k) for k in self.teacher_layers]
 
 
 # --------------------------------------------------------------------------------------------------
 # Training
 # --------------------------------------------------------------------------------------------------
-def lr_at(step, total, warmup, lr, min_lr):
-    """Learning rate of step `step` (from 0): linear warm-up from 0, then half a cosine."""
-    if step < warmup:
-        return lr * step / warmup
-    done = (step - warmup) / max(1, total - warmup)
-    return min_lr + (lr - min_lr) / 2 * (1 + math.cos(math.pi * done))
-
-
 def train(args):
     """Train into args.out: a new run, or the one that last.pt there continues."""
-    run = init_distributed(args)
-    rank, world, device, dtype = run
+    rank, world, device, dtype = run = init_distributed(args)
     teacher = load_teacher(args, device) if args.teacher else None
     torch.manual_seed(args.seed)    # after the teacher: every method starts from one encoder
     model = build_student(args, teacher).to(device)
     train_set, val_set = make_data(args, model.cells)
-    args.train_images = len(train_set)    # resuming needs the same, and the same teacher
-    args.teacher_sha = fingerprint(args.teacher)
-
-    sampler = EpochSampler(train_set, args.batch_size, args.accum_steps, rank, world, args.seed)
-    steps_per_epoch = sampler.steps_per_epoch
-    total = args.epochs * steps_per_epoch
-    last_step = min(total, args.max_steps or total)
-    peak_lr = args.base_lr * sampler.batch_size / 256
+    loader = train_loader(train_set, args, rank, world)
+    steps = len(loader) // args.accum_steps    # optimizer steps per epoch
+    peak_lr = args.base_lr * loader.sampler.batch_size / 256
     optimizer = AdamW(param_groups(model, args.weight_decay), peak_lr, args.betas, fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    describe(run, args, model, train_set, val_set, sampler, peak_lr)
+    first_epoch = resume(args, rank, world, model, optimizer, scaler)["epoch"]
 
-    step = resume(args, FIXED, model, optimizer, scaler, rank, world)["step"]
-    sampler.first_step = step
-    student = parallel(model, args, device, world)
-    batches = endless_batches(train_set, sampler, args, device)
-    log = RunLog(args, step, last_step, sampler.batch_size, rank)
+    student = torch.compile(model) if args.compile else model
+    teacher_maps = torch.compile(model.teacher_maps) if args.compile else model.teacher_maps
+    if world > 1:
+        student = DistributedDataParallel(student, broadcast_buffers=False)
+    if rank == 0:
+        parameters = sum(p.numel() for p in model.encoder.parameters()) / 1e6
+        print(f"{args.method}: {args.model} of {parameters:.2f}M parameters; peak lr {peak_lr:.3g}")
+    if not first_epoch:
+        report(args, run, model, teacher, val_set, epoch=0, step=0)
 
-    while True:
-        # evaluate: at the top, so that a run killed while it evaluates repeats it when it goes on
-        if step % (args.eval_every * steps_per_epoch) == 0 or step >= last_step:
-            report(run, args, model, teacher, val_set, step)
-        if step >= last_step:
-            break
-
-        # forward and backward, in micro-steps in which the host never waits for the device
-        started = time.perf_counter()
-        waited = 0.0
-        totals = {}
-        items = []
+    for epoch in range(first_epoch, args.epochs):
+        loader.sampler.set_epoch(epoch)
         student.train()    # nothing below draws random numbers: masks come with the data
-        for micro_step in range(args.accum_steps):
-            before = time.perf_counter()
-            images, noise, index, unreadable = next(batches)
-            waited += time.perf_counter() - before
-            items += zip(index.tolist(), unreadable.tolist())
+        bar = tqdm(loader, f"epoch {epoch + 1}/{args.epochs}", disable=rank > 0)
+        for i, (images, noise) in enumerate(bar):
+            step = epoch * steps + i // args.accum_steps
+            update = (i + 1) % args.accum_steps == 0
             images = normalize(images.to(device, non_blocking=True), args.mean, args.std)
             noise = noise.to(device, non_blocking=True)
             ids_keep, ids_masked = random_masking(noise, args.mask_ratio)
-            student.require_backward_grad_sync = micro_step == args.accum_steps - 1    # for DDP
+            student.require_backward_grad_sync = update    # DistributedDataParallel reads it
             with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-                teacher_map = model.teacher_signal(teacher, images, ids_keep) if teacher else None
-                losses = student(images, ids_keep, ids_masked, teacher_map)
+                maps = teacher_maps(teacher, images, ids_keep)
+                losses = student(images, ids_keep, ids_masked, maps)
             scaler.scale(losses["loss"] / args.accum_steps).backward()
-            for name, loss in losses.items():
-                totals[name] = totals.get(name, 0) + loss.detach() / args.accum_steps
+            if not update:
+                continue
 
-        # clip, and look at the losses before they can harm the weights: the one wait of a step
-        lr = lr_at(step, total, args.warmup_epochs * steps_per_epoch, peak_lr, args.min_lr)
-        scaler.unscale_(optimizer)
-        totals["grad_norm"] = clip_grad_norm_(model.parameters(), args.clip_grad or math.inf)
-        totals["unreadable"] = world * sum(unreadable for _, unreadable in items)
-        totals["stop"] = log.stop.is_set()
-        values = average_over_processes(totals, world, device)
-        check_step(values, totals["loss"], items, train_set, args, step, lr, scaler)
+            scaler.unscale_(optimizer)
+            grad_norm = clip_grad_norm_(model.parameters(), args.clip_grad or math.inf)
+            lr = lr_at(step, args.epochs * steps, args.warmup_epochs * steps, peak_lr, args.min_lr)
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad(set_to_none=True)
 
-        # update
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        scaler.step(optimizer)
-        scaler.update()
-        optimizer.zero_grad(set_to_none=True)
-        step += 1
+            if step % args.log_every == 0:    # the only device-to-host sync
+                values = log(args, rank, world, epoch=epoch + 1, step=step, lr=lr,
+                             grad_norm=grad_norm, **losses)
+                bar.set_postfix(loss=f"{values['loss']:.4f}")
 
-        # log, save
-        log.add(step, lr, values, time.perf_counter() - started, waited)
-        if step % steps_per_epoch == 0 or step == last_step or values["stop"]:
-            save(args, model, optimizer, scaler, step, rank)
-        if values["stop"] and step < last_step:
-            break
-
-    log.close(step)
-
-
-def save(args, model, optimizer, scaler, step, rank):
-    """encoder.pt, what the other scripts start from; then last.pt, all that the run needs to go
-    on: a run killed between the two makes both again."""
-    if rank == 0:
-        about = dict(arch=model.encoder.arch, mean=list(args.mean), std=list(args.std),
-                     norm_pix=args.norm_pix, args=plain(args), step=step)
-        save_checkpoint(Path(args.out, "encoder.pt"), model=model.encoder.state_dict(), **about)
-        save_checkpoint(Path(args.out, "last.pt"), model=model.state_dict(),
-                        optimizer=optimizer.state_dict(), scaler=scaler.state_dict(), **about)
-
-
-def describe(run, args, model, train_set, val_set, sampler, peak_lr):
-    """Print what this run is, once."""
-    rank, world, device, dtype = run
-    if rank != 0:
-        return
-    encoder = sum(p.numel() for p in model.encoder.parameters()) / 1e6
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad) / 1e6
-    print(f"{args.method} on {args.model}: encoder {encoder:.2f}M parameters, {trained:.2f}M "
-          f"trained with decoder and adapter; decoder on block {args.decoder_tap}, distilled: "
-          f"{args.distill_layers or 'none'}")
-    print(f"{len(train_set)} training images, {len(val_set)} held out; {sampler.steps_per_epoch} "
-          f"steps an epoch, warm-up {args.warmup_epochs:g} of {args.epochs} epochs")
-    print(f"batch {sampler.batch_size} = {sampler.micro_batch} images x {world} process(es) x "
-          f"{args.accum_steps} micro-steps; lr {peak_lr:.3g} = {args.base_lr:g} * "
-          f"{sampler.batch_size} / 256; {device}, {dtype}")
+        if (epoch + 1) % args.eval_every == 0 or epoch + 1 == args.epochs:
+            report(args, run, model, teacher, val_set, epoch=epoch + 1, step=(epoch + 1) * steps)
+        save(args, rank, "encoder.pt", model.encoder, epoch=epoch + 1)
+        save(args, rank, "last.pt", model, epoch=epoch + 1, norm_pix=args.norm_pix,
+             optimizer=optimizer.state_dict(), scaler=scaler.state_dict())
 
 
 # --------------------------------------------------------------------------------------------------
-# Variants of the method: Hiera, and the ablations of what is distilled
+# MAE and D-MAE on Hiera
 # --------------------------------------------------------------------------------------------------
 class HieraMaskedAutoencoder(MaskedAutoencoder):
     """MAE and D-MAE on Hiera (with q_pool=2): the decoder fuses stages 1, 2 and the last block.
@@ -412,12 +374,12 @@ class HieraMaskedAutoencoder(MaskedAutoencoder):
         self.multi_scale_fusion_heads = nn.ModuleList([
             nn.Conv2d(widths[0], width, 4, 4),      # stage 1: 8x8 tokens of a unit -> 2x2
             nn.Conv2d(widths[1], width, 2, 2)])     # stage 2: 4x4 tokens of a unit -> 2x2
-        self.encoder_norm = LayerNorm(width)
+        self.encoder_norm = nn.LayerNorm(width, eps=1e-6)
         self.decoder_embed = nn.Linear(width, dim)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, dim))
         self.decoder_pos_embed = nn.Parameter(torch.zeros(1, 4 * h * w, dim))    # raster, learned
-        self.decoder_blocks = nn.ModuleList([HieraBlock(dim, dim, heads) for _ in range(depth)])
-        self.decoder_norm = LayerNorm(dim)
+        self.decoder_blocks = nn.ModuleList([Block(dim, heads) for _ in range(depth)])
+        self.decoder_norm = nn.LayerNorm(dim, eps=1e-6)
         self.decoder_pred = nn.Linear(dim, 3 * 16 * 16)
         nn.init.trunc_normal_(self.mask_token, std=0.02)
         nn.init.trunc_normal_(self.decoder_pos_embed, std=0.02)
@@ -430,18 +392,13 @@ class HieraMaskedAutoencoder(MaskedAutoencoder):
 
     def latent(self, features):
         """Stages 1, 2 and the last block, fused at 2x2 tokens a unit, normalised -> (B, 4 V, D)."""
-        first, second, _, last = self.encoder.stage_ends
+        encoder = self.encoder
+        first, second, _, last = encoder.stage_ends
         head1, head2 = self.multi_scale_fusion_heads
-        B = len(features[last])
-        fused = self.units(features[last], 1)                                   # (B V, D, 2, 2)
-        fused = fused + head1(self.units(features[first], 3))
-        fused = fused + head2(self.units(features[second], 2))
-        return self.encoder_norm(fused.flatten(2).transpose(1, 2).reshape(B, -1, fused.shape[1]))
-
-    def units(self, x, rounds):
-        """Unrolled tokens (B, 4^rounds * V, C) -> raster map of each unit (B V, C, 2^r, 2^r)."""
-        x = x.unflatten(1, (4 ** rounds, -1)).transpose(1, 2).flatten(0, 1)     # (B V, 4^r, C)
-        return reroll(x, (1, 1), rounds).permute(0, 3, 1, 2)
+        fused = encoder.unit_maps(features[last], 1)                            # (B V, D, 2, 2)
+        fused = fused + head1(encoder.unit_maps(features[first], 3))
+        fused = fused + head2(encoder.unit_maps(features[second], 2))
+        return self.encoder_norm(fused.flatten(2).transpose(1, 2).reshape(features[last].shape))
 
     def position_rows(self, ids_keep, ids_masked):
         """There is no class token: rows are the raster indices of 4 tokens a unit."""
@@ -454,165 +411,102 @@ class HieraMaskedAutoencoder(MaskedAutoencoder):
         return paste_patches(images, patches, self.raster_ids(ids), 16, channels_last=False)
 
 
-class AblatedAutoencoder(MaskedAutoencoder):
-    """D-MAE or D2-MAE with another signal: several student blocks `layers` (from 1), attention
-    before or after the softmax, or hidden states ("representation" of Fig. 2, through a bias-free
-    linear layer). The loss is the sum over the layers."""
-
-    def __init__(self, encoder, teacher, layers, distill="attention", **options):
-        super().__init__(encoder, **options)
-        self.layers = list(layers)
-        self.distill = distill
-        if self.decoupled:
-            self.build_extra_attention()
-            if distill == "hidden":
-                del self.extra_qk    # the normalised tokens are read, no map is
-        self.adapters = nn.ModuleDict()
-        for k in layers:
-            if distill == "hidden":
-                adapter = nn.Linear(encoder.embed_dim, teacher.embed_dim, bias=False)
-            else:
-                heads = [model.blocks[-1].attn.num_heads for model in (encoder, teacher)]
-                adapter = nn.Conv2d(*heads, 1, bias=False)
-            self.adapters[str(k)] = adapter
-            reads_output = distill == "hidden" or self.is_extra(k)
-            self.taps |= {k if reads_output else k - 1}    # a map needs the block's input
-
-    def is_extra(self, k):
-        return self.decoupled and k == self.encoder.depth
-
-    def distillation_loss(self, features, teacher_signals):
-        """The sum of the layers' losses."""
-        loss = 0.0
-        for k, teacher in zip(self.layers, teacher_signals):
-            student = self.student_signal(features, k)
-            if self.distill == "probabilities":
-                student, teacher = student.softmax(dim=-1), teacher.softmax(dim=-1)
-            loss = loss + attention_loss(student, teacher, self.adapters[str(k)])
-        return loss
-
-    def student_signal(self, features, k):
-        """Map (B, H, T, T), or hidden state (B, T, D), that imitates the teacher's at block k."""
-        if self.distill == "hidden" and self.is_extra(k):
-            return self.extra_norm(features[k])
-        if self.distill == "hidden":
-            return self.encoder.representation(features[k], k)
-        if self.is_extra(k):
-            return self.student_map(features)
-        return self.encoder.attention_map(features[k - 1], k)
-
-    @torch.no_grad()
-    def teacher_signal(self, teacher, images, ids_keep):
-        """Maps or hidden states of the teacher at the same relative depths, a list."""
-        blocks = [max(1, k * teacher.depth // self.encoder.depth) for k in self.layers]
-        if self.distill == "hidden":
-            features = teacher.forward_features(images, blocks, ids_keep)
-            return [teacher.representation(features[k], k) for k in blocks]
-        features = teacher.forward_features(images, [k - 1 for k in blocks], ids_keep)
-        return [teacher.attention_map(features[k - 1], k) for k in blocks]
-
-
 # --------------------------------------------------------------------------------------------------
 # Student and teacher, from the options
 # --------------------------------------------------------------------------------------------------
 def load_teacher(args, device):
     """The frozen teacher of --teacher, checked against the student: same tokens, same pixels."""
-    name, patch = infer_model(args.teacher)
-    hiera = args.model.startswith("hiera")
-    if name.startswith("hiera") != hiera:
-        raise InputError(f"--teacher {args.teacher} is a {name}, the student a {args.model}: their "
-                         "tokens differ")
-    if not hiera and patch != args.patch_size:
-        raise InputError(f"--teacher {args.teacher} has patches of {patch} pixels, the student of "
-                         f"{args.patch_size}: their tokens differ; give --patch-size {patch}")
-    kind = dict(q_pool=2) if hiera else dict(patch_size=patch, fixed_pos_embed=True)
-    teacher = MODELS[name](img_size=args.image_size, **kind)
-    info = load_encoder(teacher, args.teacher)
-    if args.distill == "hidden":
-        state, _ = load_state(args.teacher)
-        if not {"norm.weight", "fc_norm.weight"} & state.keys():
-            raise InputError(f"--teacher {args.teacher} has no final norm, which --distill hidden "
-                             "needs")
+    teacher = build_model(init=args.teacher, img_size=args.image_size, hiera=dict(q_pool=2),
+                          vit=dict(fixed_pos_embed=True))
+    if (teacher.arch["kind"] == "hiera") != args.model.startswith("hiera"):
+        raise InputError(f"--teacher {args.teacher} is a {teacher.arch['kind']}, the student a "
+                         f"{args.model}: their tokens differ")
     for key in ("mean", "std"):
-        if key in info and not np.allclose(info[key], getattr(args, key)):
-            raise InputError(f"--teacher {args.teacher} was trained with --{key} {info[key]}, this "
-                             f"run has {getattr(args, key)}: both must see the same pixels")
-    if args.compile:
-        teacher.forward_features = torch.compile(teacher.forward_features)
+        theirs, ours = getattr(teacher, key), getattr(args, key)
+        if ours and not np.allclose(ours, theirs):
+            raise InputError(f"--teacher {args.teacher} was trained with --{key} {theirs}, this run "
+                             f"has {ours}: both must see the same pixels")
+        setattr(args, key, theirs)
     return teacher.to(device).eval().requires_grad_(False)
 
 
 def build_student(args, teacher):
-    """Encoder, decoder and adapters by --model, --method and the ablation options."""
-    decoder = dict(decoder_tap=args.decoder_tap, decoder_dim=args.decoder_dim,
-                   decoder_depth=args.decoder_depth, decoder_heads=args.decoder_heads,
-                   norm_pix=args.norm_pix, alpha=args.alpha)
-    if args.model.startswith("hiera"):
-        encoder = MODELS[args.model](img_size=args.image_size, q_pool=2)
-        return HieraMaskedAutoencoder(encoder, teacher=teacher, **decoder)
-    encoder = MODELS[args.model](img_size=args.image_size, patch_size=args.patch_size,
-                                 fixed_pos_embed=True)
+    """Encoder, decoder and distillation by --model, --method and the ablation options; the defaults
+    that depend on the encoder are filled in."""
+    hiera = args.model.startswith("hiera")
+    encoder = build_model(args.model, img_size=args.image_size, patch_size=args.patch_size,
+                          hiera=dict(q_pool=2), vit=dict(fixed_pos_embed=True))
+    args.arch = encoder.arch
+    args.image_size = encoder.img_size
+    args.mean = args.mean or encoder.mean
+    args.std = args.std or encoder.std
+    if teacher and not hiera and teacher.patch_size != encoder.patch_size:
+        raise InputError(f"--teacher {args.teacher} has patches of {teacher.patch_size} pixels, "
+                         f"the student of {encoder.patch_size}: their tokens differ; give "
+                         f"--patch-size {teacher.patch_size}")
+    depth = encoder.depth
     decoupled = args.method == "d2-mae"
-    if teacher and (args.distill != "attention" or args.distill_layers != [encoder.depth]):
-        return AblatedAutoencoder(encoder, teacher, args.distill_layers, args.distill,
-                                  decoupled=decoupled, **decoder)
-    return MaskedAutoencoder(encoder, teacher=teacher, decoupled=decoupled, **decoder)
+    args.decoder_tap = args.decoder_tap or (8 if decoupled else depth)
+    distillation = None
+    if teacher:
+        args.distill_layers = sorted(set(args.distill_layers or [depth]))
+        if max(args.decoder_tap, *args.distill_layers) > depth:
+            raise InputError(f"--decoder-tap {args.decoder_tap} and --distill-layers "
+                             f"{args.distill_layers} must be among the blocks 1..{depth}")
+        if decoupled and depth not in args.distill_layers:
+            raise InputError(f"--method d2-mae needs block {depth} among --distill-layers: nothing "
+                             f"else trains the blocks above --decoder-tap {args.decoder_tap}")
+        distillation = Distillation(encoder, teacher, decoupled, args.distill_layers, args.distill)
+    kind = HieraMaskedAutoencoder if hiera else MaskedAutoencoder
+    model = kind(encoder, args.decoder_tap, args.decoder_dim, args.decoder_depth,
+                 args.decoder_heads, args.norm_pix, distillation, args.alpha)
+    if not 0 < int(model.cells * (1 - args.mask_ratio)) < model.cells:
+        raise InputError(f"--mask-ratio {args.mask_ratio} of {model.cells} patches or mask units "
+                         "must leave at least one visible and one masked")
+    return model
 
 
 # --------------------------------------------------------------------------------------------------
 # Data
 # --------------------------------------------------------------------------------------------------
 class Images(Dataset):
-    """Crops for pre-training, and the noise that decides their masks.
+    """Item (epoch, index) -> image (3, h, w) uint8, and the noise (N,) that decides its mask. All
+    randomness comes from (seed, epoch, index). train=False (keys of epoch 0): the resized centre
+    crop, always the same noise."""
 
-    Item (epoch, index) -> image (3, h, w) uint8, noise (N,), index, and whether the file could not
-    be read (another image stands in for it). All randomness comes from (seed, epoch, index). With
-    train=False (keys of epoch 0): the resized centre crop, always the same noise.
-    """
-
-    def __init__(self, items, args, cells, train=True):
-        self.items = items
+    def __init__(self, files, args, cells, train=True):
         self.args = args
         self.cells = cells
         self.train = train
+        self.read = Reader(files, args, train)
 
     def __len__(self):
-        return len(self.items)
-
-    def name(self, index):
-        return str(self.items[index])
+        return len(self.read.pictures)
 
     def __getitem__(self, key):
-        epoch, index = key
-        with torch.random.fork_rng(devices=[]):    # the process's own generator is left alone
-            torch.default_generator.manual_seed(mix_seed(self.args.seed, epoch, index))
-            noise = torch.rand(self.cells)
-            image, unreadable = read_or_next(self.crop, self.items, index)
-        return image, noise, index, unreadable
+        return self.read(key, self.crop)
 
-    def crop(self, item):
-        image = open_item(item)
+    def crop(self, image, index):
+        noise = torch.rand(self.cells)
         size = self.args.image_size
         if self.train:
-            return random_crop(image, size, self.args.crop_scale)
-        return to_tensor(ImageOps.fit(image, size[::-1], Image.BICUBIC))
+            return random_crop(image, size, self.args.crop_scale), noise
+        return pil_to_tensor(ImageOps.fit(image, size[::-1], Image.BICUBIC)), noise
 
 
 def make_data(args, cells):
-    """-> training set and held-out set: a folder `val` beside `train`, else every 50th image."""
-    sibling = Path(args.data).parent / "val"
-    if args.data == "toy":
-        train = range(6000)
-        val = range(6000, 6000 + args.val_images)
-    elif Path(args.data).name == "train" and sibling.is_dir():
-        train = list_images(args.data)
-        val = list_images(sibling)
+    """-> training set and held-out set: the folders train and val of --data; without val, every
+    50th image is held out."""
+    root = Path(args.data)
+    train = list_images(root / "train" if (root / "train").is_dir() else root)
+    if (root / "train").is_dir() and (root / "val").is_dir():
+        val = list_images(root / "val")
     else:
-        files = list_images(args.data)
-        train = [file for i, file in enumerate(files) if i % 50]
-        val = files[::50]
+        val = train[::50]
+        train = [file for i, file in enumerate(train) if i % 50]
     if not train:
         raise InputError(f"--data {args.data} holds a single image: give more")
+    args.train_images = len(train)    # compared on resuming
     spread = max(1, len(val) // args.val_images)    # over all folders
     val = val[::spread][:args.val_images]
     return Images(train, args, cells), Images(val, args, cells, train=False)
@@ -621,62 +515,61 @@ def make_data(args, cells):
 # --------------------------------------------------------------------------------------------------
 # Evaluation and pictures
 # --------------------------------------------------------------------------------------------------
-def report(run, args, model, teacher, val_set, step):
+def report(args, run, model, teacher, val_set, epoch, step):
     """Evaluate on all processes; process 0 logs, prints, and draws once training has begun."""
-    values = evaluate(run, args, model, teacher, val_set)
-    rank, _, device, _ = run
-    if rank != 0:
+    rank, world, device, _ = run
+    values = evaluate(args, run, model, teacher, val_set)
+    log(args, rank, world, epoch=epoch, step=step, **values)
+    if rank > 0:
         return
-    out = Path(args.out)
-    log_line(out / "log.jsonl", step=step, **values)
-    losses = ", ".join(f"{k[4:]} {v:.4f}" for k, v in values.items() if k != "val_images")
-    tqdm.write(f"step {step}: held-out {losses}")
-    if step == 0:
+    text = f"epoch {epoch}: held-out reconstruction loss {values['val_rec']:.4f} (the mean of " \
+           f"each patch gives {values['val_base']:.4f})"
+    if teacher:
+        text += f", {args.distill} loss {values['val_attn']:.4g}"
+    tqdm.write(text)
+    if epoch == 0:
         return
     shown = range(0, len(val_set), max(1, len(val_set) // 9))[:8]
-    items = [val_set[0, i] for i in shown]
-    images = torch.stack([item[0] for item in items]).to(device)
-    noise = torch.stack([item[1] for item in items]).to(device)
+    shown = [item for item in (val_set[0, i] for i in shown) if item is not None]
+    images, noise = (torch.stack(column).to(device) for column in zip(*shown))
     images = normalize(images, args.mean, args.std)
     masked, filled = reconstruct(model, images, *random_masking(noise, args.mask_ratio))
     rows = zip(*(to_pixels(x, args) for x in (images, masked, filled)))
-    draw_sheet(out / "reconstruction.png", rows, ("input", "masked", "prediction"),
-               "masked patches are predicted; with norm_pix their mean and std come from the input")
-    if teacher and type(model) is MaskedAutoencoder:
-        draw_attention(model, teacher, images, args, out / "attention.png")
+    note = "masked patches are predicted"
+    if args.norm_pix:
+        note += " up to their mean and standard deviation, which come from the input"
+    draw_sheet(f"{args.out}/reconstruction.png", rows, ("input", "masked", "prediction"), note)
+    if teacher and args.distill != "hidden" and not args.model.startswith("hiera"):
+        draw_attention(model, teacher, images, args, f"{args.out}/attention.png")
 
 
 @torch.no_grad()
-def evaluate(run, args, model, teacher, val_set):
-    """Mean losses over held-out images with fixed masks, each image once at any world size -> dict.
+def evaluate(args, run, model, teacher, val_set):
+    """Mean losses over held-out images with fixed masks, each image once for any number of
+    processes -> dict.
 
-    'base' is the loss of predicting the mean of each masked patch: what a model that knows only
-    brightness reaches. Unreadable images are left out.
+    val_base is the loss of predicting the mean of each masked patch: what a model that knows only
+    brightness reaches.
     """
     rank, world, device, dtype = run
     model.eval()
     sums = torch.zeros(4, device=device)
-    bad = []
-    for images, noise, index, unreadable in own_batches(val_set, 64, args, rank, world):
-        bad += index[unreadable].tolist()
-        images = normalize(images[~unreadable].to(device), args.mean, args.std)
-        if not len(images):
-            continue
-        ids_keep, ids_masked = random_masking(noise[~unreadable].to(device), args.mask_ratio)
+    for images, noise in eval_loader(val_set, 64, args, rank, world):
+        images = normalize(images.to(device), args.mean, args.std)
+        ids_keep, ids_masked = random_masking(noise.to(device), args.mask_ratio)
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            teacher_map = model.teacher_signal(teacher, images, ids_keep) if teacher else None
-            losses = model(images, ids_keep, ids_masked, teacher_map)
+            maps = model.teacher_maps(teacher, images, ids_keep)
+            losses = model(images, ids_keep, ids_masked, maps)
         base = model.target(images, ids_masked).var(dim=-1, unbiased=False).mean()
         means = (torch.ones_like(base), losses["rec"], base, losses.get("attn", 0 * base))
-        sums += torch.stack([mean.float() for mean in means]) * len(images)
+        sums += torch.stack([mean.float() for mean in means]) * images.shape[0]
     if world > 1:
         dist.all_reduce(sums)
-    check_readable(val_set, bad, args, world, device)
     n, rec, base, attn = sums.tolist()
+    if not n:
+        raise InputError("no held-out image can be read: nothing is left to evaluate on")
     values = {"val_rec": rec / n, "val_base": base / n, "val_images": int(n)}
-    if teacher:
-        values["val_attn"] = attn / n
-    return values
+    return {**values, "val_attn": attn / n} if teacher else values
 
 
 @torch.no_grad()
@@ -698,17 +591,18 @@ def reconstruct(model, images, ids_keep, ids_masked):
 
 @torch.no_grad()
 def draw_attention(model, teacher, images, args, path):
-    """PNG: softmax attention of one patch an image in the student's last map, after the adapter
-    over heads, and in the teacher's; mean over heads, all patches visible."""
+    """PNG: softmax attention of one patch of each image in the student's last distilled map, after
+    the adapter over heads, and in the teacher's; mean over heads, all patches visible."""
     h, w = model.encoder.grid
     side = model.encoder.patch_size
-    ids = torch.arange(model.cells, device=images.device).expand(len(images), -1)
+    ids = torch.arange(model.cells, device=images.device).expand(images.shape[0], -1)
     features = model.encoder.forward_features(images, model.taps, ids)
-    student = model.attn_adapter(model.student_map(features).float())
-    teacher_map = model.teacher_signal(teacher, images, ids)
+    distillation = model.distillation
+    student = distillation.student_map(model.encoder, features, distillation.layers[-1])
+    student = distillation.adapters[-1](student.float())
     query = (h // 2) * w + w // 2
     heats = []
-    for logits in (student, teacher_map):
+    for logits in (student, model.teacher_maps(teacher, images, ids)[-1]):
         attention = logits.softmax(dim=-1).mean(dim=1)[:, 1 + query, 1:]    # (B, N), no class token
         attention = attention / attention.amax(dim=1, keepdim=True)
         attention = (255 * attention).byte().cpu().view(-1, 1, h, w).expand(-1, 3, -1, -1)
@@ -717,7 +611,7 @@ def draw_attention(model, teacher, images, args, path):
     box = torch.cat([corner, corner + side - 1])[None]
     marked = [draw_bounding_boxes(p, box, colors="red") for p in to_pixels(images, args)]
     draw_sheet(path, zip(marked, *heats), ("query", "student", "teacher"),
-               "attention of the framed patch, in parts of its maximum (white)")
+               "attention of the framed patch, relative to its maximum (white)")
 
 
 def to_pixels(images, args):
@@ -744,241 +638,90 @@ def draw_sheet(path, rows, titles, note):
 
 
 # --------------------------------------------------------------------------------------------------
-# Process group, sampler, log (the same text in every training script)
-# --------------------------------------------------------------------------------------------------
-def init_distributed(args, minutes=10):
-    """Join torchrun's process group, if there is one -> rank, world, torch.device, torch.dtype."""
-    rank = int(os.environ.get("RANK", 0))
-    world = int(os.environ.get("WORLD_SIZE", 1))
-    device = choose_device(args.device)
-    if world > 1 and not dist.is_initialized():
-        backend = "nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=datetime.timedelta(minutes=minutes))
-    return rank, world, device, choose_dtype(args.dtype, device)
-
-
-class EpochSampler(DistributedSampler):
-    """Yields (epoch, index) for this process without end, starting at optimizer step `first_step`.
-    A batch is the same for any number of processes and micro-steps; a data set smaller than it
-    gives one batch, rounded down to a multiple of processes x micro-steps."""
-
-    def __init__(self, dataset, batch_size, accum_steps, rank, world, seed):
-        super().__init__(dataset, world, rank, seed=mix_seed(seed), drop_last=True)
-        parts = accum_steps * world
-        self.micro_batch = min(batch_size, len(dataset)) // parts
-        self.batch_size = self.micro_batch * parts
-        if batch_size % parts or not self.batch_size:
-            raise InputError(f"--batch-size {batch_size} of {len(dataset)} items cannot be dealt "
-                             f"out to {world} process(es) x --accum-steps {accum_steps}: choose "
-                             f"a multiple of {parts}, and no fewer items than that")
-        self.steps_per_epoch = len(dataset) // self.batch_size
-        self.first_step = 0
-
-    def __iter__(self):
-        share = self.batch_size // self.num_replicas
-        epoch, done = divmod(self.first_step, self.steps_per_epoch)
-        while True:
-            self.set_epoch(epoch)
-            indices = list(super().__iter__())[share * done:share * self.steps_per_epoch]
-            yield from ((epoch, index) for index in indices)
-            epoch += 1
-            done = 0
-
-
-class RunLog:
-    """Progress bar and log.jsonl, written by process 0. SIGTERM sets `stop`: finish the step, save
-    and leave, which `train` does once any process was asked to."""
-
-    def __init__(self, args, step, last_step, batch_size, rank):
-        self.path = Path(args.out, "log.jsonl") if rank == 0 else None
-        start_log(self.path, args, step)
-        self.every = args.log_every
-        self.batch_size = batch_size
-        self.window = []
-        self.stop = threading.Event()
-        signal.signal(signal.SIGTERM, lambda *_: self.stop.set())
-        self.bar = tqdm(total=last_step, initial=step, unit="step", disable=rank != 0)
-
-    def add(self, step, lr, values, seconds, waited):
-        """Note a step: its values, how long it took and waited for data. A line every few steps."""
-        self.window.append({**values, "lr": lr, "seconds": seconds, "data_share": waited / seconds})
-        self.bar.update()
-        if step % self.every and step < self.bar.total and not values["stop"]:
-            return
-        means = {k: sum(v[k] for v in self.window) / len(self.window) for k in self.window[0]}
-        rate = self.batch_size / means.pop("seconds")
-        hint = ", more --workers would help" if means["data_share"] > 0.3 else ""
-        self.bar.set_postfix_str(f"loss {means['loss']:.4f}, {rate:.0f} img/s, waiting for data "
-                                 f"{means['data_share']:.0%}{hint}", refresh=False)
-        log_line(self.path, step=step, **means, img_s=rate,
-                 eta_h=(self.bar.total - step) * self.batch_size / rate / 3600,
-                 memory_gb=torch.cuda.max_memory_allocated() / 2 ** 30)
-        self.window = []
-
-    def close(self, step):
-        """End the bar; after SIGTERM, exit with status 1."""
-        self.bar.close()
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        if step < self.bar.total:
-            message = f"stopped by SIGTERM after step {step}; the same command goes on from there"
-            sys.exit(message if self.path else 1)
-
-
-# --------------------------------------------------------------------------------------------------
 # Arguments: the defaults are the paper's
 # --------------------------------------------------------------------------------------------------
-FIXED = ("method", "model", "teacher_sha", "decoder_tap", "decoder_dim", "decoder_depth",
-         "decoder_heads", "distill", "distill_layers", "alpha", "mask_ratio", "norm_pix",
-         "image_size", "patch_size", "crop_scale", "mean", "std", "epochs", "warmup_epochs",
-         "batch_size", "weight_decay", "betas", "seed", "train_images")    # see `models.resume`
-
-
-def parse_args(argv=None, **defaults):
-    """Options of the command line, or of the list `argv`; `defaults` stand in for the paper's."""
-    parser = argparse.ArgumentParser(usage="%(prog)s [options]",
-                                     description=__doc__.split("\n\n")[0],
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    add = parser.add_argument_group("method (Sec. 4)").add_argument
+def parse_args(argv=None):
+    """Options of the command line, or of the list `argv`."""
+    parser = Parser(__doc__)
+    add = parser.group("method (Sec. 4)")
     add("--method", choices=("d2-mae", "d-mae", "mae"), default="d2-mae",
         help="d2-mae: decoder on an inner block, distillation on a 13th attention; d-mae: both on "
              "the last block; mae: no teacher")
-    add("--model", choices=tuple(MODELS), default="vit_tiny",
-        help="student; the paper's are vit_tiny (12 heads) and hiera_tiny")
+    add("--model", default="vit_tiny", help="student; the paper's are vit_tiny (12 heads) and "
+                                            "hiera_tiny; for small tests vit_nano, vit_pico")
     add("--teacher", help="checkpoint of the frozen teacher (README, 'Checkpoints'); paper: MAE "
                           "ViT-Base, 1600 epochs")
-    add("--alpha", type=number(float, "[0, inf)"), default=1.0,
-        help="weight of L_attn in L = L_rec + alpha * L_attn")
-    add("--mask-ratio", type=number(float, "(0, 1)"),
+    add("--alpha", type=float, low=0, default=1.0, help="weight in L = L_rec + alpha * L_attn")
+    add("--mask-ratio", type=float, low=0, high=1,
         help="share of patches removed; default: ViT 0.75, Hiera 0.4 of its mask units")
-    add("--decoder-tap", type=number(int, "[1, inf)"),
+    add("--no-norm-pix", dest="norm_pix", action="store_false",
+        help="predict plain pixels instead of patches normalised by their mean and variance")
+    add("--decoder-tap", low=1,
         help="block whose normalised output the decoder reads; default: d2-mae 8, else the last")
     add("--distill", choices=("attention", "probabilities", "hidden"), default="attention",
         help="ablation: maps before or after the softmax, or hidden states")
-    add("--distill-layers", type=number(int, "[1, inf)"), nargs="+",
+    add("--distill-layers", low=1, nargs="+",
         help="ablation: student blocks, counted from 1; default: the last")
 
-    add = parser.add_argument_group("data").add_argument
-    add("--data", default="data/imagenet/train",
-        help="folder of images, flat or nested, or 'toy' for drawn ones; held out are those of a "
-             "folder 'val' beside a folder 'train', else every 50th image")
-    add("--image-size", type=number(int, "[1, inf)"), nargs="+", default=[224],
-        help="side, or height and width, in pixels")
-    add("--patch-size", type=number(int, "[1, inf)"), help="side of a ViT patch; default: 16")
-    add("--crop-scale", type=number(float, "(0, 1]"), nargs=2, default=(0.08, 1.0),
+    add = parser.group("data")
+    add("--data", default="data/imagenet", help="folder that holds train and val (optional), or a "
+        "folder of images, flat or nested; without val, every 50th image is held out")
+    add("--image-size", low=1, nargs="+", default=[224], help="side, or height and width; pixels")
+    add("--patch-size", low=1, help="side of a ViT patch; default: 16, of vit_huge 14")
+    add("--crop-scale", type=float, low=0, high=1, nargs=2, default=(0.08, 1.0),
         help="area range of the random crop")
-    hint = ": of pixels in [0, 1], so divide values of 0..255 by 255"
-    add("--mean", type=number(float, "[0, 1]", hint), nargs=3, default=IMAGENET_MEAN,
-        help="of pixels in [0, 1]; stored and reused")
-    add("--std", type=number(float, "(0, 1]", hint), nargs=3, default=IMAGENET_STD,
-        help="of pixels in [0, 1]; stored and reused")
-    add("--skip-corrupt", action="store_true",
-        help="replace unreadable files by others and count them; default: stop")
+    parser.pixel_options(add)
 
-    add = parser.add_argument_group("recipe (Sec. 4, pre-training)").add_argument
-    add("--epochs", type=number(int, "[1, inf)"), default=400, help="paper: 400")
-    add("--warmup-epochs", type=number(float, "[0, inf)"),
+    add = parser.group("recipe (Sec. 4, pre-training)")
+    add("--epochs", low=1, default=400, help="paper: 400")
+    add("--warmup-epochs", type=float, low=0,
         help="linear from 0; default: a tenth of --epochs, as the paper's 40 of 400")
-    add("--batch-size", type=number(int, "[1, inf)"), default=4096,
+    add("--batch-size", low=1, default=4096,
         help="images per optimizer step over all processes; paper: 4096")
-    add("--base-lr", type=number(float, "[0, 1e9]"), default=1.5e-4,
+    add("--base-lr", type=float, low=0, default=1.5e-4,
         help="per 256 images: lr = base_lr * batch_size / 256; paper: 1.5e-4")
-    add("--clip-grad", type=number(float, "[0, inf)"), default=0.0,
-        help="largest gradient norm; 0: no clipping, as in the paper")
 
-    add = add_run_options(parser, "out/pretrain")
+    add = parser.run_options("out/pretrain")
     add("--compile", action="store_true", help="torch.compile the student and the teacher")
-    add("--seed", type=number(int, "[0, 4294967296)"), default=0)
-    add("--max-steps", type=number(int, "[1, inf)"),
-        help="stop after so many optimizer steps (the schedule stays that of --epochs)")
-    add("--demo", action="store_true",
-        help="a few minutes on drawn pictures: a small teacher, then its student")
-    parser.set_defaults(**{**RECIPE, **defaults})
-    args = parser.parse_args(argv)
-    if args.demo and not defaults:
-        return parse_args(argv, **DEMO)
-    return args
+    add("--eval-every", low=1, default=10, help="epochs between evaluations with pictures")
+    parser.set_defaults(**RECIPE)
+    return parser.parse_args(argv)
 
 
 def resolve(args):
-    """Fill in the defaults that depend on other options; refuse what has no meaning. InputError."""
+    """Fill in the defaults that depend on other options; raise InputError for contradictory ones.
+    """
     hiera = args.model.startswith("hiera")
-    depth = depth_of(args.model)
-    unit = 32 if hiera else args.patch_size or MODELS[args.model].keywords["patch_size"]
-    args.patch_size = unit
-
-    # sizes, masks, schedule
-    if len(args.image_size) > 2:
-        raise InputError("--image-size takes a side, or height and width, not "
-                         f"{len(args.image_size)} numbers")
-    args.image_size = (args.image_size[0], args.image_size[-1])
-    if any(side % unit for side in args.image_size):
-        nearest = [max(1, round(side / unit)) * unit for side in args.image_size]
-        raise InputError(f"--image-size {args.image_size} must be a multiple of {unit}, the mask "
-                         f"unit of Hiera or the --patch-size of a ViT: the nearest is {nearest}")
-    if args.mask_ratio is None:
-        args.mask_ratio = 0.4 if hiera else 0.75
-    cells = math.prod(side // unit for side in args.image_size)
-    if not 0 < int(cells * (1 - args.mask_ratio)) < cells:
-        raise InputError(f"--mask-ratio {args.mask_ratio} of {cells} patches or mask units must "
-                         "leave at least one visible and one masked")
-    if args.crop_scale[0] > args.crop_scale[1]:
-        raise InputError(f"--crop-scale {args.crop_scale[0]} {args.crop_scale[1]} must be a range")
-    if args.warmup_epochs is None:
-        args.warmup_epochs = args.epochs / 10
-    if args.warmup_epochs >= args.epochs:
-        raise InputError(f"--warmup-epochs {args.warmup_epochs:g} must be fewer than --epochs "
-                         f"{args.epochs}")
-
-    # teacher, taps, layers
-    if args.method == "mae" and args.teacher:
-        raise InputError("--method mae has no teacher: leave --teacher out, or choose another one")
+    if args.method == "mae" and (args.teacher or args.distill_layers
+                                 or args.distill != "attention"):
+        raise InputError("--method mae has no teacher: leave out --teacher, --distill and "
+                         "--distill-layers, or choose another method")
     if args.method != "mae" and not args.teacher:
         raise InputError(f"--method {args.method} distils from a teacher: give --teacher FILE "
                          "(README, 'Checkpoints'), or choose --method mae")
     if hiera and args.method == "d2-mae":
         raise InputError("--method d2-mae is defined for plain ViTs: Hiera's decoder fuses stages "
                          "1, 2 and 4, so there is no inner block to tap; choose d-mae or mae")
-    if hiera and (args.distill != "attention" or args.distill_layers or args.decoder_tap):
-        raise InputError("--distill, --distill-layers and --decoder-tap are ablations on ViT and "
-                         "have no counterpart on Hiera")
+    if hiera and (args.distill != "attention" or args.distill_layers):
+        raise InputError("--distill and --distill-layers are ablations on ViT and have no "
+                         "counterpart on Hiera")
     if args.decoder_tap and args.method != "d2-mae":
         raise InputError(f"--decoder-tap belongs to --method d2-mae; {args.method} decodes the "
                          "last block")
-    args.decoder_tap = args.decoder_tap or (8 if args.method == "d2-mae" else depth)
-    args.distill_layers = sorted(set(args.distill_layers or [depth])) if args.teacher else []
-    if max([args.decoder_tap, *args.distill_layers]) > depth:
-        raise InputError(f"--decoder-tap {args.decoder_tap} and --distill-layers "
-                         f"{args.distill_layers} must be among the blocks 1..{depth}")
-    if args.method == "d2-mae" and args.distill_layers[-1] != depth:
-        raise InputError(f"--method d2-mae needs block {depth} among --distill-layers: nothing "
-                         f"else trains the blocks above --decoder-tap {args.decoder_tap}")
+    if args.crop_scale[0] > args.crop_scale[1]:
+        raise InputError(f"--crop-scale {args.crop_scale[0]} {args.crop_scale[1]} must be a range")
+    if args.mask_ratio is None:
+        args.mask_ratio = 0.4 if hiera else 0.75
+    if args.warmup_epochs is None:
+        args.warmup_epochs = args.epochs / 10
+    if args.warmup_epochs >= args.epochs:
+        raise InputError(f"--warmup-epochs {args.warmup_epochs:g} must be fewer than --epochs "
+                         f"{args.epochs}")
     return args
 
 
-# --------------------------------------------------------------------------------------------------
-# Main
-# --------------------------------------------------------------------------------------------------
 def main(args):
-    """Run what the options say. A demo without --teacher first trains one."""
-    if args.demo and args.method != "mae" and not args.teacher:
-        if args.model.startswith("hiera"):
-            raise InputError("--demo makes a ViT teacher: choose a ViT --model, or give --teacher")
-        teacher = argparse.Namespace(**{**vars(args), **DEMO_TEACHER})
-        teacher.out = f"{args.out}/teacher"
-        main(teacher)
-        args.teacher = f"{teacher.out}/encoder.pt"
-    args = resolve(args)
-    train(args)
-    if int(os.environ.get("RANK", 0)) != 0:
-        return
-    evaluations = [v for v in read_log(Path(args.out, "log.jsonl")) if "val_rec" in v]
-    before = evaluations[0]
-    after = evaluations[-1]
-    print(f"\nheld-out reconstruction loss {after['val_rec']:.3f} (before training "
-          f"{before['val_rec']:.3f}; predicting the mean of each patch {after['val_base']:.3f})")
-    if args.teacher:
-        print(f"held-out {args.distill} loss {after['val_attn']:.4g} (before training "
-              f"{before['val_attn']:.4g})")
+    train(resolve(args))
 
 
 if __name__ == "__main__":
