@@ -125,12 +125,13 @@ def spline_matrix(old, new):
     """Matrix (2 new - 1, 2 old - 1) that resizes one axis of a relative position table, as BEiT and
     mmsegmentation do. Offsets matter most near 0: the rows of the table are placed at distances 1,
     1 + q, 1 + q + q^2, ... on both sides of 0, the last at new - 1, and an interpolating cubic
-    spline (not-a-knot) through them is read at the offsets -(new - 1) .. new - 1."""
-    low, high = 0.0, float(new)
+    spline (not-a-knot) through them is read at the offsets -(new - 1) .. new - 1. A smaller grid
+    has q = 1: it reads the rows of its own offsets."""
+    low, high = 1.0, float(max(new, 2))
     for _ in range(60):                                     # bisection for q
         q = (low + high) / 2
         places = np.cumsum(q ** np.arange(old - 1))
-        low, high = (q, high) if places[-1] < new - 1 else (low, q)
+        low, high = (q, high) if places[-1:].sum() < new - 1 else (low, q)
     x = np.concatenate([-places[::-1], [0], places])
 
     def basis(at):    # 1, x, x^2, x^3, and (x - knot)^3 above each knot; not-a-knot: x[1], x[-2]
@@ -639,7 +640,7 @@ def build_model(name=None, init=None, keep_blocks=None, vit={}, hiera={}, **opti
     InputError.
     """
     arch, pixels = read_encoder(init)[1:] if init else ({}, {})
-    name = name or arch.get("name", "vit_tiny")
+    name = name or (size_of(arch, init) if init else "vit_tiny")
     if name not in MODELS:
         raise InputError(f"--model {name} is none of {', '.join(MODELS)}")
     sizes = {"patch_size": arch.get("patch_size", 16), **MODELS[name],
@@ -656,6 +657,17 @@ def build_model(name=None, init=None, keep_blocks=None, vit={}, hiera={}, **opti
     if init:
         load_encoder(model, init, keep_blocks)
     return model
+
+
+def size_of(arch, path):
+    """Name in MODELS of the sizes of an encoder; the first, if the number of heads is unknown."""
+    for name, sizes in MODELS.items():
+        if ("stages" in sizes) == ("stages" in arch) and all(
+                arch.get(k, v) == v for k, v in sizes.items() if k != "patch_size"):
+            return name
+    sizes = {k: arch[k] for k in ("embed_dim", "depth", "stages", "num_heads") if k in arch}
+    raise InputError(f"checkpoint {path} holds a {arch['kind']} of {sizes}, which is none of "
+                     f"{', '.join(MODELS)}; hiera_tiny is 46 wide, with stages [1, 2, 7, 2]")
 
 
 def layer_id(name, depth):
@@ -804,8 +816,8 @@ def join_qkv(state):
 
 def infer_arch(state, file, path):
     """Sizes of an encoder, stored in own files, else seen in its tensors -> dict with the keys of
-    `VisionTransformer.arch` or `Hiera.arch` and `name`, its size in MODELS. The number of heads
-    cannot be inferred from weights: a foreign file lacks it. Raises InputError."""
+    `VisionTransformer.arch` or `Hiera.arch`. The number of heads cannot be inferred from weights: a
+    foreign file lacks it. Raises InputError."""
     weight = state["patch_embed.proj.weight"]
     width, *_, kernel = weight.shape
     if weight.dim() == 5:
@@ -830,13 +842,7 @@ def infer_arch(state, file, path):
     else:
         raise InputError(f"checkpoint {path}: pos_embed of {patches} patches is of no square "
                          "image, and the file does not store the image size")
-    for name, sizes in MODELS.items():
-        if ("stages" in sizes) == ("stages" in arch) and all(
-                arch.get(k, v) == v for k, v in sizes.items() if k != "patch_size"):
-            return dict(arch, name=name)
-    sizes = {k: arch[k] for k in ("embed_dim", "depth", "stages", "num_heads") if k in arch}
-    raise InputError(f"checkpoint {path} holds a {arch['kind']} of {sizes}, which is none of "
-                     f"{', '.join(MODELS)}; hiera_tiny is 46 wide, with stages [1, 2, 7, 2]")
+    return arch
 
 
 def block_index(key):
@@ -885,18 +891,19 @@ def load_encoder(model, path, keep_blocks=None):
     wrong = [f"{k} is {have.get(k, 'absent')} in the file, {want.get(k, 'absent')} in the model"
              for k in {**have, **want} if have.get(k) != want.get(k)]
     if wrong:
-        raise InputError(f"checkpoint {path}, a {arch['name']}, does not fit the model: "
-                         f"{'; '.join(wrong[:5])}; choose the --model of the file (and --rpe)")
+        raise InputError(f"checkpoint {path} does not fit the model: {'; '.join(wrong[:5])}; "
+                         "choose the --model of the file, and --rpe if it has a bias table")
 
     # load
     if keep_blocks is not None:
         state = {k: v for k, v in state.items() if layer_id(k, model.depth) <= keep_blocks}
     model.load_state_dict(state, strict=False)
+    model.loaded = set(state)
     if int(os.environ.get("RANK", 0)) == 0:
         heads = "" if "num_heads" in arch else (
             f"; assuming {model.arch['num_heads']} heads (not stored in the file)")
-        print(f"{path}: {arch['name']}, loaded {len(state)} tensors; {len(target) - len(state)} "
-              f"left at initialisation{heads}")
+        print(f"{path}: loaded {len(state)} tensors; {len(target) - len(state)} left at "
+              f"initialisation{heads}")
 
 
 def fold_layer_scale(state):
@@ -1108,6 +1115,8 @@ def resume(args, rank, world, model, optimizer, scaler):
             scaler.load_state_dict(state["scaler"])
     if rank == 0:
         start_log(out / "log.jsonl", args, state["epoch"])
+        trained = sum(p.numel() for p in model.parameters() if p.requires_grad) / 1e6
+        print(f"{out}: {trained:.2f}M trained parameters, peak lr {optimizer.defaults['lr']:.3g}")
     return state
 
 
@@ -1124,7 +1133,9 @@ def check_same_run(path, state, options):
         raise InputError(f"{path} was written with {'; '.join(refused[:5])}: give the same options "
                          "to resume, another --out, or --no-resume to start again")
     news = "".join(f"; {k} is now {options[k]}, was {before.get(k)}" for k in changed)
-    print(f"{path}: resuming after epoch {state['epoch']}{news}")
+    finished = state["epoch"] >= options.get("epochs", math.inf)
+    text = "the run is finished" if finished else f"resuming after epoch {state['epoch']}"
+    print(f"{path}: {text}{news}")
 
 
 def start_log(path, args, epoch):
@@ -1283,9 +1294,9 @@ def open_image(path):
                 image.info.clear()    # else its other tags are written again, and fail if odd
                 image = ImageOps.exif_transpose(image)
         if image.mode.startswith("I") or image.mode == "F":
-            grey = np.nan_to_num(np.asarray(image, dtype=np.float64))
-            grey = grey / 257 if image.mode.startswith("I") else grey * 255
-            image = Image.fromarray(grey.clip(0, 255).round().astype(np.uint8))
+            white = 1 if image.mode == "F" else 65535
+            grey = np.nan_to_num(np.asarray(image, dtype=np.float64)).clip(0, white) / white
+            image = Image.fromarray((255 * grey).round().astype(np.uint8))
         image.info.pop("transparency", None)    # of a palette: dropped like any other
         return image.convert("RGB")
     except (OSError, RuntimeError, ValueError, SyntaxError, Image.DecompressionBombError) as error:

@@ -307,9 +307,6 @@ def train(args):
     teacher_maps = torch.compile(model.teacher_maps) if args.compile else model.teacher_maps
     if world > 1:
         student = DistributedDataParallel(student, broadcast_buffers=False)
-    if rank == 0:
-        parameters = sum(p.numel() for p in model.encoder.parameters()) / 1e6
-        print(f"{args.method}: {args.model} of {parameters:.2f}M parameters; peak lr {peak_lr:.3g}")
     if not first_epoch:
         report(args, run, model, teacher, val_set, epoch=0, step=0)
 
@@ -347,9 +344,10 @@ def train(args):
 
         if (epoch + 1) % args.eval_every == 0 or epoch + 1 == args.epochs:
             report(args, run, model, teacher, val_set, epoch=epoch + 1, step=(epoch + 1) * steps)
-        save(args, rank, "encoder.pt", model.encoder, epoch=epoch + 1)
         save(args, rank, "last.pt", model, epoch=epoch + 1, norm_pix=args.norm_pix,
              optimizer=optimizer.state_dict(), scaler=scaler.state_dict())
+
+    save(args, rank, "encoder.pt", model.encoder, epoch=args.epochs)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -421,6 +419,8 @@ def load_teacher(args, device):
     if (teacher.arch["kind"] == "hiera") != args.model.startswith("hiera"):
         raise InputError(f"--teacher {args.teacher} is a {teacher.arch['kind']}, the student a "
                          f"{args.model}: their tokens differ")
+    if args.distill == "hidden" and "norm.weight" not in teacher.loaded:
+        raise InputError(f"--teacher {args.teacher} has no final norm, which --distill hidden needs")
     for key in ("mean", "std"):
         theirs, ours = getattr(teacher, key), getattr(args, key)
         if ours and not np.allclose(ours, theirs):
