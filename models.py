@@ -619,10 +619,12 @@ class Hiera(nn.Module):
 # Sizes, layer numbers, optimizer groups
 # --------------------------------------------------------------------------------------------------
 MODELS = {    # parameters: the encoder alone / with a classifier of 1000 classes
-    "vit_pico": dict(embed_dim=48, depth=12, num_heads=3),                         # 0.35M / 0.40M
-    "vit_nano": dict(embed_dim=96, depth=12, num_heads=3),                         # 1.4M / 1.5M
+    "vit_pico": dict(embed_dim=48, depth=12, num_heads=3),                         # 0.39M / 0.43M
+    "vit_nano": dict(embed_dim=96, depth=12, num_heads=3),                         # 1.44M / 1.53M
     "vit_tiny": dict(embed_dim=192, depth=12, num_heads=12),                       # 5.52M / 5.72M
     "deit_tiny": dict(embed_dim=192, depth=12, num_heads=3),                       # 5.52M / 5.72M
+    "vit_small": dict(embed_dim=384, depth=12, num_heads=12),                      # 21.7M / 22.1M
+    "deit_small": dict(embed_dim=384, depth=12, num_heads=6),                      # 21.7M / 22.1M
     "vit_base": dict(embed_dim=768, depth=12, num_heads=12),                       # 85.8M / 86.6M
     "vit_large": dict(embed_dim=1024, depth=24, num_heads=16),                     # 303.3M / 304.3M
     "vit_huge": dict(embed_dim=1280, depth=32, num_heads=16, patch_size=14),       # 630.8M / 632.0M
@@ -640,7 +642,7 @@ def build_model(name=None, init=None, keep_blocks=None, vit={}, hiera={}, **opti
     InputError.
     """
     arch, pixels = read_encoder(init)[1:] if init else ({}, {})
-    name = name or (size_of(arch, init) if init else "vit_tiny")
+    name = name or (model_name(arch, init) if init else "vit_tiny")
     if name not in MODELS:
         raise InputError(f"--model {name} is none of {', '.join(MODELS)}")
     sizes = {"patch_size": arch.get("patch_size", 16), **MODELS[name],
@@ -659,7 +661,7 @@ def build_model(name=None, init=None, keep_blocks=None, vit={}, hiera={}, **opti
     return model
 
 
-def size_of(arch, path):
+def model_name(arch, path):
     """Name in MODELS of the sizes of an encoder; the first, if the number of heads is unknown."""
     for name, sizes in MODELS.items():
         if ("stages" in sizes) == ("stages" in arch) and all(
@@ -759,11 +761,11 @@ def read_encoder(path):
     13th block and, of several encoders, the teacher are dropped.
     """
     file = read_file(path)
-    state = file
+    state = file if isinstance(file, dict) else {}
     for key in ("state_dict", "model_state", "model"):
         if isinstance(file, dict) and isinstance(file.get(key), dict):
             state = file[key]
-    state = {str(k): v for k, v in dict(state).items() if torch.is_tensor(v)}
+    state = {str(k): v for k, v in state.items() if torch.is_tensor(v)}
 
     # one encoder, without its prefix
     stems = ("patch_embed.proj.weight", "embeddings.patch_embeddings.projection.weight")
@@ -975,9 +977,9 @@ def train_loader(dataset, args, rank, world):
     `loader.sampler.set_epoch` shuffles; `loader.sampler.batch_size` is the total batch."""
     sampler = EpochSampler(dataset, args.batch_size, args.accum_steps, rank, world, args.seed)
     if rank == 0:
-        print(f"{len(dataset)} training items; batch {sampler.batch_size} = {sampler.micro_batch} x "
-              f"{world} process(es) x {args.accum_steps} micro-batches, "
-              f"{len(dataset) // sampler.batch_size} steps per epoch")
+        print(f"batch {sampler.batch_size} = {sampler.micro_batch} x {world} process(es) x "
+              f"{args.accum_steps} micro-batches; {len(dataset) // sampler.batch_size} steps per "
+              f"epoch of {len(dataset)} items")
     return DataLoader(dataset, sampler.micro_batch, sampler=sampler, num_workers=args.workers,
                       persistent_workers=args.workers > 0, pin_memory=torch.cuda.is_available(),
                       generator=torch.Generator())    # else it draws from the global one

@@ -53,7 +53,6 @@ from models import (Block, InputError, Parser, Reader, attention_logits, build_m
                     plain_errors, random_crop, resume, save, sincos_2d, train_loader)
 
 RECIPE = dict(    # Sec. 4; settings without an option. All others: `parse_args`
-    decoder_dim=96, decoder_depth=1, decoder_heads=3,
     betas=(0.9, 0.95), weight_decay=0.05,   # AdamW; no decay of biases, norms and tokens
     min_lr=0.0,                             # end of the cosine
     val_images=512,                         # held-out images at most
@@ -458,8 +457,9 @@ def build_student(args, teacher):
                              f"else trains the blocks above --decoder-tap {args.decoder_tap}")
         distillation = Distillation(encoder, teacher, decoupled, args.distill_layers, args.distill)
     kind = HieraMaskedAutoencoder if hiera else MaskedAutoencoder
-    model = kind(encoder, args.decoder_tap, args.decoder_dim, args.decoder_depth,
-                 args.decoder_heads, args.norm_pix, distillation, args.alpha)
+    dim = 96 if hiera else max(96, encoder.embed_dim // 2)    # of the decoder; heads of 32
+    model = kind(encoder, args.decoder_tap, dim, 1, dim // 32, args.norm_pix, distillation,
+                 args.alpha)
     if not 0 < int(model.cells * (1 - args.mask_ratio)) < model.cells:
         raise InputError(f"--mask-ratio {args.mask_ratio} of {model.cells} patches or mask units "
                          "must leave at least one visible and one masked")

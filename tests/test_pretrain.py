@@ -536,12 +536,20 @@ def test_patches_are_those_of_the_model(model, patch):
     assert build_model(model).patch_size == patch
 
 
+def test_a_small_student_has_the_authors_decoder():
+    args = P.resolve(P.parse_args([*MAE, "--model", "vit_small", "--image-size", "32"]))
+    student = P.build_student(args, None)
+    assert student.encoder.blocks[0].attn.num_heads == 12
+    assert student.decoder_embed.weight.shape == (192, 384) and len(student.decoder_blocks) == 1
+    assert student.decoder_blocks[0].attn.num_heads == 6
+
+
 def test_two_processes_equal_one_with_accumulation(tmp_path, teacher, pictures):
     command = [SCRIPT, *QUICK, "--data", pictures, "--teacher", teacher, "--epochs", 2,
                "--warmup-epochs", 0, "--batch-size", 16, "--base-lr", 4e-3]
     here(P, *command[1:], "--accum-steps", 2, "--out", tmp_path / "one")
     done = run(*command, "--out", tmp_path / "two", torchrun=2)
-    assert "batch 16 = 8 x 2 process(es) x 1 micro-batches, 2 steps per epoch" in done.stdout
+    assert "batch 16 = 8 x 2 process(es) x 1 micro-batches; 2 steps per epoch of 40 items" in done.stdout
     assert same_weights(tmp_path / "one", tmp_path / "two", 1e-4)
     one, two = (read_log(tmp_path / name / "log.jsonl")[1:] for name in ("one", "two"))
     assert [v["step"] for v in one] == [v["step"] for v in two] == [0, 0, 4]
