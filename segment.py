@@ -4,7 +4,7 @@
     torchrun --nproc_per_node=8 segment.py --init out/rpe/best.pt            # fine-tuned, RPE: 42.8
     python segment.py --eval                                                 # score of best.pt
     python segment.py --predict photo.jpg                                    # or a folder
-    python segment.py --demo                                          # after that of pre-training
+    python tests/demo.py segment                                             # needs no files
 
 A plain ViT gives four maps of one size, after blocks 4, 6, 8 and 12. `Pyramid` makes them strides
 4, 8, 16 and 32; `SemanticFPN` brings them all to stride 4, adds and classifies. Position tables
@@ -18,71 +18,54 @@ Data:   DIR/{images,annotations}/{training,validation}, as in ADEChallengeData20
         PNG of the image's name. Class names: DIR/objectInfo150.txt, or a name a line there.
 
 NOTES, departures from the authors' code (mmsegmentation):
-- Relative position tables are resized bicubically like the absolute one, not over a geometric grid.
 - Crops, flips and colours are a function of (seed, epoch, image), whatever the number of workers
-  and processes (dropout and drop path are drawn in each process). A run resumes as if never
-  interrupted.
-- Training and evaluation run in bfloat16 or float16 on a GPU, as the paper says. The authors'
-  configuration asks for it by a key that MMEngine does not read, so their code runs in float32:
-  --dtype fp32.
-- best.pt is the best of the evaluations, every 16,000 steps, on the images that are scored; the
-  authors select nothing. The last line of log.jsonl is the score to compare with theirs.
+  and processes. Dropout and drop path are drawn in each process, from (seed, epoch, process).
+- Training runs in bfloat16 or float16 on GPUs, as the paper says. The authors' configuration asks
+  for it by a key that MMEngine does not read, so their code trains in float32: --dtype fp32.
+- Evaluation runs in float32, like theirs; GPUs from Ampere on multiply in TensorFloat-32.
+- best.pt is the best of all evaluations, on the images that are scored; the authors select nothing.
+  The last line of log.jsonl is the score to compare with theirs.
+- Warm-up reaches the full rate at iteration 1500, MMEngine's one iteration earlier.
 - The position table and the class token are not decayed; mmsegmentation means to spare them, but
   compares names without their prefix.
 - Hue shifts are continuous, not whole steps of OpenCV's 180.
 - Images smaller than a window are padded to it with the mean colour, zero once normalised.
-- All label files are read before training, in the loader processes: a wrong number shows then, not
-  at step 16,000.
+- With --accum-steps batch statistics are those of a micro-batch. Without GPUs they are those of
+  each process, since PyTorch's SyncBatchNorm needs GPUs.
 - `--predict` classifies the resized photograph and enlarges labels, not all logits, to its size.
-- Without GPUs several processes have batch statistics of their own, since PyTorch's SyncBatchNorm
-  needs GPUs; those of the first process are evaluated and saved.
 """
-import argparse
-import datetime
+import collections
+import contextlib
 import functools
 import itertools
+import json
 import math
 import os
-import signal
-import sys
-import threading
-import time
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageColor, ImageDraw, ImageFont, ImageOps
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_
-from torch.utils.data import DataLoader, Dataset, DistributedSampler
+from torch.optim import AdamW
+from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import InterpolationMode
-from torchvision.transforms.v2.functional import adjust_hue, pad, resize
+from torchvision.transforms.v2.functional import adjust_hue, pad, pil_to_tensor, resize
 from torchvision.utils import draw_segmentation_masks, make_grid
 from tqdm import tqdm
 
-from models import (IMAGENET_MEAN, IMAGENET_STD, MODELS, READ_ERRORS, TOY_CLASSES, InputError,
-                    add_run_options, average_over_processes, check_readable, check_step,
-                    choose_device, choose_dtype, endless_batches, fingerprint, infer_model,
-                    list_images, load_encoder, load_state, log_line, mix_seed, normalize, number,
-                    open_image, open_item, own_batches, parallel, param_groups, plain, plain_errors,
-                    print_comparison, read_file, read_image, resume, save_checkpoint, start_log,
-                    to_tensor, toy_picture)
+from models import (InputError, Parser, Reader, build_model, check_size, eval_loader,
+                    init_distributed, list_images, log, mix_seed, normalize, open_image,
+                    param_groups, plain_errors, read_file, resume, save, train_loader)
 
-RECIPE = dict(    # what a run rarely changes. The rest are options, see `parse_args`
-    drop_path=0.1, dropout=0.1,             # of the encoder's last block; before the classifier
-    layer_decay=0.8,                        # factor on the rate for every block towards the input
-    betas=(0.9, 0.999), weight_decay=0.05,  # AdamW; no decay of biases, norms and tokens
-    warmup=1500 / 160_000,                  # share of --iters, if --warmup-iters is not given
-    stride=2 / 3,                           # from one window to the next, of a window: 341 of 512
-    log_every=50,                           # optimizer steps per line of log.jsonl
-    toy_images=40,                          # training pictures of --data toy
+RECIPE = dict(    # settings without an option. All others: `parse_args`
+    dropout=0.1,            # before the classifier
+    betas=(0.9, 0.999),     # AdamW; no weight decay of biases, norms and tokens
 )
-DEMO = dict(data="toy", seeds=6, out="out/demo/segment",
-            init="out/demo/pretrain/encoder.pt", model="vit_pico", image_size=[48], patch_size=8,
-            iters=150, batch_size=8, lr=8e-3, drop_path=0.0, workers=0, eval_every=1000,
-            save_every=1000, log_every=10)
 IGNORE = 255    # label of pixels that are neither trained on nor scored
 
 
@@ -125,7 +108,7 @@ class SemanticFPN(nn.Module):
     def __init__(self, encoder, num_classes, width=128, dropout=0.1):
         super().__init__()
         self.encoder = encoder
-        encoder.norm = nn.Identity()    # not used; DDP wants a gradient for all parameters
+        encoder.norm = nn.Identity()    # unused; DDP expects gradients for all parameters
         channels = encoder.embed_dim // 4                               # 48 for ViT-Tiny
         self.pyramid = Pyramid(encoder, channels)
         self.scale_heads = nn.ModuleList()
@@ -154,7 +137,7 @@ class SemanticFPN(nn.Module):
 def segmentation_loss(logits, labels):
     """Cross entropy of logits (B, K, ., .), enlarged bilinearly, with labels (B, H, W).
 
-    The mean is over ignored pixels too, as in the authors' code: every process and micro-step has
+    The mean is over ignored pixels too, as in the authors' code: every process and micro-batch has
     the same denominator, so their average is the loss of the whole batch.
     """
     logits = F.interpolate(logits.float(), labels.shape[1:], mode="bilinear")
@@ -162,22 +145,71 @@ def segmentation_loss(logits, labels):
     return total / labels.numel()
 
 
-def build_model(args, names):
-    """SemanticFPN on --model, for classes of these names. A ViT gets relative position bias and
-    LayerScale that starts at 1."""
-    vit = dict(patch_size=args.patch_size, rel_pos_bias=True, layer_scale=1.0)
-    options = {} if args.model.startswith("hiera") else vit
-    encoder = MODELS[args.model](img_size=args.image_size, drop_path=args.drop_path, **options)
-    model = SemanticFPN(encoder, len(names), dropout=args.dropout)
-    model.classes = names
-    if dist.is_initialized() and dist.get_backend() == "nccl":
-        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    return model
-
-
 # --------------------------------------------------------------------------------------------------
 # Training
 # --------------------------------------------------------------------------------------------------
+def train(args):
+    """Train into args.out: a new run, or the one that last.pt there continues."""
+    rank, world, device, dtype = run = init_distributed(args)
+    torch.manual_seed(args.seed)
+    model = build_segmenter(args).to(device)
+    train_set, val_set = (open_set(args, rank, split) for split in ("training", "validation"))
+    loader = train_loader(train_set, args, rank, world)
+    steps = len(loader) // args.accum_steps    # optimizer steps per epoch
+    epochs = math.ceil(args.iters / steps)     # the last one may be cut short
+    groups = param_groups(model, args.weight_decay, args.layer_decay, model.encoder.depth)
+    optimizer = AdamW(groups, args.lr, args.betas, fused=True)
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    state = resume(args, rank, world, model, optimizer, scaler)
+    best = state["best"] if Path(args.out, "best.pt").exists() and state["epoch"] else -1.0
+
+    network = torch.compile(model) if args.compile else model
+    if world > 1:    # running statistics are broadcast where they are read, in `evaluate`
+        network = DistributedDataParallel(network, broadcast_buffers=False)
+    if state["epoch"] >= epochs:    # the run is finished, but best.pt may be missing
+        best = report(args, run, model, val_set, epochs, args.iters, best)
+
+    for epoch in range(state["epoch"], epochs):
+        loader.sampler.set_epoch(epoch)
+        torch.manual_seed(mix_seed(args.seed, epoch, rank))    # of dropout and drop path
+        network.train()
+        bar = tqdm(loader, f"epoch {epoch + 1}/{epochs}", disable=rank > 0)
+        for i, (images, labels) in enumerate(bar):
+            step = epoch * steps + i // args.accum_steps
+            update = (i + 1) % args.accum_steps == 0
+            images = normalize(images.to(device, non_blocking=True), args.mean, args.std)
+            labels = labels.to(device, non_blocking=True)
+            network.require_backward_grad_sync = update    # DistributedDataParallel reads it
+            with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+                loss = segmentation_loss(network(images), labels)
+            scaler.scale(loss / args.accum_steps).backward()
+            if not update:
+                continue
+
+            scaler.unscale_(optimizer)
+            grad_norm = clip_grad_norm_(model.parameters(), args.clip_grad or math.inf)
+            lr = linear_lr(step, args.iters, args.warmup_iters, args.lr)
+            for group in optimizer.param_groups:
+                group["lr"] = lr * group["lr_scale"]
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad(set_to_none=True)
+
+            if step % args.log_every == 0:    # the only device-to-host sync
+                values = log(args, rank, world, epoch=epoch + 1, step=step, lr=lr,
+                             grad_norm=grad_norm, loss=loss)
+                bar.set_postfix(loss=f"{values['loss']:.4f}")
+            if step + 1 == args.iters:
+                break
+
+        if (step + 1) // args.eval_every > epoch * steps // args.eval_every or epoch + 1 == epochs:
+            best = report(args, run, model, val_set, epoch + 1, step + 1, best)
+        save(args, rank, "last.pt", model, epoch=epoch + 1, best=best,
+             optimizer=optimizer.state_dict(), scaler=scaler.state_dict())
+    if rank == 0:
+        print(f"finished {args.iters} iterations; {args.out}/best.pt has mIoU {best:.2f}")
+
+
 def linear_lr(step, total, warmup, lr):
     """Learning rate of optimizer step `step` (from 0): linear warm-up from a millionth of lr, then
     linear to 0."""
@@ -186,106 +218,21 @@ def linear_lr(step, total, warmup, lr):
     return lr * (total - step) / max(1, total - warmup)
 
 
-def train(args):
-    """One run into args.out, from --init or on from its last.pt -> best mIoU."""
-    run = init_distributed(args)
-    rank, world, device, dtype = run
-    torch.manual_seed(args.seed)
-    train_set = open_set(args, "training")
-    val_set = open_set(args, "validation")
-    model = build_model(args, class_names(args)).to(device)
-    if args.init:
-        load_encoder(model.encoder, args.init)
-
-    sampler = EpochSampler(train_set, args.batch_size, args.accum_steps, rank, world, args.seed)
-    args.train_images = len(train_set)
-    last_step = min(args.iters, args.max_steps or args.iters)
-    groups = param_groups(model, args.weight_decay, args.layer_decay, model.encoder.depth)
-    optimizer = torch.optim.AdamW(groups, args.lr, args.betas, fused=True)
-    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    describe(run, args, model, train_set, val_set, sampler)
-
-    state = resume(args, FIXED, model, optimizer, scaler, rank, world)
-    step = sampler.first_step = state["step"]
-    best = state.get("best", -1.0)
-    network = parallel(model, args, device, world)
-    batches = endless_batches(train_set, sampler, args, device)
-    log = RunLog(args, step, last_step, sampler.batch_size, rank)
-
-    while True:
-        # evaluate every few thousand steps and at the end
-        if step >= last_step or (step and step % args.eval_every == 0):
-            best = report(run, args, model, val_set, step, best)
-        if step >= last_step:
-            break
-
-        # forward and backward, in micro-steps
-        started = time.perf_counter()
-        waited = 0.0
-        totals = {"loss": 0.0}
-        items = []
-        network.train()
-        torch.manual_seed(mix_seed(args.seed, step, rank))
-        for micro_step in range(args.accum_steps):
-            before = time.perf_counter()
-            images, labels, index, unreadable = next(batches)
-            waited += time.perf_counter() - before
-            items += zip(index.tolist(), unreadable.tolist())
-            images = normalize(images.to(device, non_blocking=True), args.mean, args.std)
-            labels = labels.to(device, non_blocking=True)
-            network.require_backward_grad_sync = micro_step == args.accum_steps - 1    # for DDP
-            with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-                loss = segmentation_loss(network(images), labels)
-            scaler.scale(loss / args.accum_steps).backward()
-            totals["loss"] += loss.detach() / args.accum_steps
-
-        # clip, and look at the loss before it can harm the weights: the one wait of a step
-        lr = linear_lr(step, args.iters, args.warmup_iters, args.lr)
-        scaler.unscale_(optimizer)
-        totals["grad_norm"] = clip_grad_norm_(model.parameters(), args.clip_grad or math.inf)
-        totals["unreadable"] = world * sum(unreadable for _, unreadable in items)
-        totals["stop"] = log.stop.is_set()
-        values = average_over_processes(totals, world, device)
-        check_step(values, totals["loss"], items, train_set, args, step, lr, scaler)
-
-        # update
-        for group in optimizer.param_groups:
-            group["lr"] = lr * group["lr_scale"]
-        scaler.step(optimizer)
-        scaler.update()
-        optimizer.zero_grad(set_to_none=True)
-        step += 1
-
-        # log, save
-        log.add(step, lr, values, time.perf_counter() - started, waited)
-        if step % args.save_every == 0 or step == last_step or values["stop"]:
-            save(args, model, step, best, rank, "last.pt", optimizer=optimizer.state_dict(),
-                 scaler=scaler.state_dict())
-        if values["stop"] and step < last_step:
-            break
-
-    log.close(step)
-    return best
-
-
-def save(args, model, step, best, rank, file, **more):
-    """last.pt, all that the run needs to go on, or best.pt, what --eval and --predict read."""
-    if rank == 0:
-        save_checkpoint(Path(args.out, file), model=model.state_dict(), arch=model.encoder.arch,
-                        classes=model.classes, mean=list(args.mean), std=list(args.std),
-                        args=plain(args), step=step, best=best, **more)
-
-
-def describe(run, args, model, train_set, val_set, sampler):
-    """Print what this run is, once."""
-    rank, world, device, dtype = run
-    if rank == 0:
-        print(f"Semantic FPN on {args.model}, taps after blocks {model.pyramid.taps}; "
-              f"{args.num_classes} classes, {len(train_set)} training images, {len(val_set)} for "
-              f"validation; {args.iters} steps, warm-up {args.warmup_iters}")
-        print(f"batch {sampler.batch_size} = {sampler.micro_batch} images x {world} process(es) x "
-              f"{args.accum_steps} micro-steps; lr {args.lr:.3g}, x {args.layer_decay} for each "
-              f"block towards the input; {device}, {dtype}")
+def build_segmenter(args):
+    """SemanticFPN on the encoder of --init, or on --model with random weights. A ViT gets relative
+    position bias and LayerScale, which start at 0 and 1 where the file has none."""
+    encoder = build_model(args.model, args.init, img_size=args.image_size, drop_path=args.drop_path,
+                          patch_size=args.patch_size, vit=dict(rel_pos_bias=True, layer_scale=1.0))
+    args.arch = encoder.arch
+    args.image_size = encoder.img_size
+    args.mean = encoder.mean
+    args.std = encoder.std
+    cell = 32 if encoder.arch["kind"] == "hiera" else 2 * encoder.patch_size
+    check_size(encoder.img_size, cell, "stride of the coarsest map")
+    model = SemanticFPN(encoder, args.num_classes, dropout=args.dropout)
+    if dist.is_initialized() and dist.get_backend() == "nccl":
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    return model
 
 
 # --------------------------------------------------------------------------------------------------
@@ -370,137 +317,111 @@ def augment(image, labels, size, fill):
 
 
 class SegmentationSet(Dataset):
-    """Images with a class for every pixel. items: pairs of files, or of numbers of toy pictures.
+    """Item (epoch, index) -> image (3, H, W) uint8, labels (H, W) uint8, of a pair of files.
 
-    Item (epoch, index) -> image (3, H, W) uint8, labels (H, W) uint8, index, and whether the file
-    could not be read (all its pixels are ignored then). train=True: augmented crops; all randomness
-    comes from (seed, epoch, index). train=False: the image resized for windows, labels in their own
-    size.
+    train=True: augmented crops; all randomness comes from (seed, epoch, index). train=False: the
+    image resized for windows, labels in their own size.
     """
 
-    def __init__(self, items, args, train):
-        self.items = items
+    def __init__(self, pairs, args, train):
+        images, self.label_files = zip(*pairs)
         self.args = args
-        self.train = train
-        self.table = label_table(args.num_classes, args.zero_is_class)
+        self.read = Reader(images, args, train)
 
     def __len__(self):
-        return len(self.items)
-
-    def name(self, index):
-        return str(self.items[index][0])
-
-    def load(self, index):
-        image, labels = self.items[index]
-        try:
-            image = to_tensor(open_item(image))
-        except READ_ERRORS:
-            blank = torch.zeros(self.args.image_size, dtype=torch.uint8)
-            return blank.expand(3, -1, -1), blank + IGNORE, True
-        if isinstance(labels, int):
-            return image, torch.tensor(toy_picture(labels)[2]), False
-        return image, read_labels(labels, self.table), False
+        return len(self.label_files)
 
     def __getitem__(self, key):
-        epoch, index = key
-        image, labels, unreadable = self.load(index)
-        size = self.args.image_size
-        if not self.train:
-            return resize_for_test(image, size), labels, index, unreadable
-        fill = [round(255 * c) for c in self.args.mean]
-        with torch.random.fork_rng(devices=[]):    # the process's own generator is left alone
-            torch.default_generator.manual_seed(mix_seed(self.args.seed, epoch, index))
-            image, labels = augment(image, labels, size, fill)
-        return image, labels, index, unreadable
+        return self.read(key, self.load)
+
+    def load(self, image, index):
+        args = self.args
+        image = pil_to_tensor(image)
+        labels = read_labels(self.label_files[index], args.num_classes, args.zero_is_class)
+        if self.read.train:
+            fill = [round(255 * c) for c in args.mean]
+            return augment(image, labels, args.image_size, fill)
+        return resize_for_test(image, args.image_size), labels
 
 
 def list_pairs(root, split):
-    """(image, label) files of a split, matched by name. Raises InputError where one is missing."""
-    pairs = []
+    """(image, label) files of a split, matched by name. Raises InputError."""
     images = Path(root, "images", split)
-    for file in list_images(images):
-        labels = Path(root, "annotations", split, os.path.relpath(file, images)).with_suffix(".png")
-        if not labels.exists():
-            raise InputError(f"image {file} has no labels: {labels} does not exist")
-        pairs.append((file, str(labels)))
-    return pairs
+    labels = Path(root, "annotations", split)
+    if not images.is_dir():
+        above = Path(root).resolve().parent
+        raise InputError(f"{images} is not a folder: --data must hold images and annotations, each "
+                         f"with {split}; is {above} meant?")
+    files = list_images(images)
+    return [(f, Path(labels, os.path.relpath(f, images)).with_suffix(".png")) for f in files]
 
 
-def open_set(args, split):
-    """The "training" or "validation" set of --data. Every process checks all its label files, so
-    that all end with the same sentence."""
-    training = split == "training"
-    if args.data == "toy":
-        numbers = range(args.toy_images) if training else range(7000, 7100)
-        return SegmentationSet([(i, i) for i in numbers], args, training)
+def open_set(args, rank, split):
+    """The "training" or "validation" set of --data. All its label files are read first, in the
+    loader processes: else a wrong number would show hours later."""
     pairs = list_pairs(args.data, split)
-    check = functools.partial(check_pair, table=label_table(args.num_classes, args.zero_is_class))
+    setattr(args, f"{split}_images", len(pairs))    # compared on resuming
+    check = functools.partial(check_pair, args)
     checks = DataLoader(pairs, None, num_workers=args.workers, collate_fn=check)
-    for _ in tqdm(checks, f"reading {split} labels", disable="RANK" in os.environ, leave=False):
-        pass    # the work is done in the loader processes
-    return SegmentationSet(pairs, args, training)
+    found = max(tqdm(checks, f"reading {split} labels", disable=rank > 0, leave=False))
+    if not found:
+        raise InputError(f"no pixel of the {split} labels has a class: check --zero-is-class")
+    if rank == 0:
+        print(f"{split}: {len(pairs)} images, whose labels need --num-classes {found}; given is "
+              f"{args.num_classes}")
+    return SegmentationSet(pairs, args, split == "training")
+
+
+def check_pair(args, pair):
+    """How many classes there must be for the labels of (image, labels) files; 0 if all pixels are
+    ignored. Raises InputError for wrong labels, and for labels of another size than the image's."""
+    file, label_file = pair
+    labels = read_labels(label_file, args.num_classes, args.zero_is_class)
+    with contextlib.suppress(OSError):    # training reports the image
+        size = open_image(file).size
+        if size != tuple(labels.shape[::-1]):
+            raise InputError(f"image {file} has {size[0]} x {size[1]} pixels, its labels "
+                             f"{label_file} another size")
+    return (labels + 1).max().item()    # in uint8 IGNORE + 1 is 0
 
 
 # --------------------------------------------------------------------------------------------------
 # Data: labels
 # --------------------------------------------------------------------------------------------------
-def label_table(num_classes, zero_is_class):
-    """Class of every number in a label file -> (257,) int16: IGNORE for unlabelled pixels, -1 for
-    invalid numbers; the last entry stands for all above 255.
+def read_labels(path, num_classes, zero_is_class):
+    """Label PNG (grey or palette; alpha is dropped) -> classes (H, W) uint8. Raises InputError.
 
     ADE20K: 0 is ignored, 1 .. 150 are classes 0 .. 149. Labels are shifted here and nowhere else.
     """
-    table = np.full(257, -1, np.int16)
-    first = 0 if zero_is_class else 1
-    table[[0, IGNORE]] = IGNORE
-    table[first:first + num_classes] = np.arange(num_classes)
-    return table
-
-
-def read_labels(path, table):
-    """Label PNG (grey or palette) -> (H, W) uint8 classes by `label_table`. Raises InputError."""
     try:
         with Image.open(path) as image:
-            numbers = np.asarray(image).astype(np.int64)    # a one-bit image has booleans
-    except READ_ERRORS as error:
-        raise InputError(f"cannot read labels {path} ({type(error).__name__}): replace them, or "
-                         "remove them with their image") from None
+            grey = image.getchannel(0) if image.mode == "LA" else image
+            numbers = np.asarray(grey).astype(np.int64)    # a one-bit image has booleans
+    except (OSError, SyntaxError, ValueError) as error:
+        raise InputError(f"cannot read labels {path} ({type(error).__name__}): give a PNG of the "
+                         "image's name, or remove the image") from None
     if numbers.ndim != 2:
         raise InputError(f"labels {path} are a colour image: they must be one class number per "
                          "pixel, grey or palette")
-    labels = table[numbers.clip(max=256)]
-    if labels.min() < 0:
-        raise InputError(f"labels {path} hold the number {numbers[labels < 0][0]}, which is no "
-                         "class: check --num-classes and --zero-is-class")
-    return torch.from_numpy(labels.astype(np.uint8))
-
-
-def check_pair(pair, table):
-    """Raise InputError if the labels of a pair of files are wrong, or not of the image's size. An
-    image that cannot be read is left for training to report."""
-    image, labels = pair
-    height, width = read_labels(labels, table).shape
-    try:
-        size = open_image(image).size    # JPEGs are not decoded
-    except READ_ERRORS:
-        return
-    if size != (width, height):
-        raise InputError(f"{image} has {size[0]}x{size[1]} pixels, its labels {labels} "
-                         f"{width}x{height}: they must have the same size")
+    classes = numbers if zero_is_class else numbers - 1
+    classes = np.where(numbers == IGNORE, -1, classes)
+    if classes.max() >= num_classes:
+        number = numbers.flat[classes.argmax()]
+        raise InputError(f"labels {path} hold the number {number}, which is no class: check "
+                         "--num-classes and --zero-is-class")
+    return torch.from_numpy(classes.astype(np.uint8))    # -1 becomes IGNORE
 
 
 def class_names(args):
-    """From objectInfo150.txt in --data, which comes with ADE20K, or numbers."""
+    """From objectInfo150.txt in --data, which comes with ADE20K, or the numbers of label files."""
     listed = Path(args.data, "objectInfo150.txt")
-    names = [f"class {k}" for k in range(args.num_classes)]
-    if args.data == "toy":
-        names = ["ground", *TOY_CLASSES]
-    elif listed.exists():    # a header; the last of 5 columns is like "wall, wall panel"
-        rows = [row for row in listed.read_text().splitlines() if not row.startswith("Idx")]
-        names = [row.split("\t")[-1].split(",")[0] for row in rows]
-    if len(names) != args.num_classes:
-        raise InputError(f"{listed} has {len(names)} names, --num-classes is {args.num_classes}")
-    return names
+    if not listed.exists():
+        return [f"class {k + 1 - args.zero_is_class}" for k in range(args.num_classes)]
+    rows = listed.read_text().splitlines()    # a header; 5 columns, the last like "wall, panel"
+    rows = [row for row in rows if row.strip() and not row.startswith("Idx")]
+    if len(rows) != args.num_classes:
+        raise InputError(f"{listed} has {len(rows)} names, --num-classes is {args.num_classes}")
+    return [row.split("\t")[-1].split(",")[0] for row in rows]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -533,12 +454,10 @@ def sliding_logits(model, image, stride):
 
 
 @torch.no_grad()
-def label_image(run, args, model, image, size):
+def label_image(args, model, image, size):
     """Classes (H, W) uint8, in the given size, of an image (3, ., .) uint8 by sliding windows."""
-    _, _, device, dtype = run
-    image = normalize(image.to(device), args.mean, args.std)
-    with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-        logits = sliding_logits(model, image, args.stride)
+    stride = 2 * min(args.image_size) // 3    # 341 of 512
+    logits = sliding_logits(model, normalize(image, args.mean, args.std), stride)
     logits = F.interpolate(logits[None], tuple(size), mode="bilinear")[0]
     return logits.argmax(dim=0).byte()
 
@@ -560,350 +479,236 @@ def summarize(confusion):
     """Scores in per cent from the confusion matrix of the whole set -> dict. The mean IoU is over
     the classes that occur in labels or predictions; `absent` counts the others."""
     if not confusion.sum():
-        raise InputError("no pixel of the validation labels has a class: check --zero-is-class")
+        raise InputError("no validation image with a labelled pixel can be read: nothing is left "
+                         "to evaluate on")
     confusion = confusion.cpu().double()
     iou = class_iou(confusion)
     return {"miou": 100 * iou.nanmean().item(),
             "pixel_accuracy": 100 * (confusion.trace() / confusion.sum()).item(),
             "absent": int(iou.isnan().sum()),
-            "iou": [round(100 * v, 2) for v in iou.nan_to_num().tolist()]}
+            "iou": [None if math.isnan(v) else round(100 * v, 2) for v in iou.tolist()]}
 
 
-def evaluate(run, args, model, val_set):
-    """-> confusion matrix (K, K) of the validation set, each image once at any world size, and some
-    of this process's images, truths and predictions."""
+def evaluate(args, run, model, val_set):
+    """Scores of the validation set, each image once for any number of processes -> dict; process 0
+    prints them and draws some of its images, truths and predictions."""
     rank, world, device, _ = run
     model.eval()
-    if world > 1:    # batch statistics of the first process; SyncBatchNorm's are the same anyway
-        for name, buffer in model.named_buffers():
-            if "running" in name:
-                dist.broadcast(buffer, 0)
-    confusion = torch.zeros(args.num_classes, args.num_classes, dtype=torch.long, device=device)
+    if world > 1:    # running statistics differ without SyncBatchNorm: process 0 saves its own
+        for buffer in model.buffers():
+            dist.broadcast(buffer, 0)
+    counts = torch.zeros(args.num_classes, args.num_classes, dtype=torch.long, device=device)
+    scored = torch.zeros((), dtype=torch.long, device=device)
     examples = []
-    bad = []
-    loader = tqdm(own_batches(val_set, None, args, rank, world), "evaluation", disable=rank != 0,
-                  leave=False)
-    for image, labels, index, unreadable in loader:
-        if unreadable:
-            bad.append(index)
-        predicted = label_image(run, args, model, image, labels.shape)
-        confusion += confusion_matrix(predicted, labels.to(device), args.num_classes)
+    for images, labels in eval_loader(val_set, 1, args, rank, world):
+        predicted = label_image(args, model, images[0].to(device), labels.shape[1:])
+        counts += confusion_matrix(predicted, labels[0].to(device), args.num_classes)
+        scored += 1
         if len(examples) < 5:
-            examples.append((image, labels, predicted.cpu()))
+            examples.append((images[0], labels[0], predicted.cpu()))
     if world > 1:
-        dist.all_reduce(confusion)
-    check_readable(val_set, bad, args, world, device)
-    return confusion, examples
+        dist.all_reduce(counts)
+        dist.all_reduce(scored)
+    values = {**summarize(counts), "val_images": scored.item()}
+    if rank == 0 and examples:
+        tqdm.write(f"mIoU {values['miou']:.2f} ({values['absent']} classes absent), pixel accuracy "
+                   f"{values['pixel_accuracy']:.2f}; {scored.item()} images, windows of "
+                   f"{args.image_size}, {'TF32' if device.type == 'cuda' else 'float32'}")
+        titles = ("input", "truth", "prediction")
+        draw_overlays(f"{args.out}/overlay.png", titles, examples, args.classes)
+    return values
 
 
-def report(run, args, model, val_set, step, best=math.inf):
-    """Evaluate on all processes; log, print and draw on process 0, and save a model whose mIoU is
-    the best until now -> best mIoU."""
-    confusion, examples = evaluate(run, args, model, val_set)
-    values = summarize(confusion)
-    if run[0] == 0:
-        log_line(Path(args.out, "eval.jsonl" if args.eval else "log.jsonl"), step=step, **values)
-        tqdm.write(f"step {step}: mIoU {values['miou']:.2f} ({values['absent']} classes absent), "
-                   f"pixel accuracy {values['pixel_accuracy']:.2f}; {len(val_set)} images, "
-                   f"slide, window {args.image_size}, stride {args.stride}")
-        draw_overlays(f"{args.out}/overlay.png", ("input", "truth", "prediction"), examples,
-                      model.classes)
+def report(args, run, model, val_set, epoch, step, best):
+    """Evaluate on all processes; process 0 logs, and saves a model whose mIoU is the best until
+    now -> best mIoU."""
+    rank, world, _, _ = run
+    values = evaluate(args, run, model, val_set)
+    log(args, rank, world, epoch=epoch, step=step, **values)
     if values["miou"] <= best:
         return best
-    save(args, model, step, values["miou"], run[0], "best.pt")
+    save(args, rank, "best.pt", model, epoch=epoch, step=step, miou=values["miou"])
     return values["miou"]
 
 
 # --------------------------------------------------------------------------------------------------
 # Pictures and predictions
 # --------------------------------------------------------------------------------------------------
-def draw_overlays(path, titles, rows, names, width=200):
-    """PNG of rows: a picture (3, H, W) uint8, and the same under each of its label maps (H, W).
-    Ignored pixels are not coloured; the classes' names stand at the right, in their colours."""
+def class_colors(n):
+    return [ImageColor.getrgb(f"hsl({137.5 * k % 360}, 90%, {65 - 20 * (k % 2)}%)")
+            for k in range(n)]
+
+
+def draw_overlays(path, titles, rows, names, side=200):
+    """PNG of rows: a picture (3, H, W) uint8, and the same under each of its label maps (H, W), in
+    cells of `side` pixels. Ignored pixels are not coloured; the names of the classes stand at the
+    right, in their colours."""
     classes = torch.arange(len(names))[:, None, None]
-    colors = [f"hsl({137.5 * k % 360}, 90%, {65 - 20 * (k % 2)}%)" for k in range(len(names))]
+    colors = class_colors(len(names))
+    cells = []
     found = set()
-    strips = []
     for picture, *maps in rows:
-        shape = [max(1, width * picture.shape[1] // picture.shape[2]), width]
+        shape = resized_shape(picture.shape[1:], side, side)
+        margin = [0, 0, side - shape[1], side - shape[0]]    # right, below
         picture = resize(picture, shape)
-        strip = [picture]
+        cells.append(pad(picture, margin))
         for labels in maps:
             labels = resize(labels[None], shape, InterpolationMode.NEAREST)
-            strip.append(draw_segmentation_masks(picture, labels == classes, 0.6, colors))
+            overlay = draw_segmentation_masks(picture, labels == classes, 0.6, colors)
+            cells.append(pad(overlay, margin))
             found.update(labels.unique().tolist())
-        strips.append(make_grid(strip, padding=4))
-    pixels = torch.cat(strips, dim=1).permute(1, 2, 0).numpy()
+    pixels = make_grid(cells, len(titles), padding=4).permute(1, 2, 0).numpy()
     found = sorted(found - {IGNORE})
-    height = 30 + max(len(pixels), 20 * len(found))
-    sheet = Image.new("RGB", (pixels.shape[1] + 180, height))
-    sheet.paste(Image.fromarray(pixels), (0, 24))
+    below = max(0, 20 * len(found) - len(pixels))
+    sheet = ImageOps.expand(Image.fromarray(pixels), (0, 24, 180, below))    # left, top, right
     draw = ImageDraw.Draw(sheet)
     font = ImageFont.load_default(14)
     for column, title in enumerate(titles):
-        draw.text((4 + column * (width + 4), 4), title, "white", font)
-    legend = pixels.shape[1] + 8
+        draw.text((4 + column * (side + 4), 4), title, "white", font)
     for line, k in enumerate(found):
-        draw.text((legend, 24 + 20 * line), names[k][:22], colors[k], font)
+        draw.text((pixels.shape[1] + 8, 24 + 20 * line), names[k][:22], colors[k], font)
     sheet.save(path)
 
 
-def predict(run, args, model):
-    """Label every image of --predict, into OUT/predict: NAME.jpg_labels.png, with the numbers of
-    label files, and NAME.jpg_overlay.png. Raises OSError at the end if some cannot be read."""
-    rank, world, _, _ = run
+def predict(args, run, model):
+    """Label every image of --predict, into OUT/predict: NAME_labels.png, a palette image with the
+    numbers of label files, and NAME_overlay.png. Raises OSError at the end if some images cannot be
+    read."""
+    rank, world, device, _ = run
     path = Path(args.predict)
     files = list_images(path) if path.is_dir() else [path]
     root = path if path.is_dir() else path.parent
+    first = 1 - args.zero_is_class
+    palette = [(0, 0, 0)] * first + class_colors(args.num_classes)
+    stems = collections.Counter(os.path.splitext(file)[0] for file in files)
     bad = []
-    for file in tqdm(files[rank::world], "prediction", disable=rank != 0):
+    for file in tqdm(files[rank::world], "prediction", disable=rank > 0):
         try:
-            image = read_image(file)
-        except READ_ERRORS as error:
-            bad.append(f"{file} ({type(error).__name__})")
+            image = pil_to_tensor(open_image(file))
+        except OSError as error:
+            bad.append(str(error))
             continue
-        small = resize_for_test(image, args.image_size)    # 150 maps of a photo would fill memory
-        labels = label_image(run, args, model, small, small.shape[1:]).cpu()
-        labels = resize(labels[None], list(image.shape[1:]), InterpolationMode.NEAREST)[0]
-        target = Path(args.out, "predict", os.path.relpath(file, root))
+        small = resize_for_test(image, args.image_size)    # full-size logits need too much memory
+        labels = label_image(args, model, small.to(device), small.shape[1:]).cpu()
+        labels = resize(labels[None], image.shape[1:], InterpolationMode.NEAREST)[0]
+        stem = os.path.splitext(file)[0]
+        name = stem if stems[stem] == 1 else file    # a.jpg beside a.png
+        target = Path(args.out, "predict", os.path.relpath(name, root))
         target.parent.mkdir(parents=True, exist_ok=True)
-        numbers = labels + (0 if args.zero_is_class else 1)
-        Image.fromarray(numbers.numpy()).save(f"{target}_labels.png")
+        numbers = Image.fromarray((labels + first).numpy())
+        numbers.putpalette(itertools.chain(*palette))
+        numbers.save(f"{target}_labels.png")
         rows = [(image, labels)]
-        draw_overlays(f"{target}_overlay.png", ("input", "prediction"), rows, model.classes, 480)
+        draw_overlays(f"{target}_overlay.png", ("input", "prediction"), rows, args.classes, 480)
+        tqdm.write(f"{target}_labels.png, {target}_overlay.png")
     if world > 1:
         dist.barrier()    # an error ends the other processes
     if bad:
-        raise OSError(f"cannot read {', '.join(bad)}; every other image was labelled")
-
-
-# --------------------------------------------------------------------------------------------------
-# Process group, sampler, log (the same text in every training script)
-# --------------------------------------------------------------------------------------------------
-def init_distributed(args, minutes=10):
-    """Join torchrun's process group, if there is one -> rank, world, torch.device, torch.dtype."""
-    rank = int(os.environ.get("RANK", 0))
-    world = int(os.environ.get("WORLD_SIZE", 1))
-    device = choose_device(args.device)
-    if world > 1 and not dist.is_initialized():
-        backend = "nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=datetime.timedelta(minutes=minutes))
-    return rank, world, device, choose_dtype(args.dtype, device)
-
-
-class EpochSampler(DistributedSampler):
-    """Yields (epoch, index) for this process without end, starting at optimizer step `first_step`.
-    A batch is the same for any number of processes and micro-steps; a data set smaller than it
-    gives one batch, rounded down to a multiple of processes x micro-steps."""
-
-    def __init__(self, dataset, batch_size, accum_steps, rank, world, seed):
-        super().__init__(dataset, world, rank, seed=mix_seed(seed), drop_last=True)
-        parts = accum_steps * world
-        self.micro_batch = min(batch_size, len(dataset)) // parts
-        self.batch_size = self.micro_batch * parts
-        if batch_size % parts or not self.batch_size:
-            raise InputError(f"--batch-size {batch_size} of {len(dataset)} items cannot be dealt "
-                             f"out to {world} process(es) x --accum-steps {accum_steps}: choose "
-                             f"a multiple of {parts}, and no fewer items than that")
-        self.steps_per_epoch = len(dataset) // self.batch_size
-        self.first_step = 0
-
-    def __iter__(self):
-        share = self.batch_size // self.num_replicas
-        epoch, done = divmod(self.first_step, self.steps_per_epoch)
-        while True:
-            self.set_epoch(epoch)
-            indices = list(super().__iter__())[share * done:share * self.steps_per_epoch]
-            yield from ((epoch, index) for index in indices)
-            epoch += 1
-            done = 0
-
-
-class RunLog:
-    """Progress bar and log.jsonl, written by process 0. SIGTERM sets `stop`: finish the step, save
-    and leave, which `train` does once any process was asked to."""
-
-    def __init__(self, args, step, last_step, batch_size, rank):
-        self.path = Path(args.out, "log.jsonl") if rank == 0 else None
-        start_log(self.path, args, step)
-        self.every = args.log_every
-        self.batch_size = batch_size
-        self.window = []
-        self.stop = threading.Event()
-        signal.signal(signal.SIGTERM, lambda *_: self.stop.set())
-        self.bar = tqdm(total=last_step, initial=step, unit="step", disable=rank != 0)
-
-    def add(self, step, lr, values, seconds, waited):
-        """Note a step: its values, how long it took and waited for data. A line every few steps."""
-        self.window.append({**values, "lr": lr, "seconds": seconds, "data_share": waited / seconds})
-        self.bar.update()
-        if step % self.every and step < self.bar.total and not values["stop"]:
-            return
-        means = {k: sum(v[k] for v in self.window) / len(self.window) for k in self.window[0]}
-        rate = self.batch_size / means.pop("seconds")
-        hint = ", more --workers would help" if means["data_share"] > 0.3 else ""
-        self.bar.set_postfix_str(f"loss {means['loss']:.4f}, {rate:.0f} img/s, waiting for data "
-                                 f"{means['data_share']:.0%}{hint}", refresh=False)
-        log_line(self.path, step=step, **means, img_s=rate,
-                 eta_h=(self.bar.total - step) * self.batch_size / rate / 3600,
-                 memory_gb=torch.cuda.max_memory_allocated() / 2 ** 30)
-        self.window = []
-
-    def close(self, step):
-        """End the bar; after SIGTERM, exit with status 1."""
-        self.bar.close()
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        if step < self.bar.total:
-            message = f"stopped by SIGTERM after step {step}; the same command goes on from there"
-            sys.exit(message if self.path else 1)
+        raise OSError("; ".join(bad))
 
 
 # --------------------------------------------------------------------------------------------------
 # Arguments: the defaults are the paper's
 # --------------------------------------------------------------------------------------------------
-FIXED = ("init_sha", "model", "image_size", "patch_size", "drop_path", "dropout", "num_classes",
-         "zero_is_class", "mean", "std", "iters", "warmup_iters", "batch_size", "layer_decay",
-         "weight_decay", "betas", "seed", "train_images")    # the run's meaning; see `resume`
+def parse_args(argv=None):
+    """Options of the command line, or of the list `argv`."""
+    parser = Parser(__doc__)
+    add = parser.group("model and classes; --eval and --predict take the file's")
+    add("--model", help="encoder; default: that of --init, else vit_tiny, the paper's")
+    add("--init",
+        help="checkpoint of the encoder (README, 'Checkpoints'); default: random weights; with "
+             "--eval, --predict: of this script; default: best.pt of --out")
+    add("--image-size", low=1, nargs="+",
+        help="side, or height and width, of crops and windows; default: the paper's 512, with "
+             "--eval, --predict that of the file")
+    add("--patch-size", low=1, help="side of a ViT patch; default: that of --init, else of --model")
+    add("--drop-path", type=float, low=0, high=1, default=0.1,
+        help="rate of the encoder's last block; grows linearly from 0; paper: 0.1")
 
-
-def parse_args(argv=None, **defaults):
-    """Options of the command line, or of the list `argv`; `defaults` stand in for the paper's."""
-    parser = argparse.ArgumentParser(usage="%(prog)s [options]",
-                                     description=__doc__.split("\n\n")[0],
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    positive = number(int, "[1, inf)")
-    add = parser.add_argument_group("model and classes; --eval takes the file's").add_argument
-    add("--model", choices=tuple(MODELS), default="vit_tiny", help="encoder; paper: vit_tiny")
-    add("--init", help="checkpoint of the encoder (README, 'Checkpoints'); default: random; "
-                       "with --eval, --predict: of this script; default: best.pt of --out")
-    add("--image-size", type=positive, nargs="+", default=[512],
-        help="side, or height and width, of crops and windows; paper: 512")
-    add("--patch-size", type=positive,
-        help="side of a ViT patch; default: that of --init, else of --model")
-
-    add = parser.add_argument_group("data").add_argument
+    add = parser.group("data")
     add("--data", default="data/ADEChallengeData2016",
-        help="folder with {images,annotations}/{training,validation}, or 'toy' for drawn pictures")
-    add("--num-classes", type=number(int, "[2, 254]", ": labels are bytes, 255 means ignored"),
-        default=150, help="label files hold 1 .. this, and 0 for ignored pixels")
+        help="folder that holds images and annotations, each with training and validation")
+    add("--num-classes", low=2, high=254, default=150,
+        help="label files hold 1 .. this, and 0 or 255 for ignored pixels")
     add("--zero-is-class", action="store_true",
         help="label files hold 0 .. num-classes - 1, and 255 for ignored pixels")
-    add("--skip-corrupt", action="store_true",
-        help="go on without unreadable images, and count them; default: stop")
 
-    add = parser.add_argument_group("recipe (Sec. 'transfer', ADE20K)").add_argument
-    add("--iters", type=positive, default=160_000, help="paper: 160000")
-    add("--warmup-iters", type=number(int, "[0, inf)"),
+    add = parser.group("recipe (Sec. 'transfer', ADE20K)")
+    add("--iters", low=1, default=160_000, help="optimizer steps; paper: 160000")
+    add("--warmup-iters", low=0,
         help="linear from a millionth of --lr; default: 1500 of 160000, as the paper's")
-    add("--batch-size", type=positive, default=16,
+    add("--batch-size", low=1, default=16,
         help="images per optimizer step over all processes; paper: 16")
-    add("--lr", type=number(float, "[0, inf)"), default=1e-4,
+    add("--lr", type=float, low=0, default=1e-4,
         help="of pyramid and head; falls to 0 linearly; paper: 1e-4")
-    add("--clip-grad", type=number(float, "[0, inf)"), default=0.0,
-        help="largest gradient norm; 0: no clipping, as in the paper")
+    add("--layer-decay", type=float, low=0, high=1, default=0.8,
+        help="factor on the rate for every block towards the input; paper: 0.8")
+    add("--weight-decay", type=float, low=0, default=0.05, help="paper: 0.05")
 
-    add = parser.add_argument_group("evaluation").add_argument
+    add = parser.group("evaluation")
     add("--eval", action="store_true", help="score a checkpoint instead of training")
     add("--predict", metavar="PATH", help="label an image, or all images below a folder")
 
-    add = add_run_options(parser, "out/segment")
+    add = parser.run_options("out/segment")
     add("--compile", action="store_true", help="torch.compile the network for training")
-    add("--seed", type=number(int, "[0, 4294967296)"), default=0)
-    add("--max-steps", type=positive,
-        help="stop after so many optimizer steps (the schedule stays that of --iters)")
-    add("--save-every", type=positive, default=2000, help="steps between last.pt")
-    add("--eval-every", type=positive, default=16_000,
-        help="steps between evaluations; there is always one at the end")
-    add("--demo", action="store_true",
-        help="a few minutes on drawn pictures: random weights against pretrain_d2mae.py --demo")
-    parser.set_defaults(**{**RECIPE, **defaults})
-    args = parser.parse_args(argv)
-    if args.demo and not defaults:
-        return parse_args(argv, **DEMO)
-    return args
+    add("--eval-every", low=1, default=16_000,
+        help="iterations between evaluations, each at the end of an epoch")
+    parser.set_defaults(**RECIPE)
+    return parser.parse_args(argv)
 
 
 def resolve(args):
-    """Fill in the defaults that depend on other options or on files; refuse what has no meaning.
-    InputError."""
-    if args.eval or args.predict:
-        args.init = args.init or f"{args.out}/best.pt"
-        file = read_file(args.init)
-        keys = ("model", "image_size", "patch_size", "num_classes", "zero_is_class")
-        try:
-            vars(args).update({key: file["args"][key] for key in keys})
-        except (KeyError, TypeError):
-            raise InputError(f"{args.init} is no segmentation model: give best.pt of this script "
-                             "as --init") from None
-
-    # what the encoder's file tells
-    hiera = args.model.startswith("hiera")
-    info = load_state(args.init)[1] if args.init else {}
-    args.init_sha = fingerprint(args.init)
-    args.mean = tuple(info.get("mean", IMAGENET_MEAN))
-    args.std = tuple(info.get("std", IMAGENET_STD))
-    if not args.patch_size:
-        args.patch_size = MODELS[args.model].keywords.get("patch_size", 16)
-        if args.init and not hiera:
-            found, args.patch_size = infer_model(args.init)
-            if found.startswith("hiera"):
-                raise InputError(f"--init {args.init} is a {found}: choose --model {found}")
-
-    # sizes, classes, schedule
-    cell = 32 if hiera else 2 * args.patch_size
-    if len(args.image_size) > 2 or any(side % cell for side in args.image_size):
-        raise InputError(f"--image-size {' '.join(map(str, args.image_size))} must be one or two "
-                         f"multiples of {cell}, the pixels of one cell of the coarsest map")
-    args.image_size = (args.image_size[0], args.image_size[-1])
-    args.stride = int(min(args.image_size) * args.stride)
-    if args.data == "toy":
-        args.num_classes = 1 + len(TOY_CLASSES)
-        args.zero_is_class = True
+    """Fill in the defaults of training that depend on other options."""
+    args.image_size = args.image_size or [512]
+    args.classes = class_names(args)
     if args.warmup_iters is None:
-        args.warmup_iters = int(args.iters * args.warmup)
+        args.warmup_iters = args.iters * 1500 // 160_000
     if args.warmup_iters >= args.iters:
         raise InputError(f"--warmup-iters {args.warmup_iters} must be fewer than --iters "
                          f"{args.iters}")
     return args
 
 
+def load_segmenter(args):
+    """The trained model for --eval and --predict. Raises InputError for a file of another script,
+    and for options that are not read, unless they repeat those of training."""
+    args.init = args.init or f"{args.out}/best.pt"
+    file = read_file(args.init)
+    stored = file.get("args", {})
+    if "zero_is_class" not in stored:
+        raise InputError(f"{args.init} is no segmentation model: give best.pt of this script as "
+                         "--init")
+    read = {"init", "model", "image_size", "patch_size", "out", "device", "workers", "eval",
+            "predict", "data", "skip_corrupt"}
+    defaults = vars(parse_args([]))
+    for name in stored.keys() - read:
+        value = getattr(args, name, None)
+        if value not in (None, defaults.get(name), stored[name]):
+            raise InputError(f"--{name.replace('_', '-')} {value} has no effect: {args.init} was "
+                             f"trained with {stored[name]}; leave it out")
+        setattr(args, name, stored[name])
+    model = build_segmenter(args)
+    heads = {k: v for k, v in file["model"].items() if not k.startswith("encoder.")}
+    model.load_state_dict(heads, strict=False)
+    return model.eval()
+
+
 # --------------------------------------------------------------------------------------------------
 # Main
 # --------------------------------------------------------------------------------------------------
-def demo(args):
-    """Is a pre-trained encoder worth having when few pictures are labelled? Runs from random
-    weights and from the encoder of the pre-training demo, with the same seeds."""
-    if not Path(args.init).exists():
-        raise InputError(f"no {args.init} to start from: run pretrain_d2mae.py --demo first")
-    miou = {"scratch": [], "pre-trained": []}
-    seeds = range(args.seed, args.seed + args.seeds)
-    for seed, name in itertools.product(seeds, miou):
-        init = args.init if name == "pre-trained" else None
-        options = {**vars(args), "init": init, "seed": seed, "out": f"{args.out}/{name}{seed}"}
-        miou[name].append(train(resolve(argparse.Namespace(**options))))
-    print(f"mIoU from {args.toy_images} labelled pictures, {args.seeds} seeds, mean and standard "
-          "error")
-    print_comparison(*miou.values())
-
-
 def main(args):
-    """The run that the options describe: the demo, training, --eval or --predict."""
-    if args.demo:
-        demo(args)
-        return
-    args = resolve(args)
+    """The run that the options describe: training, --eval or --predict."""
     if not (args.eval or args.predict):
-        train(args)
+        train(resolve(args))
         return
     run = init_distributed(args)
-    file = read_file(args.init)
-    model = build_model(args, file["classes"]).to(run[2]).eval()
-    model.load_state_dict(file["model"])
+    model = load_segmenter(args).to(run[2])
     Path(args.out).mkdir(parents=True, exist_ok=True)
     if args.predict:
-        predict(run, args, model)
-    else:
-        report(run, args, model, open_set(args, "validation"), file["step"])
+        predict(args, run, model)
+    if args.eval:
+        values = evaluate(args, run, model, open_set(args, run[0], "validation"))
+        Path(args.out, "eval.json").write_text(json.dumps(values))
 
 
 if __name__ == "__main__":
