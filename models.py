@@ -235,20 +235,18 @@ class Attention(nn.Module):
             self.relative_position_bias_table = nn.Parameter(torch.zeros(rel_pos_rows, num_heads))
 
     def bias(self, index):
-        """Relative position bias of each head, (H, T, T), or None for a model without one."""
+        """Relative position bias of each head, (1, H, T, T), or None for a model without one."""
         if index is None:
             return None
         table = self.relative_position_bias_table.t().contiguous()    # heads first, as it is read
-        return table.index_select(1, index.flatten()).view(-1, *index.shape)
+        return table.index_select(1, index.flatten()).view(1, -1, *index.shape)
 
     def forward(self, x, rel_pos_index=None):
         B, T, D = x.shape
         qkv = self.qkv(x).view(B, T, 3, self.num_heads, -1)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)                                  # 3 x (B, H, T, d)
         bias = self.bias(rel_pos_index)
-        if bias is not None:
-            bias = bias[None].to(q.dtype)
-        x = F.scaled_dot_product_attention(q, k, v, bias)
+        x = F.scaled_dot_product_attention(q, k, v, None if bias is None else bias.to(q.dtype))
         return self.proj(x.transpose(1, 2).reshape(B, T, D))
 
     def logits(self, x, rel_pos_index=None):
@@ -740,16 +738,13 @@ def read_file(path):
             return torch.load(path, map_location="cpu", weights_only=True)
     except ImportError:
         raise InputError(f"{path} needs one more package: pip install safetensors") from None
-    except pickle.UnpicklingError as error:
+    except Exception as error:    # torch and safetensors raise many kinds
         forbidden = re.search(r"GLOBAL (\S+)|type (\S+)", str(error))
-        if forbidden:
+        if forbidden and isinstance(error, pickle.UnpicklingError):
             raise InputError(f"checkpoint {path} pickles {forbidden.group(0)}, which could run "
                              "code when loaded: re-save only its tensors and plain types") from None
-        damage = error
-    except Exception as error:    # safetensors and torch have many kinds
-        damage = error
-    raise InputError(f"checkpoint {path} is not a readable PyTorch or safetensors file "
-                     f"({type(damage).__name__}): is it complete?")
+        raise InputError(f"checkpoint {path} is not a readable PyTorch or safetensors file "
+                         f"({type(error).__name__}): is it complete?") from None
 
 
 def read_encoder(path):
@@ -1194,12 +1189,12 @@ def plain_errors():
 # --------------------------------------------------------------------------------------------------
 # Options
 # --------------------------------------------------------------------------------------------------
-def bounded(convert, low, high, hint):
+def bounded(convert, low, high):
     """An argparse type: an int or float in [low, high]."""
     def parse(text):
         value = convert(text)
         if not low <= value <= high:
-            raise argparse.ArgumentTypeError(f"{text} must lie in [{low}, {high}]{hint}")
+            raise argparse.ArgumentTypeError(f"{text} must lie in [{low}, {high}]")
         return value
 
     parse.__name__ = convert.__name__    # for argparse's own message on text that is no number
@@ -1216,9 +1211,9 @@ class Parser(argparse.ArgumentParser):
         """Begin a group -> a function that adds an option to it; numbers may have bounds."""
         group = self.add_argument_group(title)
 
-        def add(name, help, low=None, high=math.inf, hint="", **options):
+        def add(name, help, low=None, high=math.inf, **options):
             if low is not None:
-                options["type"] = bounded(options.get("type", int), low, high, hint)
+                options["type"] = bounded(options.get("type", int), low, high)
             if options.get("default") is not None:
                 help += " (default: %(default)s)"
             group.add_argument(name, help=help, **options)
@@ -1229,8 +1224,8 @@ class Parser(argparse.ArgumentParser):
         """Statistics of the pixels, stored with the encoder."""
         for name in ("mean", "std"):
             add(f"--{name}", type=float, low=1e-3, high=1, nargs=3,
-                hint=": of pixels in [0, 1], so divide values of 0..255 by 255",
-                help="of pixels in [0, 1]; default: that of the checkpoint, or ImageNet's")
+                help="of pixels in [0, 1] (divide values of 0..255 by 255); default: that of the "
+                     "checkpoint, or ImageNet's")
 
     def run_options(self, out, clip_grad=0.0):
         """The options that all training scripts share -> a function that adds more of them."""
@@ -1269,13 +1264,14 @@ def list_images(folder):
     if not folder.is_dir():
         raise InputError(f"{folder} is not a folder: give a folder of images")
     files = []
-    seen = set()                                            # a link may lead to a folder above
+    seen = set()
     for root, folders, names in os.walk(folder, followlinks=True):
-        visible = [f for f in sorted(folders) if not f.startswith(".")]
-        folders[:] = [f for f in visible if os.path.realpath(f"{root}/{f}") not in seen]
-        seen |= {os.path.realpath(f"{root}/{f}") for f in (".", *folders)}
+        real = os.path.realpath(root)
+        folders[:] = [f for f in sorted(folders) if real not in seen and not f.startswith(".")]
         files += [os.path.join(root, name) for name in names
-                  if Path(name).suffix.lower() in IMAGE_TYPES and not name.startswith(".")]
+                  if Path(name).suffix.lower() in IMAGE_TYPES and not name.startswith(".")
+                  and real not in seen]                     # a link may lead to a folder above
+        seen.add(real)
     if not files:
         raise InputError(f"{folder} holds no image ({', '.join(sorted(IMAGE_TYPES))}), directly or "
                          "in its folders")

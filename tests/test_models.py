@@ -487,13 +487,13 @@ def test_every_parameter_is_in_one_group_at_its_layers_rate():
 def test_numbers_of_the_command_line_lie_in_their_interval(capsys):
     parser = models.Parser("Title.")
     add = parser.group("numbers")
-    add("--rate", help="of all", type=float, low=0, high=1, hint=" of all")
+    add("--rate", help="of all", type=float, low=0, high=1)
     add("--count", help="of things", low=1)
     assert parser.parse_args(["--rate", "0", "--count", "7"]).count == 7
     for text in ("1.1", "-0.1", "nan", "inf", "x"):
         with pytest.raises(SystemExit):
             parser.parse_args(["--rate", text])
-    assert "nan must lie in [0, 1] of all" in capsys.readouterr().err
+    assert "nan must lie in [0, 1]" in capsys.readouterr().err
     assert "default" not in parser.format_help()
 
 

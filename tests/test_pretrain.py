@@ -660,7 +660,7 @@ def test_bad_options_end_in_one_sentence(options, match, tmp_path, teacher, pict
     (["--base-lr", "nan"], "--base-lr: nan must lie in"),
     (["--seed", "5000000000"], "--seed: 5000000000 must lie in"),
     (["--std", "0", "0", "0"], "--std: 0 must lie in"),
-    (["--mean", "123.675", "116.28", "103.53"], "divide values of 0..255 by 255"),
+    (["--mean", "123.675", "116.28", "103.53"], "--mean: 123.675 must lie in"),
     (["--betas", "0.9", "1"], "unrecognized arguments"),
 ])
 def test_numbers_out_of_range_are_refused_by_the_command_line(options, match, capsys):
