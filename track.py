@@ -3,14 +3,14 @@
     D=lasot=data/lasot,got10k=data/got10k,coco=data/coco,trackingnet=data/trackingnet
     torchrun --nproc_per_node=4 track.py --data $D --init out/pretrain/encoder.pt   # the paper's
     torchrun --nproc_per_node=8 track.py --eval --data lasot=data/lasot         # AUC, P, P_norm
-    python track.py --eval --data lasot=data/lasot --results DIR   # boxes of any tracker
+    python track.py --eval --data lasot=data/lasot --results DIR    # boxes of any tracker
     python track.py --frames DIR --box 120 80 40 60                 # boxes.txt and overlay.gif
     python track.py --benchmark                                     # frames per second
-    python track.py --demo                                          # needs no files
+    python tests/demo.py track                                      # needs no files
 
 The tokens of a template (the target in the first frame) and of a search region (around the last
 box) go through the blocks of the ViT together, so features are extracted and compared at once.
-Three blocks also throw out the search tokens that the template's centre token attends to least. A
+Three blocks also remove the search tokens that the template's centre token attends to least. A
 convolutional head on the search tokens predicts the target's centre and its box. Read
 `block_with_elimination`, `Tracker`, `tracking_losses`, `OnePassTracker` next to the paper, then
 `train`.
@@ -21,42 +21,42 @@ Boxes:  x, y, w, h (upper left corner, size) in pixels of a frame, or in [0, 1] 
 
 NOTES, departures from the authors' code:
 - The elimination reads one row of the attention map, that of the template's centre token, so only
-  this row is written out (in float32); attention itself stays fused, for the queries that are
-  kept. While tracking, batch norms are folded into the convolutions, and the template is embedded
-  once. The numbers are the same.
+  this row is computed (in float32); attention itself stays fused, for the queries that are kept.
+  While tracking, the template is embedded once. The numbers are the same.
 - Boxes are mapped out of a crop by the exact inverse of the mapping in, and mirrored about the same
   centre, (size - 1) / 2. The authors map in with that centre but out, and mirror, with size / 2.
 - Each crop is flipped on its own. The authors flip both frames and then each crop again, which has
   the same distribution.
 - A template has a visible frame at most 200 later, or is not drawn; the authors start at 199 and
-  widen the gap by 5 until one is found. Where a sequence does not serve, another set may be drawn,
-  too; theirs stays.
+  widen the gap by 5 until one is found. Where a sequence has no such pair, another set may be
+  drawn, too; the authors stay in the same set.
+- The authors redraw a pair if a crop is all padding. None is here unless the centre of the box lies
+  outside the frame: with this jitter the crop holds it. Such pairs stay.
 - A crop that reaches the right or lower edge keeps the frame's last column or row; theirs loses it.
-- Batch norms of the head see one process's pairs, as theirs: 32 with their 4 GPUs. Other numbers of
-  processes or --accum-steps change that.
+- The batch norms of the head see one process's pairs, as theirs: 32 with their 4 GPUs. Other
+  numbers of processes or --accum-steps change that.
 - Biases, norms and position tables are not decayed; the authors decay all parameters by 1e-4.
-- Nothing is withheld to watch the training, as the authors watch GOT-10k's validation set: the IoU
-  in log.jsonl is of pairs that are new in every epoch. As theirs, the tracker is the last epoch's.
+- No videos are withheld. Every --eval-every epochs, log.jsonl gets the mean loss and IoU of fixed
+  pairs from the training videos (val_loss, val_iou); the authors watch GOT-10k's validation set. As
+  theirs, the tracker is that of the last epoch.
 - All of GOT-10k trains; the authors take the 7,086 sequences of their list `vottrain`.
-- A file that cannot be read makes another pair stand in, as theirs, and is counted in log.jsonl.
-- A frame whose true box has no extent counts as absent, in P_norm too. Boxes are saved with two
-  decimals (--int cuts them off, as the authors do).
-- Evaluation is in float32, as theirs. Training is in bfloat16 or float16 on a GPU; theirs is in
-  float32, which --dtype fp32 gives.
+- A file that cannot be read stops a training; with --skip-corrupt it is named once, and another
+  pair takes its place. The authors' code draws another pair without a word.
+- A frame whose true box has no extent fails in every metric, see `score_sequence`. Boxes are saved
+  with two decimals (--int truncates them, as the authors do).
+- Evaluation is in float32, as theirs; GPUs from Ampere on multiply float32 matrices in
+  TensorFloat-32. Training is in bfloat16 or float16 on a GPU; theirs is in float32 (--dtype fp32).
+- Results lie in a folder named by the weights, so an interrupted evaluation resumes, and results of
+  other weights are neither mixed in nor deleted.
 """
-import argparse
-import datetime
 import functools
-import hashlib
 import io
 import json
 import math
 import os
-import signal
-import sys
-import threading
-import time
+import re
 import timeit
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -65,45 +65,34 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_
-from torch.nn.utils.fusion import fuse_conv_bn_eval
-from torch.utils.data import DataLoader, Dataset, DistributedSampler
-from torchvision.ops import box_area, box_convert, generalized_box_iou_loss
-from torchvision.transforms.v2.functional import (adjust_brightness, resize, resized_crop,
+from torch.optim import AdamW
+from torch.utils.data import DataLoader, Dataset
+from torchvision.ops import box_area, box_convert
+from torchvision.transforms.v2.functional import (adjust_brightness, pil_to_tensor, resized_crop,
                                                   rgb_to_grayscale)
-from torchvision.utils import draw_bounding_boxes
 from tqdm import tqdm
 
-from models import (IMAGENET_MEAN, IMAGENET_STD, MODELS, READ_ERRORS, InputError,
-                    VisionTransformer, add_run_options, attention_logits, average_over_processes,
-                    check_step, choose_device, choose_dtype, endless_batches, fingerprint,
-                    infer_model, list_images, load_encoder, load_state, log_line, mix_seed,
-                    normalize, number, parallel, param_groups, plain, plain_errors, read_file,
-                    read_image, resize_grid, resume, save_checkpoint, start_log, to_tensor,
-                    toy_picture)
+from models import (InputError, Parser, Reader, VisionTransformer, attention_logits, build_model,
+                    eval_loader, init_distributed, list_images, log, mix_seed, normalize,
+                    open_image, param_groups, plain_errors, read_file, resize_grid, resume, save,
+                    train_loader)
 
-TRACKER = dict(    # OSTrack-256; a checkpoint stores these beside its weights
+TRACKER = dict(    # OSTrack-256; stored beside the weights
     template_size=128, search_size=256,         # pixels along the crops
     template_factor=2.0, search_factor=4.0,     # side of a crop over sqrt(w * h) of the box
     eliminate_blocks=(4, 7, 10),                # they remove search tokens; counted from 1
     keep_rate=0.7,                              # share of the search tokens that each of them keeps
-    head_channels=256                           # halved by each of the next three layers
+    head_channels=256,                          # halved by each of the next three layers
 )
-RECIPE = dict(    # what a run rarely changes; the rest are options, see `parse_args`
-    patch_size=None,                            # of an encoder without --init; None: its usual one
+RECIPE = dict(    # OSTrack-256; settings without an option. All others: `parse_args`
     max_gap=200,                                # frames between template and search, at most
-    drop_path=0.1,                              # of the last block; grows linearly from 0
     centre_jitter=3.0,                          # of the search region: +- half of it * sqrt(w * h)
     scale_jitter=0.25,                          # of the search region: deviation of log w and log h
-    encoder_lr=0.1, weight_decay=1e-4,          # AdamW; the encoder's rate is this times --lr
-    log_every=20,                               # optimizer steps per line of log.jsonl
-    skip_corrupt=True,                          # another pair stands in
-    compile=False                               # keep rates that change would be compiled anew
+    weight_decay=1e-4,                          # AdamW
+    val_pairs=256,                              # of each evaluation during training
 )
-DEMO = dict(data="toy", out="out/demo/track", model="vit_pico", patch_size=8, template_size=40,
-            search_size=64, head_channels=64, keep_rate=0.8, drop_path=0.0, epochs=7, pairs=1200,
-            batch_size=8, lr=1e-3, encoder_lr=0.5, workers=1)
-TOY = dict(size=(120, 160), frames=40, train=range(60), test=range(7000, 7008))    # videos
 
 
 # --------------------------------------------------------------------------------------------------
@@ -114,7 +103,7 @@ def block_with_elimination(block, x, ids, keep, centre):
 
     x (B, Z + S, D), template tokens first; ids (B, S): raster places of the search tokens; centre:
     the template token whose attention (after the softmax over all tokens, mean over heads) ranks
-    the search tokens. What is removed still serves as key and value, and is gone before the MLP.
+    the search tokens. The removed ones still serve as keys and values, but skip the MLP.
     """
     B, T, D = x.shape
     Z = T - ids.shape[1]
@@ -128,18 +117,28 @@ def block_with_elimination(block, x, ids, keep, centre):
     batch = torch.arange(B, device=x.device)[:, None]
 
     x = x[batch, kept]                                                      # (B, Z + keep, D)
-    q = q.transpose(1, 2)[batch, kept].transpose(1, 2)                      # (B, H, Z + keep, d)
+    q = qkv[batch, kept, 0].transpose(1, 2)                                 # (B, H, Z + keep, d)
     y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(x.shape)
     x = x + block.drop_path(block.ls1(block.attn.proj(y)))
     return x + block.drop_path(block.ls2(block.mlp(block.norm2(x)))), ids.gather(1, top)
+
+
+def position_table(encoder, size):
+    """The encoder's position table, resized bicubically to crops of `size` pixels -> trainable
+    (1, N, D). Raises InputError if patches do not fill the crop."""
+    if size % encoder.patch_size:
+        raise InputError(f"crops of {size} pixels are no multiple of the patch size "
+                         f"{encoder.patch_size}: choose other --template-size and --search-size")
+    side = size // encoder.patch_size
+    patches = encoder.pos_embed.detach()[:, 1:]
+    return nn.Parameter(resize_grid(patches, encoder.grid, (side, side)).clone())
 
 
 class Tracker(nn.Module):
     """OSTrack: a VisionTransformer over template and search tokens together, and a centre head on
     the search tokens. options: those of TRACKER that differ from the paper's.
 
-    The position tables of both grids are made from the encoder's own, bicubically, and trained in
-    its place. Raises InputError if a crop is no multiple of the patch size.
+    The encoder's own position table is replaced by one for each crop.
     """
 
     def __init__(self, encoder, **options):
@@ -147,20 +146,13 @@ class Tracker(nn.Module):
         self.options = {**TRACKER, **options}
         self.arch = {**encoder.arch, "tracker": self.options}
         self.encoder = encoder
-        patches = encoder.pos_embed.detach()[:, 1:]
-        for crop in ("template", "search"):
-            size = self.options[f"{crop}_size"]
-            if size % encoder.patch_size:
-                raise InputError(f"the {crop} crop of {size} pixels is no multiple of the patch "
-                                 f"size {encoder.patch_size}")
-            side = size // encoder.patch_size
-            table = resize_grid(patches, encoder.grid, (side, side)).clone()
-            setattr(encoder, f"{crop}_pos_embed", nn.Parameter(table))
-            setattr(self, f"{crop}_side", side)
-        encoder.cls_token.requires_grad_(False)    # unused, kept: the file is an encoder, too
+        encoder.template_pos_embed = position_table(encoder, self.options["template_size"])
+        encoder.search_pos_embed = position_table(encoder, self.options["search_size"])
+        encoder.cls_token.requires_grad_(False)    # unused, but kept: the file is an encoder, too
         encoder.pos_embed.requires_grad_(False)
-        row = (self.template_side - 1) // 2
-        self.centre = row * (self.template_side + 1)    # token in row 3, column 3 of 8 x 8
+        self.search_side = self.options["search_size"] // encoder.patch_size    # g
+        side = self.options["template_size"] // encoder.patch_size
+        self.centre = (side - 1) // 2 * (side + 1)    # token in row 3, column 3 of 8 x 8
         self.head = CenterHead(encoder.embed_dim, self.options["head_channels"])
 
     def embed_template(self, images):
@@ -227,7 +219,8 @@ class CenterHead(nn.Module):
 
 
 def convolutions(dim, channels, outputs):
-    """Four times 3x3 convolution, batch norm, ReLU, with ever half the channels; then 1x1."""
+    """Four times 3x3 convolution, batch norm and ReLU, halving the channels each time, then a 1x1
+    convolution."""
     layers = []
     for _ in range(4):
         layers += [nn.Conv2d(dim, channels, 3, padding=1), nn.BatchNorm2d(channels), nn.ReLU()]
@@ -238,14 +231,6 @@ def convolutions(dim, channels, outputs):
 
 def clamped_sigmoid(x):
     return x.sigmoid().clamp(1e-4, 1 - 1e-4)
-
-
-def fold_batch_norms(head):
-    """Make the batch norms of a trained head part of its convolutions: same numbers, faster."""
-    for stack in head.children():
-        for i in (0, 3, 6, 9):
-            stack[i] = fuse_conv_bn_eval(stack[i], stack[i + 1])
-            stack[i + 1] = nn.Identity()
 
 
 def decode(score, size, offset):
@@ -302,12 +287,16 @@ def focal_loss(score, target):
     return -torch.where(hit, positive, negative).sum() / hit.sum().clamp(min=1)
 
 
-def box_iou(a, b):
-    """IoU of boxes (N, 4) with boxes (N, 4), x1, y1, x2, y2, one to one -> (N,); 0 if both are
-    empty."""
-    extent = torch.minimum(a, b)[:, 2:] - torch.maximum(a, b)[:, :2]
-    inter = extent.clamp(min=0).prod(dim=1)
-    return inter / (box_area(a) + box_area(b) - inter).clamp(min=1e-12)
+def box_overlap(a, b, eps=1e-7):
+    """IoU and GIoU, two (N,), of boxes (N, 4) with boxes (N, 4), x1, y1, x2, y2, one to one. The
+    values of torchvision's GIoU loss, whose boolean masks would force GPU syncs."""
+    w, h = (torch.minimum(a, b)[:, 2:] - torch.maximum(a, b)[:, :2]).clamp(min=0).unbind(1)
+    inter = w * h
+    union = box_area(a) + box_area(b) - inter
+    w, h = (torch.maximum(a, b)[:, 2:] - torch.minimum(a, b)[:, :2]).unbind(1)
+    hull = w * h
+    iou = inter / (union + eps)
+    return iou, iou - (hull - union) / (hull + eps)
 
 
 def tracking_losses(score, size, offset, boxes):
@@ -316,10 +305,11 @@ def tracking_losses(score, size, offset, boxes):
     focal = focal_loss(score, gaussian_target(boxes, score.shape[-1])[:, None])
     pred = box_convert(decode(score, size, offset), "cxcywh", "xyxy")
     truth = box_convert(boxes, "xywh", "xyxy").clamp(0, 1)    # beyond the crop nothing is seen
-    giou = generalized_box_iou_loss(pred, truth, reduction="mean")
+    iou, giou = box_overlap(pred, truth)
+    giou = (1 - giou).mean()
     l1 = F.l1_loss(pred, truth)
-    iou = box_iou(pred.detach(), truth).mean()
-    return {"loss": focal + 2 * giou + 5 * l1, "focal": focal, "giou": giou, "l1": l1, "iou": iou}
+    loss = focal + 2 * giou + 5 * l1
+    return {"loss": loss, "focal": focal, "giou": giou, "l1": l1, "iou": iou.mean()}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -329,7 +319,8 @@ def crop_square(image, box, factor, size):
     """Square around a box, side ceil(factor * sqrt(w * h)), zeros outside the image
     -> (3, size, size) uint8, side. Corners are whole pixels; bilinear without antialiasing."""
     side = math.ceil(math.sqrt(box[2] * box[3]) * factor)
-    left, top = (round(v) for v in box_centre(box) - side / 2)
+    corner = box_centre(box) - side / 2
+    left, top = (max(round(v), -side) for v in corner)    # torchvision misreads crops farther out
     return resized_crop(image, top, left, side, side, [size, size], antialias=False), side
 
 
@@ -368,17 +359,14 @@ def clip_box(box, height, width, margin=10):
 class OnePassTracker:
     """Follows one target: start(frame, box), then step(frame) -> box, score for every other frame.
 
-    Frames are (3, H, W) uint8, boxes arrays x, y, w, h in pixels. Raises InputError if the first
-    box has no area inside its frame.
+    Frames are (3, H, W) uint8, boxes arrays x, y, w, h in pixels. Computes in float32.
     """
 
-    def __init__(self, model, mean, std, device, dtype):
+    def __init__(self, model, mean, std, device):
         self.model = model.to(device).eval()
-        fold_batch_norms(model.head)
         self.window = hann_window(model.search_side).to(device)
         self.mean = mean
         self.std = std
-        self.autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
 
     def crop(self, frame, name):
         """Template or search crop around the last box -> normalised (1, 3, size, size), side."""
@@ -389,25 +377,19 @@ class OnePassTracker:
 
     @torch.inference_mode()
     def start(self, frame, box):
-        x, y, w, h = box
-        _, H, W = frame.shape
-        if not (0 < w < 4 * W and 0 < h < 4 * H and -w < x < W and -h < y < H):
-            raise InputError(f"box {x:g} {y:g} {w:g} {h:g} has no area inside the frame of {W} x "
-                             f"{H} pixels: give x y w h of the target")
-        self.box = np.array(box, dtype=np.float64)
-        with self.autocast:
-            self.template = self.model.embed_template(self.crop(frame, "template")[0])
+        self.box = np.array(box)
+        crop, _ = self.crop(frame, "template")
+        self.template = self.model.embed_template(crop)
         return self.box, 1.0
 
     @torch.inference_mode()
     def locate(self, search):
         """Normalised search crop (1, 3, s, s) -> box x, y, w, h in the crop, windowed score."""
-        with self.autocast:
-            keep_rate = self.model.options["keep_rate"]
-            score, size, offset = self.model(self.template, search, keep_rate)
+        keep_rate = self.model.options["keep_rate"]
+        score, size, offset = self.model(self.template, search, keep_rate)
         response = score * self.window
         box = box_convert(decode(response, size, offset), "cxcywh", "xywh")[0]
-        *box, score = torch.cat([box, response.amax()[None]]).tolist()    # waits for the device
+        *box, score = torch.cat([box, response.amax()[None]]).tolist()
         return np.array(box), score
 
     def step(self, frame):
@@ -417,137 +399,115 @@ class OnePassTracker:
         self.box = clip_box(box, *frame.shape[1:])
         return self.box, score
 
-    def follow(self, items, box, workers):
-        """Frames for `read_frame`, read ahead by other processes -> yields box, score of each; the
-        first box is the given one."""
-        frames = DataLoader(items, batch_size=None, collate_fn=read_frame,
+    def follow(self, files, box, workers):
+        """Frame files, read ahead by other processes -> yields box, score of each; the first box is
+        the given one."""
+        frames = DataLoader(files, batch_size=None, collate_fn=read_frame,
                             num_workers=min(workers, 4))
         for i, frame in enumerate(frames):
             yield self.step(frame) if i else self.start(frame, box)
-
-
-def build_tracker(args):
-    """Tracker on a fresh encoder, or on that of --init -> tracker, mean and std of its pixels."""
-    name = args.model or "vit_tiny"
-    patch = args.patch_size or MODELS[name].keywords.get("patch_size")
-    info = {}
-    if args.init:
-        found, patch = infer_model(args.init)
-        name = args.model or found
-        _, info = load_state(args.init)
-    if name.startswith("hiera"):
-        raise InputError(f"{name} does not serve: template and search tokens go through the blocks "
-                         "together, which needs a plain ViT")
-    image_size = info.get("arch", {}).get("img_size", 14 * patch)
-    encoder = MODELS[name](img_size=image_size, patch_size=patch, drop_path=args.drop_path)
-    if args.init:
-        load_encoder(encoder, args.init)
-    tracker = Tracker(encoder, **{option: getattr(args, option) for option in TRACKER})
-    return tracker, info.get("mean", IMAGENET_MEAN), info.get("std", IMAGENET_STD)
 
 
 # --------------------------------------------------------------------------------------------------
 # Training
 # --------------------------------------------------------------------------------------------------
 def train(args):
-    """One training run into args.out, from an encoder or on from its last.pt."""
-    rank, world, device, dtype = init_distributed(args)
+    """Train into args.out: a new run, or the one that last.pt there continues."""
+    rank, world, device, dtype = run = init_distributed(args)
     torch.manual_seed(args.seed)
-    model, args.mean, args.std = build_tracker(args)
-    model.to(device)
+    model = build_tracker(args).to(device)
     sets = open_sets(args.data)
-    args.init_sha = fingerprint(args.init)    # in FIXED: the same encoder, the same videos
-    args.sequences = {name: len(items) for name, (items, _) in sets.items()}
-    train_set = Pairs(list(sets.values()), args)
+    args.sequences = {name: len(items) for name, (items, _) in sets.items()}    # for `resume`
+    train_set = Pairs(sets, args, args.pairs)
+    val_set = Pairs(sets, args, args.val_pairs, first_epoch=2 ** 31)    # training never gets there
+    loader = train_loader(train_set, args, rank, world)
+    steps = len(loader) // args.accum_steps    # optimizer steps per epoch
+    optimizer = AdamW(optimizer_groups(model, args), args.lr, fused=True)
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    first_epoch = resume(args, rank, world, model, optimizer, scaler)["epoch"]
+    tracker = DistributedDataParallel(model) if world > 1 else model
+    if rank == 0:
+        print(f"training sequences: {args.sequences}")
 
-    sampler = EpochSampler(train_set, args.batch_size, args.accum_steps, rank, world, args.seed)
-    epoch_steps = sampler.steps_per_epoch
-    last_step = min(args.epochs * epoch_steps, args.max_steps or math.inf)
+    for epoch in range(first_epoch, args.epochs):
+        loader.sampler.set_epoch(epoch)
+        torch.manual_seed(mix_seed(args.seed, epoch, rank))    # drop path
+        tracker.train()
+        keep_rate = keep_rate_at(epoch + 1, args.keep_rate, *args.eliminate_epochs)
+        lr = args.lr if epoch < args.lr_drop else args.lr / 10
+        for group in optimizer.param_groups:
+            group["lr"] = lr * group["lr_scale"]
+        bar = tqdm(loader, f"epoch {epoch + 1}/{args.epochs}", disable=rank > 0)
+        for i, batch in enumerate(bar):
+            step = epoch * steps + i // args.accum_steps
+            update = (i + 1) % args.accum_steps == 0
+            template, search, boxes = (x.to(device, non_blocking=True) for x in batch)
+            template = normalize(template, args.mean, args.std)
+            search = normalize(search, args.mean, args.std)
+            tracker.require_backward_grad_sync = update    # DistributedDataParallel reads it
+            with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+                maps = tracker(template, search, keep_rate)
+            losses = tracking_losses(*maps, boxes)
+            scaler.scale(losses["loss"] / args.accum_steps).backward()
+            if not update:
+                continue
+
+            scaler.unscale_(optimizer)
+            grad_norm = clip_grad_norm_(model.parameters(), args.clip_grad or math.inf)
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad(set_to_none=True)
+
+            if step % args.log_every == 0:    # the only device-to-host sync
+                values = log(args, rank, world, epoch=epoch + 1, step=step, lr=lr,
+                             keep_rate=keep_rate, grad_norm=grad_norm, **losses)
+                bar.set_postfix(loss=f"{values['loss']:.4f}")
+
+        if (epoch + 1) % args.eval_every == 0 or epoch + 1 == args.epochs:
+            report(args, run, model, val_set, epoch=epoch + 1, step=(epoch + 1) * steps)
+        save(args, rank, "last.pt", model, epoch=epoch + 1,
+             optimizer=optimizer.state_dict(), scaler=scaler.state_dict())
+    if rank == 0:
+        print(f"finished: the tracker is {args.out}/last.pt, where --eval and --frames look for it")
+
+
+@torch.no_grad()
+def report(args, run, model, val_set, epoch, step):
+    """Log and print mean loss and IoU on fixed pairs, in float32 and at the final keep rate."""
+    rank, world, device, _ = run
+    model.eval()
+    losses = []
+    for batch in eval_loader(val_set, 64, args, rank, world):
+        template, search, boxes = (x.to(device) for x in batch)
+        template = normalize(template, args.mean, args.std)
+        search = normalize(search, args.mean, args.std)
+        losses.append(tracking_losses(*model(template, search, args.keep_rate), boxes))
+    means = {f"val_{k}": torch.stack([x[k] for x in losses]).mean() for k in ("loss", "iou")}
+    values = log(args, rank, world, epoch=epoch, step=step, **means)
+    if rank == 0:
+        tqdm.write(f"epoch {epoch}: IoU {values['val_iou']:.3f} on fixed pairs")
+
+
+def optimizer_groups(model, args):
+    """Parameters for AdamW: the encoder's learning rate is --encoder-lr times that of the head."""
     groups = param_groups(model.encoder, args.weight_decay)
     for group in groups:
         group["lr_scale"] = args.encoder_lr
-    groups += param_groups(model.head, args.weight_decay)
-    optimizer = torch.optim.AdamW(groups, args.lr, fused=True)
-    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    if rank == 0:
-        describe(args, sampler, world, device, dtype)
-
-    step = resume(args, FIXED, model, optimizer, scaler, rank, world)["step"]
-    sampler.first_step = step
-    tracker = parallel(model, args, device, world)
-    batches = endless_batches(train_set, sampler, args, device)
-    log = RunLog(args, step, last_step, sampler.batch_size, rank)
-
-    while step < last_step:
-        # forward and backward, in micro-steps
-        started = time.perf_counter()
-        waited = 0.0
-        totals = {}
-        items = []
-        epoch = step // epoch_steps
-        keep_rate = keep_rate_at(epoch + 1, args.keep_rate, *args.eliminate_epochs)
-        tracker.train()
-        torch.manual_seed(mix_seed(args.seed, step, rank))
-        for micro_step in range(args.accum_steps):
-            before = time.perf_counter()
-            images, boxes, keys, unreadable = next(batches)
-            waited += time.perf_counter() - before
-            items += zip(keys.tolist(), unreadable.tolist())
-            template, search = (normalize(x.to(device, non_blocking=True), args.mean, args.std)
-                                for x in images)
-            tracker.require_backward_grad_sync = micro_step == args.accum_steps - 1    # for DDP
-            with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-                maps = tracker(template, search, keep_rate)
-            losses = tracking_losses(*maps, boxes.to(device, non_blocking=True))
-            scaler.scale(losses["loss"] / args.accum_steps).backward()
-            for name, loss in losses.items():
-                totals[name] = totals.get(name, 0) + loss.detach() / args.accum_steps
-
-        # clip, and look at the losses before they can harm the weights: the one wait of a step
-        lr = args.lr if epoch < args.lr_drop else args.lr / 10
-        scaler.unscale_(optimizer)
-        totals["grad_norm"] = clip_grad_norm_(model.parameters(), args.clip_grad or math.inf)
-        totals["unreadable"] = world * sum(unreadable for _, unreadable in items)
-        totals["stop"] = log.stop.is_set()
-        totals["keep_rate"] = keep_rate
-        values = average_over_processes(totals, world, device)
-        check_step(values, totals["loss"], items, train_set, args, step, lr, scaler)
-
-        # update
-        for group in optimizer.param_groups:
-            group["lr"] = lr * group["lr_scale"]
-        scaler.step(optimizer)
-        scaler.update()
-        optimizer.zero_grad(set_to_none=True)
-        step += 1
-
-        # log, save
-        log.add(step, lr, values, time.perf_counter() - started, waited)
-        if step % epoch_steps == 0 or step == last_step or values["stop"]:
-            save(args, model, optimizer, scaler, step, rank)
-        if values["stop"]:
-            break
-
-    log.close(step)
+    return groups + param_groups(model.head, args.weight_decay)
 
 
-def save(args, model, optimizer, scaler, step, rank):
-    """last.pt, all that the run needs to go on and that tracking needs; it is an encoder, too."""
-    if rank == 0:
-        save_checkpoint(f"{args.out}/last.pt", model=model.state_dict(),
-                        optimizer=optimizer.state_dict(), scaler=scaler.state_dict(),
-                        arch=model.arch, mean=list(args.mean), std=list(args.std),
-                        args=plain(args), step=step)
-
-
-def describe(args, sampler, world, device, dtype):
-    """Print what this run is."""
-    print(f"encoder from {args.init or 'random weights'}; training sequences: {args.sequences}")
-    print(f"batch {sampler.batch_size} = {sampler.micro_batch} pairs x {world} process(es) x "
-          f"{args.accum_steps} micro-steps; {sampler.steps_per_epoch} steps an epoch; {device}, "
-          f"{dtype}")
-    print(f"lr {args.lr:g}, encoder x {args.encoder_lr}, both a tenth after {args.lr_drop} of "
-          f"{args.epochs}; keep rate 1 -> {args.keep_rate} in epochs {args.eliminate_epochs}")
+def build_tracker(args):
+    """Tracker of the options, with the encoder of --init or random weights; fills in what a
+    checkpoint stores: args.arch, args.mean, args.std."""
+    encoder = build_model(args.model, args.init, vit=dict(drop_path=args.drop_path))
+    if encoder.arch["kind"] != "vit":
+        raise InputError("template and search tokens go through the blocks together, which needs a "
+                         "plain ViT, not Hiera: choose another --model or --init")
+    model = Tracker(encoder, **{name: getattr(args, name) for name in TRACKER})
+    args.arch = model.arch
+    args.mean = encoder.mean
+    args.std = encoder.std
+    return model
 
 
 # --------------------------------------------------------------------------------------------------
@@ -579,167 +539,139 @@ def jitter_box(rng, box, centre, scale):
 
 
 class Pairs(Dataset):
-    """Template and search crops of random pairs of frames, from all sets in equal shares.
+    """Item (epoch, index) -> template (3, z, z) and search crop (3, s, s) uint8 of a random pair of
+    frames, and the target's box (4,) in the search crop.
 
-    sets: list of (items, function that reads the sequence of an item). Item (epoch, index) ->
-    (template (3, z, z), search (3, s, s)) uint8, the target's box in the search crop, the key of
-    the pair, and whether a file could not be read, so that another pair stands in. All randomness
-    comes from (seed, epoch, index).
+    sets: {name: (items, function that reads the sequence of an item)}, drawn in equal shares. All
+    randomness comes from (seed, epoch, index); first_epoch is added to the epoch.
     """
 
-    def __init__(self, sets, args):
-        self.sets = sets
+    def __init__(self, sets, args, count, first_epoch=0):
+        self.sets = list(sets.values())
         self.args = args
+        self.count = count
+        self.first_epoch = first_epoch
+        self.unreadable = Reader(range(2 ** 20), args, train=True)    # by hashes of messages
 
     def __len__(self):
-        return self.args.pairs
-
-    def draw(self, key):
-        """Key (epoch, index, attempt) -> generator, frames and boxes of a random sequence, numbers
-        of two frames or None."""
-        rng = np.random.default_rng(mix_seed(self.args.seed, *key))
-        items, read = self.sets[rng.integers(len(self.sets))]
-        frames, boxes, visible = read(items[rng.integers(len(items))])
-        return rng, frames, boxes, sample_pair(rng, visible, self.args.max_gap)
-
-    def name(self, key):
-        _, frames, _, (template, search) = self.draw(key)
-        return f"{frames[template]} and {frames[search]}"
+        return self.count
 
     def __getitem__(self, key):
         args = self.args
-        unreadable = None
-        for attempt in range(100):
-            try:
-                rng, frames, boxes, pair = self.draw((*key, attempt))
-                if pair is None:
-                    continue
-                first, second = (read_frame(frames[i]) for i in pair)
-                break
-            except InputError as error:
-                unreadable = error
-        else:
-            raise OSError("of 100 sequences of --data none had two readable frames with a visible "
-                          f"box (the last: {unreadable or frames[0]}): is it complete?")
-        target, box = boxes[list(pair)]
+        epoch, index = key
+        rng = np.random.default_rng(mix_seed(args.seed, self.first_epoch + epoch, index))
+        (first, second), (target, box) = self.read_pair(rng)
         template, _ = crop_square(first, target, args.template_factor, args.template_size)
         around = jitter_box(rng, box, args.centre_jitter, args.scale_jitter)
         search, side = crop_square(second, around, args.search_factor, args.search_size)
         box = box_to_crop(box, around, side, args.search_size)
-        template, search, box = augment(rng, template, search, box)
-        key = torch.tensor([*key, attempt])
-        return (template, search), torch.from_numpy(box).float(), key, unreadable is not None
+        return augment(rng, template, search, box)
+
+    def read_pair(self, rng):
+        """Two frames (3, H, W) of a random sequence and their boxes (2, 4). With --skip-corrupt, an
+        unreadable file is named once, and another sequence is drawn."""
+        for _ in range(100):
+            items, read = self.sets[rng.integers(len(self.sets))]
+            try:
+                frames, boxes, visible = read(items[rng.integers(len(items))])
+                has_area = boxes[:, 2:].min(axis=1) > 0
+                pair = sample_pair(rng, has_area & visible, self.args.max_gap)
+                if pair:
+                    return [read_frame(frames[i]) for i in pair], boxes[list(pair)]
+            except OSError as error:
+                number = zlib.crc32(str(error).encode()) % 2 ** 20
+                self.unreadable.skip(number, error)
+        raise OSError("of 100 sequences of --data none had two readable frames with a visible box: "
+                      "is it complete?")
 
 
 def augment(rng, template, search, box):
     """Both crops grey (5 %); each brighter or darker by up to 20 %; each mirrored (50 %)."""
+    crops = [template, search]
     if rng.random() < 0.05:
-        template, search = (rgb_to_grayscale(crop, 3) for crop in (template, search))
-    template = adjust_brightness(template, rng.uniform(0.8, 1.2))
-    search = adjust_brightness(search, rng.uniform(0.8, 1.2))
+        crops = [rgb_to_grayscale(crop, 3) for crop in crops]
+    template, search = (adjust_brightness(crop, rng.uniform(0.8, 1.2)) for crop in crops)
     if rng.random() < 0.5:
         template = template.flip(2)
     if rng.random() < 0.5:
         search = search.flip(2)
         box[0] = 1 - 1 / search.shape[2] - box[0] - box[2]
-    return template, search, box
+    return template, search, torch.from_numpy(box).float()
 
 
 # --------------------------------------------------------------------------------------------------
-# Data: sequences, that is frames (files or toy pictures), boxes (N, 4) and visible (N,) bool
+# Data: sequences. read_* return the files of N frames, boxes (N, 4), visible (N,) or True
 # --------------------------------------------------------------------------------------------------
-def read_frame(item):
-    """Image file, or arguments of `toy_picture` -> (3, H, W) uint8. Raises InputError."""
-    if isinstance(item, tuple):
-        return to_tensor(Image.fromarray(toy_picture(*item)[0]))
-    try:
-        return read_image(item)
-    except READ_ERRORS as error:
-        raise InputError(f"cannot read frame {item} ({type(error).__name__}): replace it by a good "
-                         "copy") from None
+def read_frame(file):
+    """Image file -> (3, H, W) uint8."""
+    return pil_to_tensor(open_image(file))
 
 
-def read_numbers(path, columns=None):
-    """Text file of numbers divided by commas, tabs or spaces -> (lines, columns) float64."""
+def read_numbers(path, lines=None, columns=4):
+    """Text file of numbers divided by commas, tabs or spaces -> (lines, columns) float64; lines: as
+    many as the file has, or as given, however the file breaks them. Raises OSError."""
     try:
-        text = Path(path).read_text("utf-8-sig").replace(",", " ")
-        numbers = np.loadtxt(io.StringIO(text), ndmin=2)
+        text = Path(path).read_text("utf-8-sig").replace(",", " ").strip()
+        numbers = np.array(text.split(), dtype=np.float64)
+        return numbers.reshape(lines or len(text.splitlines()), columns)
     except (OSError, ValueError) as error:
-        raise InputError(f"{path} is no table of numbers ({error}): get it again") from None
-    if columns and numbers.shape[1] != columns:
-        raise InputError(f"{path} does not hold {columns} numbers per line: get it again")
-    return numbers
-
-
-def make_sequence(frames, boxes, *labels):
-    """-> frames, boxes, visible. labels: arrays (N,), all true where the target is visible. A box
-    without area counts as not visible, whatever the labels say, so it is never sampled."""
-    visible = np.isfinite(boxes).all(axis=1) & (boxes[:, 2:] > 0).all(axis=1)
-    for label in labels:
-        if len(label) != len(boxes):
-            raise InputError(f"the sequence of {frames[0]} has {len(boxes)} boxes and "
-                             f"{len(label)} labels of visibility: get its files again")
-        visible &= label
-    return frames, boxes, visible
+        raise OSError(f"{path} is no table of {columns} numbers per frame ({error}): get it again"
+                      ) from None
 
 
 def read_lasot(file):
-    folder = Path(file).parent
-    boxes = read_numbers(file, 4)
-    occluded = read_numbers(folder / "full_occlusion.txt").ravel()
-    outside = read_numbers(folder / "out_of_view.txt").ravel()
-    frames = [f"{folder}/img/{i + 1:08}.jpg" for i in range(len(boxes))]
-    return make_sequence(frames, boxes, occluded == 0, outside == 0)
+    boxes = read_numbers(file)
+    n = len(boxes)
+    occluded = read_numbers(file.with_name("full_occlusion.txt"), n, 1).ravel()
+    outside = read_numbers(file.with_name("out_of_view.txt"), n, 1).ravel()
+    frames = [f"{file.parent}/img/{i:08}.jpg" for i in range(1, n + 1)]
+    return frames, boxes, (occluded == 0) & (outside == 0)
 
 
 def read_got10k(file):
-    folder = Path(file).parent
-    boxes = read_numbers(file, 4)
-    absence = read_numbers(folder / "absence.label").ravel()
-    cover = read_numbers(folder / "cover.label").ravel()
-    frames = [f"{folder}/{i + 1:08}.jpg" for i in range(len(boxes))]
-    return make_sequence(frames, boxes, absence == 0, cover > 0)
+    """Own videos may leave out the labels: the target is then visible in all frames."""
+    boxes = read_numbers(file)
+    n = len(boxes)
+    absence = file.with_name("absence.label")
+    cover = file.with_name("cover.label")
+    visible = not absence.exists() or read_numbers(absence, n, 1).ravel() == 0
+    visible &= not cover.exists() or read_numbers(cover, n, 1).ravel() > 0
+    return [f"{file.parent}/{i:08}.jpg" for i in range(1, n + 1)], boxes, visible
 
 
 def read_trackingnet(file):
-    file = Path(file)
-    boxes = read_numbers(file, 4)
-    folder = file.parent.parent / "frames" / file.stem
-    return make_sequence([f"{folder}/{i}.jpg" for i in range(len(boxes))], boxes)
+    boxes = read_numbers(file)
+    folder = file.parents[1] / "frames" / file.stem
+    return [f"{folder}/{i}.jpg" for i in range(len(boxes))], boxes, True
 
 
 def read_coco(file):
     """-> numbers of all single objects, and a function that makes one a video of one frame."""
-    file = Path(file)
-    folder = file.parent.parent / file.stem.removeprefix("instances_")
+    year = file.stem.removeprefix("instances_")
+    folder = file.parents[1] / year
+    if not folder.exists():
+        folder = file.parents[1] / "images" / year    # OSTrack's layout
     try:
         content = json.loads(file.read_text())
-        names = {image["id"]: image["file_name"] for image in content["images"]}
-        objects = [a for a in content["annotations"]
-                   if not a.get("iscrowd") and min(a["bbox"][2:]) > 0]
-        files = np.array([names[a["image_id"]] for a in objects])    # one array for all loaders
-        boxes = np.array([a["bbox"] for a in objects], dtype=np.float64)
-    except (ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{file} is no COCO annotation of boxes ({type(error).__name__}: "
-                         f"{error}): get it again") from None
-    return np.arange(len(objects)), functools.partial(read_still, folder, files, boxes)
+    except ValueError as error:
+        raise InputError(f"{file} is no complete JSON ({error}): get it again") from None
+    names = {image["id"]: image["file_name"] for image in content["images"]}
+    objects = [a for a in content["annotations"]
+               if not a.get("iscrowd") and min(a["bbox"][2:]) > 0]
+    files = np.array([f"{folder}/{names[a['image_id']]}" for a in objects])    # for all loaders
+    boxes = np.array([a["bbox"] for a in objects], dtype=np.float64)
+    return range(len(objects)), functools.partial(read_still, files, boxes)
 
 
-def read_still(folder, files, boxes, index):
-    return make_sequence([f"{folder}/{files[index]}"], boxes[index:index + 1])
-
-
-def read_toy(index):
-    frames = [(index, TOY["size"], t / 10, 0.4) for t in range(TOY["frames"])]
-    boxes = np.array([toy_picture(*frame)[3] for frame in frames])
-    return make_sequence(frames, boxes)
+def read_still(files, boxes, i):
+    return files[i:i + 1], boxes[i:i + 1], True
 
 
 LAYOUTS = {    # where the annotations lie below the folder of a set, how one of them is read
-    "lasot": (("*/groundtruth.txt", "*/*/groundtruth.txt"), read_lasot),
-    "got10k": (("GOT-10k*/groundtruth.txt", "train/*/groundtruth.txt"), read_got10k),
-    "trackingnet": (("TRAIN_*/anno/*.txt",), read_trackingnet),
-    "coco": (("annotations/instances_train*.json",), read_coco)
+    "lasot": (("[!.]*/groundtruth.txt", "[!.]*/[!.]*/groundtruth.txt"), read_lasot),
+    "got10k": (("GOT-10k*/groundtruth.txt", "train/[!.]*/groundtruth.txt"), read_got10k),
+    "trackingnet": (("TRAIN_*/anno/[!.]*.txt",), read_trackingnet),
+    "coco": (("annotations/instances_train*.json",), read_coco),
 }
 
 
@@ -747,46 +679,28 @@ def find_annotations(text):
     """--data lasot=DIR,coco=DIR -> {"lasot": its annotation files, "coco": ...}."""
     found = {}
     for entry in text.split(","):
-        name, _, folder = entry.strip().partition("=")
-        if name not in LAYOUTS or name in found or not folder:
-            raise InputError(f"--data {text}: write toy, or NAME=FOLDER,NAME=FOLDER,... with each "
-                             f"of {', '.join(LAYOUTS)} at most once")
+        name, _, folder = entry.partition("=")
+        if name not in LAYOUTS or not folder:
+            raise InputError(f"--data {text}: give NAME=FOLDER,NAME=FOLDER,... with names among "
+                             f"{', '.join(LAYOUTS)}")
         patterns, _ = LAYOUTS[name]
         found[name] = sorted(file for pattern in patterns for file in Path(folder).glob(pattern))
     return found
 
 
 def open_sets(text):
-    """--data -> {name: (array of items, function that reads the sequence of an item)}."""
-    if text == "toy":
-        return {"toy": (np.array(TOY["train"]), read_toy)}
+    """--data -> {name: (items, function that reads the sequence of an item)}."""
     sets = {}
     for name, files in find_annotations(text).items():
-        patterns, read = LAYOUTS[name]
-        items = np.array([str(file) for file in files if file.parent.name not in LASOT_TEST])
-        if name == "coco" and len(items):
-            items, read = read_coco(items[-1])    # of 2014 and 2017 the later
-        if not len(items):
-            raise InputError(f"--data {text}: no training sequence of {name}, looked for "
-                             f"{' and '.join(patterns)} in its folder")
-        frames, _, _ = read(items[0])
-        read_frame(frames[-1])    # a wrong folder is told here, not in the middle of an epoch
-        sets[name] = (items, read)
+        patterns, read_sequence = LAYOUTS[name]
+        if name == "lasot":
+            files = [file for file in files if file.parent.name not in LASOT_TEST]
+        if not files:
+            raise InputError(f"--data {text}: {name} has no training sequence, looked for "
+                             f"{' and '.join(patterns)}")
+        # of COCO 2014 and 2017 the later
+        sets[name] = read_coco(files[-1]) if name == "coco" else (files, read_sequence)
     return sets
-
-
-def open_test_set(text):
-    """--data -> all names of the test set, {name: function that reads it}, the longest first."""
-    if text == "toy":
-        found = {f"toy-{i}": functools.partial(read_toy, i) for i in TOY["test"]}
-        return list(found), found
-    files = sorted(find_annotations(text).get("lasot", []), key=os.path.getsize, reverse=True)
-    found = {file.parent.name: functools.partial(read_lasot, file) for file in files
-             if file.parent.name in LASOT_TEST}
-    if not found:
-        raise InputError(f"--data {text}: --eval needs lasot=FOLDER with some of the 280 test "
-                         "sequences, such as FOLDER/airplane/airplane-1/groundtruth.txt")
-    return LASOT_TEST, found
 
 
 # --------------------------------------------------------------------------------------------------
@@ -797,171 +711,187 @@ def score_sequence(boxes, truth, visible):
     (51,), normalised precision (51,): shares of frames with IoU > t, t = 0, 0.05 .. 1; centre error
     <= t, t = 0, 1 .. 50 pixels; centre error over box size <= t, t = 0, 0.01 .. 0.5.
 
-    As the toolkits of LaSOT and OSTrack do: the first box counts as the true one, a box without
-    size is the one before it, a frame without the target or its box fails, but counts.
+    As in the toolkits of LaSOT and OSTrack, the first box counts as the true one, a box without
+    size is the one before it, and a frame without the target fails, but counts. Where the target
+    counts as visible but its true box has no extent, the toolkits set some centre errors to -1,
+    which is a hit: OSTrack's the normalised one, LaSOT's both. Here such a frame fails in all.
     """
     boxes = torch.tensor(boxes, dtype=torch.float64)
     truth = torch.tensor(truth, dtype=torch.float64)
     boxes[0] = truth[0]
-    for i in range(1, len(boxes)):
-        if not (boxes[i].isfinite().all() and boxes[i, 2:].min() > 0):
-            boxes[i] = boxes[i - 1]
+    valid = boxes.isfinite().all(dim=1) & (boxes[:, 2:] > 0).all(dim=1)
+    boxes = boxes[torch.where(valid, torch.arange(len(boxes)), 0).cummax(dim=0).values]
     present = torch.from_numpy(visible) & (truth[:, 2:] > 0).all(dim=1)
-    iou = box_iou(box_convert(boxes, "xywh", "xyxy"), box_convert(truth, "xywh", "xyxy"))
+    iou, _ = box_overlap(box_convert(boxes, "xywh", "xyxy"), box_convert(truth, "xywh", "xyxy"))
     shift = box_centre(boxes) - box_centre(truth)
-    error = shift.norm(dim=1)
-    relative_error = (shift / truth[:, 2:]).norm(dim=1)
-    hits = (iou[:, None] > torch.arange(21).double() / 20, error[:, None] <= torch.arange(51),
-            relative_error[:, None] <= torch.arange(51) / 100)
+    hits = (iou[:, None] > torch.arange(21).double() / 20,
+            shift.norm(dim=1, keepdim=True) <= torch.arange(51),
+            (shift / truth[:, 2:]).norm(dim=1, keepdim=True) <= torch.arange(51) / 100)
     return [(hit & present[:, None]).double().mean(dim=0) for hit in hits]
-
-
-def load_tracker(args, device, dtype):
-    """The trained tracker of --init, or of --out, ready to follow."""
-    path = args.init or f"{args.out}/last.pt"
-    file = read_file(path)
-    try:
-        arch = {**file["arch"]}
-        options = arch.pop("tracker")
-        arch.pop("kind")
-    except (KeyError, TypeError):
-        raise InputError(f"checkpoint {path} is no tracker: give last.pt of a training") from None
-    model = Tracker(VisionTransformer(**arch), **options)
-    model.load_state_dict(file["model"])
-    return OnePassTracker(model, file["mean"], file["std"], device, dtype)
-
-
-def write_boxes(path, boxes, whole):
-    """One x,y,w,h per line and frame; whole: cut off to whole pixels, as OSTrack does."""
-    np.savetxt(f"{path}.tmp", boxes, "%d" if whole else "%.2f", ",")
-    os.replace(f"{path}.tmp", path)
 
 
 def evaluate(args):
     """One-pass evaluation of a tracker, or of the text files of --results, on LaSOT's test set:
-    prints AUC, P, P_norm; writes results/*.txt. InputError if sequences are missing."""
-    rank, world, device, dtype = init_distributed(args, minutes=24 * 60)    # processes may differ
-    names, found = open_test_set(args.data)
-    folder = Path(args.results or f"{args.out}/results")
-    tracker = None
-    if args.results:
-        found = {name: read for name, read in found.items() if (folder / f"{name}.txt").is_file()}
-    else:
-        tracker = load_tracker(args, device, dtype)
-        if os.environ.get("LOCAL_RANK", "0") == "0":
-            keep_results(args, folder)
-        if world > 1:
-            dist.barrier()
-
-    # AUC, P, P_norm, AUC of a box that never moves, frames
-    sums = torch.zeros(5, device=device)
-    for name in tqdm(list(found)[rank::world], disable=rank != 0):
-        try:
-            row = evaluate_sequence(args, tracker, found[name](), folder / f"{name}.txt")
-            sums += row.to(device)
-        except InputError as error:
-            if rank == 0:
-                raise
-            text = str(error).splitlines()[-1].removeprefix("models.InputError: ")
-            sys.exit(f"\nerror: {text}")    # the others do not know of it
-    if world > 1:
-        dist.all_reduce(sums)
-
-    missing = len(names) - len(found)
-    if rank == 0 and found:
-        partial = " PARTIAL" if missing else ""
-        auc, p, p_norm, still, _ = (100 * sums / len(found)).tolist()
-        print(f"evaluated {len(found)}/{len(names)} sequences, {sums[-1]:.0f} frames; boxes in "
-              f"{folder}")
-        print(f"AUC {auc:.1f}, P {p:.1f}, P_norm {p_norm:.1f}{partial}; a box that never moves: "
-              f"AUC {still:.1f}")
-    if missing and not (args.allow_partial and found):
-        raise InputError(f"{missing} of {len(names)} sequences are missing in {folder} or --data, "
-                         "so these are no scores of the set; --allow-partial accepts that")
-
-
-def keep_results(args, folder):
-    """Keep text files that an evaluation left, if weights and settings are the same."""
-    weights = Path(args.init or f"{args.out}/last.pt").read_bytes()
-    settings = f"{hashlib.sha256(weights).hexdigest()} --dtype {args.dtype} --int {args.int}"
-    path = folder / "settings"
-    os.makedirs(folder, exist_ok=True)
-    if path.exists() and path.read_text() == settings:
-        print(f"{folder}: {len(list(folder.glob('*.txt')))} sequences are done already")
+    prints AUC, P and P_norm. InputError if sequences are missing."""
+    rank, world, device, _ = init_distributed(args, minutes=24 * 60)    # processes may differ
+    files = sorted(find_annotations(args.data).get("lasot", []), key=os.path.getsize, reverse=True)
+    found = {file.parent.name: file for file in files if file.parent.name in LASOT_TEST}
+    folder = Path(args.results or "")
+    if not args.results:
+        tracker = load_tracker(args, device)
+        weights = zlib.crc32(Path(args.init).read_bytes())    # others get another folder
+        folder = Path(args.out, "results", f"{weights:08x}{'-int' * args.int}")
+        track_sequences(args, tracker, found, folder, rank, world)
+    if rank > 0:
         return
-    for file in folder.glob("*.txt"):
-        file.unlink(missing_ok=True)    # another machine may have been faster
-    path.write_text(settings)
+
+    pairs = [(folder / f"{name}.txt", file) for name, file in found.items()]
+    rows = [score_file(boxes, file) for boxes, file in pairs if boxes.exists()]
+    missing = len(LASOT_TEST) - len(rows)
+    if missing and not (rows and args.allow_partial):
+        raise InputError(f"{missing} of {len(LASOT_TEST)} test sequences are missing in "
+                         f"{args.data} (such as lasot/airplane/airplane-1/groundtruth.txt) or in "
+                         f"{folder}: --allow-partial scores the others")
+    *scores, frames = zip(*rows)
+    auc, p, p_norm, still = 100 * np.mean(scores, axis=1)
+    print(f"evaluated {len(rows)}/{len(LASOT_TEST)} sequences, {sum(frames)} frames; boxes in "
+          f"{folder}")
+    print(f"AUC {auc:.1f}, P {p:.1f}, P_norm {p_norm:.1f}{' PARTIAL' if missing else ''}; a box "
+          f"that never moves: AUC {still:.1f}")
 
 
-def evaluate_sequence(args, tracker, sequence, file):
-    """Track a sequence from its true first box, unless its file is there, and score it
-    -> tensor (5,): AUC, P, P_norm, AUC of a box that never moves, frames."""
-    frames, truth, visible = sequence
-    n = len(frames)
-    if tracker and not file.exists():
-        following = tracker.follow(frames, truth[0], args.workers)
-        write_boxes(file, [box for box, _ in following], args.int)
-    boxes = read_numbers(file, 4)
+def track_sequences(args, tracker, found, folder, rank, world):
+    """Track each sequence without a text file in `folder` from its true first box; processes share
+    them. With --skip-corrupt, those with unreadable files are named and left out."""
+    folder.mkdir(parents=True, exist_ok=True)
+    names = list(found)
+    unreadable = Reader(names, args, train=False)
+    if rank == 0 and torch.get_float32_matmul_precision() == "high":
+        print("float32 matrices are multiplied in TF32 where the GPU has it")
+    for i in tqdm(range(rank, len(names), world), disable=rank > 0):
+        path = folder / f"{names[i]}.txt"
+        if path.exists():
+            continue
+        try:
+            frames, truth, _ = read_lasot(found[names[i]])
+            boxes = [box for box, _ in tracker.follow(frames, truth[0], args.workers)]
+        except OSError as error:
+            reason = str(error).splitlines()[-1]    # a loader process adds others
+            unreadable.skip(i, reason.removeprefix("OSError: "))
+            continue
+        write_boxes(path, boxes, args.int)
+    if world > 1:
+        dist.barrier()
+
+
+def load_tracker(args, device):
+    """The trained tracker of --init, ready to follow."""
+    file = read_file(args.init)
+    if "tracker" not in (file.get("arch") or ""):    # some foreign files store a name
+        raise InputError(f"checkpoint {args.init} is no tracker: give last.pt of a training")
+    arch = dict(file["arch"])
+    options = arch.pop("tracker")
+    arch.pop("kind")
+    model = Tracker(VisionTransformer(**arch), **options)
+    model.load_state_dict(file["model"])
+    return OnePassTracker(model, file["mean"], file["std"], device)
+
+
+def write_boxes(path, boxes, whole):
+    """One x,y,w,h per line and frame; whole: truncated to whole pixels, as OSTrack does."""
+    np.savetxt(f"{path}.tmp", boxes, "%d" if whole else "%.2f", ",")
+    os.replace(f"{path}.tmp", path)
+
+
+def score_file(path, file):
+    """Boxes in a text file against an annotation of LaSOT -> AUC, P, P_norm, AUC of a box that
+    never moves, number of frames."""
+    boxes = read_numbers(path)
+    _, truth, visible = read_lasot(file)
+    n = len(truth)
     if len(boxes) < n:
-        raise InputError(f"{file} has {len(boxes)} boxes, the sequence {n} frames: track it again")
+        raise OSError(f"{path} has {len(boxes)} boxes, the sequence {n} frames: track it again")
     success, precision, norm_precision = score_sequence(boxes[:n], truth, visible)
     still, _, _ = score_sequence(truth[:1].repeat(n, 0), truth, visible)
-    row = (success.mean(), precision[20], norm_precision[20], still.mean(), n)
-    return torch.tensor(row, dtype=torch.float32)
+    return success.mean(), precision[20], norm_precision[20], still.mean(), n
 
 
 # --------------------------------------------------------------------------------------------------
-# Your own frames, frames per second
+# Own frames, frames per second
 # --------------------------------------------------------------------------------------------------
-def track_frames(args, frames, box):
-    """Follow the target of a box in the first frame: boxes.txt, a line a frame, and overlay.gif."""
-    _, _, device, dtype = init_distributed(args)
-    tracker = load_tracker(args, device, dtype)
+def track_frames(args):
+    """Follow the target of --box through --frames: boxes.txt, a line per frame, and overlay.gif."""
+    _, _, device, _ = init_distributed(args)
+    if Path(args.frames).is_file():
+        raise InputError(f"--frames takes a folder of frames; of a video: mkdir frames; ffmpeg -i "
+                         f"{args.frames} frames/%08d.jpg")
+    files = sorted(list_images(args.frames), key=natural_key)
+    check_box(args.box, open_image(files[0]).size)
+    tracker = load_tracker(args, device)
     os.makedirs(args.out, exist_ok=True)
-    found = list(tqdm(tracker.follow(frames, box, args.workers), total=len(frames)))
+    found = list(tqdm(tracker.follow(files, args.box, args.workers), total=len(files)))
     write_boxes(f"{args.out}/boxes.txt", [box for box, _ in found], args.int)
-    draw_overlay(f"{args.out}/overlay.gif", frames, found)
-    print(f"{len(frames)} frames; in {args.out}: boxes.txt, overlay.gif")
+    draw_overlay(f"{args.out}/overlay.gif", files, found)
+    folders = {Path(file).parent for file in files}
+    sizes = {Image.open(file).size for file in files}
+    print(f"{len(files)} frames of {len(sizes)} size(s) from {len(folders)} folder(s); in "
+          f"{args.out}: boxes.txt, overlay.gif")
 
 
-def draw_overlay(path, frames, found):
-    """Animated GIF of the frames with box and score; a long video is thinned out to 150 of them."""
-    every = math.ceil(len(frames) / 150)
+def natural_key(file):
+    """Name without its ending, and with numbers of equal length: sorts 2.jpg before 10.JPEG."""
+    return re.sub("[0-9]+", lambda number: number[0].zfill(20), Path(file).stem)
+
+
+def check_box(box, size):
+    """Raise InputError, with both readings of the four numbers, for a box that leaves the frame."""
+    x, y, w, h = box
+    width, height = size
+    if not (0 <= x < x + w <= width and 0 <= y < y + h <= height):
+        raise InputError(f"--box, read as x y w h, reaches from {x:g} {y:g} to {x + w:g} {y + h:g} "
+                         f"in a frame of {width} x {height}; if it is x1 y1 x2 y2, give --box "
+                         f"{x:g} {y:g} {w - x:g} {h - y:g}")
+
+
+def draw_overlay(path, files, found):
+    """Animated GIF, 400 pixels along its longer side, of the frames with box and score; of a long
+    video every n-th frame, at most 150."""
+    every = math.ceil(len(files) / 150)
     pictures = []
-    for item, (box, score) in list(zip(frames, found))[::every]:
-        frame = read_frame(item)
-        zoom = 300 / min(frame.shape[1:])
-        frame = resize(frame, 300)
-        corners = box_convert(torch.from_numpy(box[None] * zoom), "xywh", "xyxy")
-        frame = draw_bounding_boxes(frame, corners, colors="red", width=3)
-        pictures.append(Image.fromarray(frame.permute(1, 2, 0).numpy()))
-        ImageDraw.Draw(pictures[-1]).text((6, 4), f"score {score:.2f}", "white", font_size=18,
-                                          stroke_width=2, stroke_fill="black")
+    for file, (box, score) in list(zip(files, found))[::every]:
+        frame = open_image(file)
+        zoom = 400 / max(frame.size)
+        picture = frame.resize([math.ceil(side * zoom) for side in frame.size])
+        x, y, w, h = box * zoom
+        draw = ImageDraw.Draw(picture)
+        draw.rectangle((x, y, x + w, y + h), outline="red", width=3)
+        draw.text((6, 4), f"score {score:.2f}", "red", font_size=18)
+        pictures.append(picture)
     pictures[0].save(path, save_all=True, append_images=pictures[1:], duration=33 * every, loop=0)
 
 
 def benchmark(args, frames=100, warmup=10):
     """Print frames per second of the model alone, and from a JPEG in memory to a box in pixels, of
     the tracker that the options describe; its weights do not matter."""
-    _, _, device, dtype = init_distributed(args)
-    tracker = OnePassTracker(*build_tracker(args), device, dtype)
+    _, _, device, _ = init_distributed(args)
+    tracker = OnePassTracker(build_tracker(args), args.mean, args.std, device)
+    noise = np.random.default_rng(0).integers(256, size=(45, 80, 3), dtype=np.uint8)
     file = io.BytesIO()
-    Image.fromarray(toy_picture(0, (720, 1280))[0]).save(file, "JPEG")
+    Image.fromarray(noise).resize((1280, 720)).save(file, "JPEG")    # smooth, as photos are
     box = np.array([600.0, 300.0, 120.0, 90.0])
     tracker.start(read_frame(file), box)
     search, _ = tracker.crop(read_frame(file), "search")
-    name = f"{torch.get_num_threads()} CPU thread(s)"
-    if device.type == "cuda":
-        name = torch.cuda.get_device_name()
-    print(f"{tracker.model.options}\n{device} ({name}), {dtype}; median of {frames} frames after a "
-          f"warm-up of {warmup}")
-    for title, statement in (    # both wait for the device, so times are true
-            ("model only", "tracker.locate(search)"),
-            ("end to end, from a JPEG of 1280 x 720 to a box",
-             "tracker.box = box; tracker.step(read_frame(file))")):
-        variables = {**globals(), **locals()}
-        times = timeit.repeat(statement, globals=variables, repeat=warmup + frames, number=1)
+
+    def end_to_end():
+        tracker.box = box
+        tracker.step(read_frame(file))
+
+    print(f"{tracker.model.options}\n{device}, {torch.get_num_threads()} CPU thread(s), float32; "
+          f"median of {frames} frames after a warm-up of {warmup}")
+    for title, function in (    # both copy the box to the host, so times are true
+            ("model only", lambda: tracker.locate(search)),
+            ("end to end, from a JPEG of 1280 x 720 to a box", end_to_end)):
+        times = timeit.repeat(function, repeat=warmup + frames, number=1)
         print(f"{title}: {1 / np.median(times[warmup:]):.1f} frames/s")
 
 
@@ -1001,185 +931,98 @@ volleyball-18 volleyball-19""".split()
 
 
 # --------------------------------------------------------------------------------------------------
-# Process group, sampler, log (the same text in every training script)
-# --------------------------------------------------------------------------------------------------
-def init_distributed(args, minutes=10):
-    """Join torchrun's process group, if there is one -> rank, world, torch.device, torch.dtype."""
-    rank = int(os.environ.get("RANK", 0))
-    world = int(os.environ.get("WORLD_SIZE", 1))
-    device = choose_device(args.device)
-    if world > 1 and not dist.is_initialized():
-        backend = "nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=datetime.timedelta(minutes=minutes))
-    return rank, world, device, choose_dtype(args.dtype, device)
-
-
-class EpochSampler(DistributedSampler):
-    """Yields (epoch, index) for this process without end, starting at optimizer step `first_step`.
-    A batch is the same for any number of processes and micro-steps; a data set smaller than it
-    gives one batch, rounded down to a multiple of processes x micro-steps."""
-
-    def __init__(self, dataset, batch_size, accum_steps, rank, world, seed):
-        super().__init__(dataset, world, rank, seed=mix_seed(seed), drop_last=True)
-        parts = accum_steps * world
-        self.micro_batch = min(batch_size, len(dataset)) // parts
-        self.batch_size = self.micro_batch * parts
-        if batch_size % parts or not self.batch_size:
-            raise InputError(f"--batch-size {batch_size} of {len(dataset)} items cannot be dealt "
-                             f"out to {world} process(es) x --accum-steps {accum_steps}: choose "
-                             f"a multiple of {parts}, and no fewer items than that")
-        self.steps_per_epoch = len(dataset) // self.batch_size
-        self.first_step = 0
-
-    def __iter__(self):
-        share = self.batch_size // self.num_replicas
-        epoch, done = divmod(self.first_step, self.steps_per_epoch)
-        while True:
-            self.set_epoch(epoch)
-            indices = list(super().__iter__())[share * done:share * self.steps_per_epoch]
-            yield from ((epoch, index) for index in indices)
-            epoch += 1
-            done = 0
-
-
-class RunLog:
-    """Progress bar and log.jsonl, written by process 0. SIGTERM sets `stop`: finish the step, save
-    and leave, which `train` does once any process was asked to."""
-
-    def __init__(self, args, step, last_step, batch_size, rank):
-        self.path = Path(args.out, "log.jsonl") if rank == 0 else None
-        start_log(self.path, args, step)
-        self.every = args.log_every
-        self.batch_size = batch_size
-        self.window = []
-        self.stop = threading.Event()
-        signal.signal(signal.SIGTERM, lambda *_: self.stop.set())
-        self.bar = tqdm(total=last_step, initial=step, unit="step", disable=rank != 0)
-
-    def add(self, step, lr, values, seconds, waited):
-        """Note a step: its values, how long it took and waited for data. A line every few steps."""
-        self.window.append({**values, "lr": lr, "seconds": seconds, "data_share": waited / seconds})
-        self.bar.update()
-        if step % self.every and step < self.bar.total and not values["stop"]:
-            return
-        means = {k: sum(v[k] for v in self.window) / len(self.window) for k in self.window[0]}
-        rate = self.batch_size / means.pop("seconds")
-        hint = ", more --workers would help" if means["data_share"] > 0.3 else ""
-        self.bar.set_postfix_str(f"loss {means['loss']:.4f}, {rate:.0f} img/s, waiting for data "
-                                 f"{means['data_share']:.0%}{hint}", refresh=False)
-        log_line(self.path, step=step, **means, img_s=rate,
-                 eta_h=(self.bar.total - step) * self.batch_size / rate / 3600,
-                 memory_gb=torch.cuda.max_memory_allocated() / 2 ** 30)
-        self.window = []
-
-    def close(self, step):
-        """End the bar; after SIGTERM, exit with status 1."""
-        self.bar.close()
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        if step < self.bar.total:
-            message = f"stopped by SIGTERM after step {step}; the same command goes on from there"
-            sys.exit(message if self.path else 1)
-
-
-# --------------------------------------------------------------------------------------------------
 # Arguments: the defaults are the paper's
 # --------------------------------------------------------------------------------------------------
-FIXED = (*TRACKER, "init_sha", "model", "patch_size", "sequences", "pairs", "max_gap",
-         "centre_jitter", "scale_jitter", "epochs", "eliminate_epochs", "lr_drop", "batch_size",
-         "encoder_lr", "weight_decay", "drop_path", "seed")    # see `models.resume`
+USES = {    # of a trained tracker -> the options that each reads
+    "eval": "data init results allow_partial int workers skip_corrupt out device",
+    "frames": "box init int workers out device",
+    "benchmark": "init model template_size search_size keep_rate head_channels device",
+}
 
 
-def parse_args(argv=None, **defaults):
-    """Options of the command line, or of the list `argv`; `defaults` stand in for the paper's."""
-    parser = argparse.ArgumentParser(usage="%(prog)s [options]",
-                                     description=__doc__.split("\n\n")[0],
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    count = number(int, "[1, inf)")
-    add = parser.add_argument_group("method (OSTrack-256)").add_argument
-    add("--init", help="checkpoint: to train, an encoder to start from (README, 'Checkpoints'), "
-                       "else random weights; to use, a tracker, else last.pt in --out")
-    add("--model", choices=tuple(MODELS),
-        help="encoder; default: that of --init, or the paper's vit_tiny (12 heads)")
-    add("--template-size", type=count, help="pixels along the template crop")
-    add("--search-size", type=count, help="pixels along the search crop")
-    add("--keep-rate", type=number(float, "(0, 1]"),
-        help="share of the search tokens that blocks 4, 7 and 10 keep; 1: all. The rate falls from "
-             "1 between 1/15 and 1/3 of the epochs, 20 and 100 of the paper's 300")
+def parse_args(argv=None):
+    """Options of the command line, or of the list `argv`."""
+    parser = Parser(__doc__)
+    add = parser.group("method (OSTrack-256)")
+    add("--init", help="training: encoder to start from (README, 'Checkpoints'), else random "
+                       "weights; --eval, --frames: the tracker, else last.pt in --out")
+    add("--model", help="encoder; default: that of --init, or the paper's vit_tiny (12 heads); for "
+                        "small tests vit_nano, vit_pico")
+    add("--template-size", low=1, help="pixels along the template crop; default: 128, the paper's")
+    add("--search-size", low=1, help="pixels along the search crop; default: 256, the paper's")
+    add("--keep-rate", type=float, low=0.01, high=1,
+        help="share of the search tokens that blocks 4, 7 and 10 each keep; default: 0.7; 1: all. "
+             "It falls from 1 between 1/15 and 1/3 of the epochs, 20 and 100 of the paper's 300")
+    add("--head-channels", low=8, help="of the head's first layer; default: 256, the paper's")
+    add("--drop-path", type=float, low=0, high=1, default=0.1,
+        help="of the last block; the rates grow linearly from 0")
 
-    add = parser.add_argument_group("training (OSTrack-256), data").add_argument
+    add = parser.group("training (OSTrack-256), data")
     add("--data",
         default="lasot=data/lasot,got10k=data/got10k,coco=data/coco,trackingnet=data/trackingnet",
         help="sets as NAME=FOLDER,..., of which --eval reads LaSOT's 280 test sequences and a "
-             "training all else; or 'toy' for drawn ones")
-    add("--pairs", type=count, default=60_000, help="pairs per epoch")
-    add("--epochs", type=count, default=300, help="paper: 300")
-    add("--batch-size", type=count, default=128,
+             "training all others")
+    add("--pairs", low=1, default=60_000, help="pairs per epoch; paper: 60,000")
+    add("--epochs", low=1, default=300, help="paper: 300")
+    add("--batch-size", low=1, default=128,
         help="pairs per optimizer step over all processes; paper: 128")
-    add("--lr", type=number(float, "[0, 1e9]"), default=4e-4,
-        help="of the head, the encoder's is a tenth; both fall to a tenth after 4/5 of the epochs")
-    add("--clip-grad", type=number(float, "[0, inf)"), default=0.1,
-        help="largest gradient norm; 0: no clipping")
+    add("--lr", type=float, low=0, default=4e-4,
+        help="of the head; it falls to a tenth after 4/5 of the epochs")
+    add("--encoder-lr", type=float, low=0, default=0.1, help="rate of the encoder over --lr")
 
-    add = parser.add_argument_group("use of a trained tracker").add_argument
+    add = parser.group("use of a trained tracker")
     add("--eval", action="store_true", help="one-pass evaluation on the test sequences of --data")
-    add("--results", help="with --eval: score the text files of this folder, NAME.txt with one "
-                          "x,y,w,h per frame, instead of running a tracker")
+    add("--results", help="with --eval: the text files of this folder, NAME.txt with one x,y,w,h "
+                          "per frame, instead of a tracker")
     add("--allow-partial", action="store_true",
-        help="with --eval: end without an error although test sequences are missing")
+        help="with --eval: evaluate although test sequences are missing")
     add("--frames", help="track the target of --box through the images of this folder")
-    add("--box", type=float, nargs=4, help="x, y, w, h of the target in the first frame, in pixels")
-    add("--int", action="store_true", help="write boxes as whole pixels, cut off as OSTrack does")
+    add("--box", type=box_numbers, nargs="+",
+        help="x y w h of the target in the first frame, in pixels")
+    add("--int", action="store_true", help="write whole pixels, truncated as OSTrack does")
     add("--benchmark", action="store_true", help="frames per second, model alone and end to end")
 
-    add = add_run_options(parser, "out/track")
-    add("--seed", type=number(int, "[0, 4294967296)"), default=0)
-    add("--max-steps", type=count,
-        help="stop after so many optimizer steps (the schedule stays that of --epochs)")
-    add("--demo", action="store_true",
-        help="a few minutes on drawn videos: train, evaluate, track one of them")
-    parser.set_defaults(**{**TRACKER, **RECIPE, **defaults})
+    add = parser.run_options("out/track", clip_grad=0.1)
+    add("--eval-every", low=1, default=10, help="epochs between evaluations on fixed pairs")
+    parser.set_defaults(**{**TRACKER, **RECIPE})
     args = parser.parse_args(argv)
-    if args.demo and not defaults:
-        return parse_args(argv, **DEMO)
+    use = next((name for name in USES if getattr(args, name)), None)
+    given = {name for name, value in vars(args).items() if value != parser.get_default(name)}
+    unread = given & {"results", "allow_partial", "box", "int"}
+    if use:
+        unread = given - {use, *USES[use].split()}
+    if unread:
+        names = ", ".join(f"--{name.replace('_', '-')}" for name in sorted(unread))
+        parser.error(f"{'--' + use if use else 'a training'} does not read {names}: leave it out")
     return args
+
+
+def box_numbers(text):
+    """Numbers divided by commas, one or more."""
+    return [float(number) for number in text.strip(",").split(",")]
 
 
 def resolve(args):
-    """Fill in the defaults that depend on other options; refuse what has no meaning. InputError."""
+    """Fill in the options that depend on others; raise InputError for a missing or wrong --box."""
     args.lr_drop = max(1, args.epochs * 4 // 5)    # 240 of 300 epochs
     args.eliminate_epochs = [args.epochs // 15, args.epochs // 3]    # 20 and 100 of 300
-    if args.results and not args.eval:
-        raise InputError("--results holds boxes of a test set: give --eval, too")
-    if args.frames and not args.box:
-        raise InputError("--frames needs --box X Y W H, the target's box in its first frame")
-    if args.dtype == "auto" and (args.eval or args.frames or args.benchmark):
-        args.dtype = "fp32"
+    if args.frames:
+        args.box = np.array(sum(args.box or [], []))
+        if len(args.box) != 4:
+            raise InputError("--frames needs --box X Y W H, the target's box in its first frame")
+    if args.eval or args.frames:
+        args.init = args.init or f"{args.out}/last.pt"
     return args
 
 
-# --------------------------------------------------------------------------------------------------
-# Main
-# --------------------------------------------------------------------------------------------------
 def main(args):
-    """What the options ask for; in a demo: train, evaluate and track on drawn videos."""
     resolve(args)
     if args.eval:
         evaluate(args)
     elif args.frames:
-        frames = sorted(list_images(args.frames), key=len)    # sorted by name: 2.jpg before 10.jpg
-        track_frames(args, frames, np.array(args.box))
+        track_frames(args)
     elif args.benchmark:
         benchmark(args)
-    elif args.demo:
-        encoder = "out/demo/pretrain/encoder.pt"    # of pretrain_d2mae.py --demo
-        if not args.init and Path(encoder).is_file():
-            args.init = encoder
-        train(args)
-        args.init = None
-        args.eval = True
-        evaluate(resolve(args))
-        frames, boxes, _ = read_toy(TOY["test"][0])
-        track_frames(args, frames, boxes[0])
     else:
         train(args)
 
