@@ -136,7 +136,7 @@ def spline_matrix(old, new):
 
     def basis(at):    # 1, x, x^2, x^3, and (x - knot)^3 above each knot; not-a-knot: x[1], x[-2]
         at = at[:, None] / new
-        return np.hstack([at ** np.arange(4), (at - x[2:-2] / new).clip(min=0) ** 3])
+        return np.hstack([at ** np.arange(min(4, len(x))), (at - x[2:-2] / new).clip(min=0) ** 3])
 
     return basis(np.arange(1.0 - new, new)) @ np.linalg.inv(basis(x))
 
@@ -351,9 +351,6 @@ class VisionTransformer(nn.Module):
     def embed(self, images, ids_keep=None):
         """(B, 3, H, W) -> (B, 1 + V, D): class token, then the patches of ids_keep (None: all)."""
         check_images(images, self.img_size)
-        if ids_keep is not None and self.rel_pos_index is not None:
-            raise ValueError("relative position bias needs all patches: build the model without it "
-                             "to use ids_keep")
         pos = self.pos_embed[:, 1:] if ids_keep is None else self.pos_embed[0, 1:][ids_keep]
         x = self.patch_embed(images, ids_keep) + pos
         cls_token = (self.cls_token + self.pos_embed[:, :1]).expand(x.shape[0], -1, -1)

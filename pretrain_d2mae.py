@@ -34,7 +34,6 @@ NOTES, departures from the authors' code:
 import math
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -234,16 +233,16 @@ class Distillation(nn.Module):
         self.teacher_layers = [max(1, k * teacher.depth // depth) for k in self.layers]
         self.signal = signal
         self.extra = depth if decoupled else None    # the block that the 13th attention replaces
-        heads = [model.blocks[-1].attn.num_heads for model in (encoder, teacher)]
-        self.adapters = nn.ModuleList()              # M, one for each layer
-        for _ in self.layers:
-            hidden = nn.Linear(encoder.embed_dim, teacher.embed_dim, bias=False)
-            self.adapters.append(
-                hidden if signal == "hidden" else nn.Conv2d(*heads, 1, bias=False))
-        outputs = self.layers if signal == "hidden" else [self.extra]
-        self.taps = {k if k in outputs else k - 1 for k in self.layers}    # a map needs the input
+        dim = encoder.embed_dim
+        if signal == "hidden":
+            self.taps = set(self.layers)
+            adapters = [nn.Linear(dim, teacher.embed_dim, bias=False) for _ in self.layers]
+        else:                                        # a map needs the input of its block
+            self.taps = {k if k == self.extra else k - 1 for k in self.layers}
+            heads = [model.blocks[-1].attn.num_heads for model in (encoder, teacher)]
+            adapters = [nn.Conv2d(*heads, 1, bias=False) for _ in self.layers]
+        self.adapters = nn.ModuleList(adapters)      # M, one for each layer
         if decoupled:
-            dim = encoder.embed_dim
             self.extra_norm = nn.LayerNorm(dim, eps=1e-6)
         if decoupled and signal != "hidden":
             self.extra_qk = nn.Linear(dim, 2 * dim)
@@ -412,20 +411,14 @@ class HieraMaskedAutoencoder(MaskedAutoencoder):
 # Student and teacher, from the options
 # --------------------------------------------------------------------------------------------------
 def load_teacher(args, device):
-    """The frozen teacher of --teacher, checked against the student: same tokens, same pixels."""
+    """The frozen teacher of --teacher. The student sees the same pixels, normalised as its."""
     teacher = build_model(init=args.teacher, img_size=args.image_size, hiera=dict(q_pool=2),
                           vit=dict(fixed_pos_embed=True))
-    if (teacher.arch["kind"] == "hiera") != args.model.startswith("hiera"):
-        raise InputError(f"--teacher {args.teacher} is a {teacher.arch['kind']}, the student a "
-                         f"{args.model}: their tokens differ")
+    if args.mean or args.std:
+        raise InputError("--mean and --std are those of --teacher: leave them out")
+    args.mean, args.std = teacher.mean, teacher.std
     if args.distill == "hidden" and "norm.weight" not in teacher.loaded:
         raise InputError(f"--teacher {args.teacher} has no final norm, which --distill hidden needs")
-    for key in ("mean", "std"):
-        theirs, ours = getattr(teacher, key), getattr(args, key)
-        if ours and not np.allclose(ours, theirs):
-            raise InputError(f"--teacher {args.teacher} was trained with --{key} {theirs}, this run "
-                             f"has {ours}: both must see the same pixels")
-        setattr(args, key, theirs)
     return teacher.to(device).eval().requires_grad_(False)
 
 
@@ -439,10 +432,9 @@ def build_student(args, teacher):
     args.image_size = encoder.img_size
     args.mean = args.mean or encoder.mean
     args.std = args.std or encoder.std
-    if teacher and not hiera and teacher.patch_size != encoder.patch_size:
-        raise InputError(f"--teacher {args.teacher} has patches of {teacher.patch_size} pixels, "
-                         f"the student of {encoder.patch_size}: their tokens differ; give "
-                         f"--patch-size {teacher.patch_size}")
+    if teacher and teacher.grid != encoder.grid:
+        raise InputError(f"--teacher {args.teacher} has {teacher.grid} tokens, the student "
+                         f"{encoder.grid}: choose a --model of its kind, and its --patch-size")
     depth = encoder.depth
     decoupled = args.method == "d2-mae"
     args.decoder_tap = args.decoder_tap or (8 if decoupled else depth)

@@ -1,12 +1,17 @@
 """tests/miniature.py: no test picture reaches training; a small study from end to end."""
+import contextlib
+import importlib
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import here
 from PIL import Image, ImageOps
 
+import analyze
 import miniature
-from models import InputError
+from models import InputError, read_log
 
 
 @pytest.fixture
@@ -24,10 +29,17 @@ def pictures(tmp_path, monkeypatch):
     return folder
 
 
+def prepare(pictures, out):
+    """Write the pictures into `out` -> how many there are."""
+    miniature.prepare(out, pictures)
+    return miniature.count_pictures(out)
+
+
 def written(out):
     """{folder: {(class, identity): number of files}} of what `prepare` wrote."""
     found = {}
-    for part in ("pictures/train", "pictures/val", "labelled/train", "labelled/val"):
+    for part in ("pictures/train", "pictures/val", "labelled/train", "labelled/val",
+                 "tuning/train", "tuning/val"):
         files = list((out / part).glob("*/*.png"))
         names = [(f.parent.name, miniature.identity(f)[6:]) for f in files]    # after the number
         found[part] = {name: names.count(name) for name in names}
@@ -35,7 +47,7 @@ def written(out):
 
 
 def test_test_pictures_are_kept_out_of_all_training(pictures, tmp_path):
-    count = miniature.prepare(pictures, tmp_path / "out")
+    count = prepare(pictures, tmp_path / "out")
     found = written(tmp_path / "out")
     assert len(found["labelled/val"]) == 20 // 3 + 24 // 3 == count["labelled/val"]
     assert len(found["labelled/train"]) == 44 - 14 == count["labelled/train"]
@@ -43,6 +55,9 @@ def test_test_pictures_are_kept_out_of_all_training(pictures, tmp_path):
     assert not found["labelled/val"].keys() & found["labelled/train"].keys()
     assert not found["labelled/val"].keys() & found["pictures/train"].keys()
     assert found["labelled/train"].keys() < found["pictures/train"].keys()
+    tuning = [found["tuning/train"], found["tuning/val"]]    # chooses rates, on labelled pictures
+    assert tuning[0] | tuning[1] == found["labelled/train"]
+    assert not tuning[0].keys() & tuning[1].keys() and count["tuning/train"] == len(tuning[0])
     assert {name for name, _ in found["pictures/train"]} == {"cats", "dogs", "few"}
     assert {name for name, _ in found["labelled/train"]} == {"cats", "dogs"}
     assert count["classes"] == 2
@@ -59,8 +74,8 @@ def test_copies_of_test_pictures_and_unreadable_files_are_left_out(pictures, tmp
     ImageOps.mirror(Image.open(test[1][0])).save(pictures / "few" / "mirrored.png")
     (pictures / "few" / ".hidden").mkdir()
     (pictures / "few" / ".hidden" / "copy.png").write_bytes(b"no image")
-    count = miniature.prepare(pictures, tmp_path / "out")
-    assert "unreadable or as good as a test picture: 3 files" in capsys.readouterr().out
+    count = prepare(pictures, tmp_path / "out")
+    assert "unreadable or almost equal to a test picture: 3 files" in capsys.readouterr().out
     names = [name for _, name in written(tmp_path / "out")["pictures/train"]]
     assert not {"copy", "mirrored", "broken"} & set(names) and len(names) == 33
     assert count["labelled/val"] == 14
@@ -73,10 +88,10 @@ def test_a_class_of_too_few_readable_pictures_is_not_labelled(pictures, tmp_path
     good = file.read_bytes()
     file.write_bytes(b"no image")
     with pytest.raises(InputError, match="1 classes are left"):
-        miniature.prepare(pictures, tmp_path / "out")
+        prepare(pictures, tmp_path / "out")
     assert "too few pictures are left of the class cats" in capsys.readouterr().out
     file.write_bytes(good)    # the same command goes on once it is repaired
-    assert miniature.prepare(pictures, tmp_path / "out")["classes"] == 2
+    assert prepare(pictures, tmp_path / "out")["classes"] == 2
 
 
 def test_folders_of_splits_and_equal_names_in_folders(tmp_path):
@@ -94,12 +109,14 @@ def test_folders_of_splits_and_equal_names_in_folders(tmp_path):
             } == {"animals": 2, "more": 2}    # 1.png of cats is not that of dogs
 
 
-def test_an_interrupted_preparation_leaves_nothing_behind(pictures, tmp_path):
-    old = tmp_path / "out" / "labelled" / "train" / "cats" / "of another folder.png"
-    old.parent.mkdir(parents=True)
-    old.write_bytes(b"")
-    miniature.prepare(pictures, tmp_path / "out")
-    assert not old.exists()
+def test_an_interrupted_preparation_leaves_nothing_behind(pictures, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(miniature.shutil, "copytree", lambda *_: exec("raise KeyboardInterrupt"))
+        miniature.prepare(tmp_path / "out", pictures)
+    (pictures / "few").rename(pictures / "other")
+    miniature.prepare(tmp_path / "out", pictures)
+    assert {name for name, _ in written(tmp_path / "out")["pictures/train"]} == {
+        "cats", "dogs", "other"}
 
 
 @pytest.mark.parametrize("name, same", [
@@ -148,14 +165,22 @@ def test_a_folder_without_two_large_classes_is_one_sentence(tmp_path, make):
         (tmp_path / "cats").mkdir(exist_ok=True)
         Image.new("RGB", (8, 8), (i, 0, 0)).save(tmp_path / "cats" / f"{i}.png")
     with pytest.raises(InputError, match="CLASS/"):
-        miniature.prepare(make(tmp_path), tmp_path / "out")
+        miniature.prepare(tmp_path / "out", make(tmp_path))
+
+
+def launch_here(words, folder):
+    """The same as `miniature.launch` without starting Python, which takes seconds."""
+    script, *options = words
+    with contextlib.chdir(folder):
+        here(importlib.import_module(Path(script).stem), *options)
 
 
 def test_a_small_study(pictures, tmp_path, monkeypatch, capsys):
     """Every command once, the table, the figures; the second time nothing is run again."""
-    for name, value in dict(SEEN=60, STEPS={"10": 2, "all": 2}, SEEDS=(0,), RUNS=1,
-                            RATES=(1e-3,), TAPS=(6, 8), KEPT=(0, 12), MIN_PICTURES=32).items():
+    for name, value in dict(SEEN=60, STEPS={"10": 2}, SEEDS=(0,), RUNS=1, RATES=(1e-3,),
+                            TAPS=(6, 8), KEPT=(0, 12), launch=launch_here).items():
         monkeypatch.setattr(miniature, name, value)
+    monkeypatch.setattr(analyze, "DRAWS", 1)
     out = tmp_path / "out"
     args = miniature.parse_args(["--data", str(pictures), "--out", str(out)])
     miniature.main(args)
@@ -163,13 +188,16 @@ def test_a_small_study(pictures, tmp_path, monkeypatch, capsys):
     assert table in capsys.readouterr().out
     for words in ("| scratch | - |", "| D2-MAE | ", "- D2-MAE − MAE: ", " (1 run)", "| 6 | "):
         assert words in table, words
-    for name in ("labels", "fig4", "taps", "probe_blocks", "cka", "attention"):
+    for name in ("labels", "fig4", "probe_blocks", "cka", "attention"):
         assert Image.open(out / f"{name}.png").width > 300
-    assert not list((out / "finetune").iterdir())    # checkpoints of two hundred runs
-    results = json.loads((out / "results.json").read_text())
-    epochs = {name: v["epochs"] for name in ("mae-0", "longer-0") for key, v in results.items()
-              if f"/{name} " in f"{key} " and "epochs" in v}
-    assert epochs["longer-0"] >= epochs["mae-0"] >= 1
+    assert len(list(out.glob("finetune/*/*/*/log.jsonl"))) == 3 + 5 + 3 + 1
+    assert not list((out / "finetune").rglob("*.pt"))    # checkpoints of two hundred runs
+    assert len((out / "fig4.csv").read_text().splitlines()) == 1 + 3 * 2    # methods, blocks kept
+    options = {name: read_log(out / name / "log.jsonl")[0]["args"]
+               for name in ("teacher", "mae-0", "longer-0", "d2-mae-0", "tap6")}
+    assert options["longer-0"]["epochs"] >= options["mae-0"]["epochs"] >= 1
+    assert (options["d2-mae-0"]["decoder_tap"], options["tap6"]["decoder_tap"]) == (8, 6)
+    assert options["teacher"]["arch"]["embed_dim"] == 192
 
     # the second time nothing is run again, though the folder has moved; other lengths are refused
     moved = out.rename(tmp_path / "moved")
@@ -181,3 +209,21 @@ def test_a_small_study(pictures, tmp_path, monkeypatch, capsys):
     args.minutes = 5
     with pytest.raises(InputError, match="another --out"):
         miniature.main(args)
+
+
+def test_commands_run_in_processes_of_their_own_and_a_failure_is_named(pictures, tmp_path):
+    prepare(pictures, tmp_path / "data")
+    study = miniature.Study(tmp_path, share=1e-6)
+    top1 = study.finetune("scratch", 0, "all", 1e-3)
+    [values] = study.results.values()
+    assert 0 <= top1 <= 100 and values["seconds"] > 0 and values["epoch"] == 1
+    options = read_log(tmp_path / "finetune/labelled-all/scratch/12-0-0.001/log.jsonl")[0]["args"]
+    assert options["shots"] is None and options["train_images"] == study.pictures("all") == 30
+    assert study.pictures("10") == 20 and study.pictures("100") == 30
+
+    script = tmp_path / "script.py"
+    script.write_text("import sys\nprint('words')\nsys.exit('error: ' + sys.argv[1])")
+    with pytest.raises(InputError, match=r"script.py oops: error: oops \(exit status 1\)"):
+        study.run(script, "oops")
+    assert len(miniature.Study(tmp_path, share=1).results) == 1    # what failed is run again
+    assert "words\nerror: oops\n" in (tmp_path / "commands.log").read_text()

@@ -630,10 +630,10 @@ MAE = ["--method", "mae"]
     ([*MAE, "--data", ".ci"], "holds no image"),
     (["--teacher", "T", "--model", "hiera_tiny", "--image-size", 64], "defined for plain ViTs"),
     (["--teacher", "T", "--model", "hiera_tiny", "--method", "d-mae", "--image-size", 64],
-     "is a vit, the student a hiera_tiny"),
+     "--patch-size has no effect on hiera_tiny"),
     ([*MAE, "--model", "hiera_tiny", "--image-size", 100], "--patch-size has no effect on hiera"),
     ([*MAE, "--image-size", 100], r"not a multiple of 8, .* nearest valid size is \(96, 96\)"),
-    (["--teacher", "T", "--patch-size", 16], "give --patch-size 8"),
+    (["--teacher", "T", "--patch-size", 16], r"has \(4, 4\) tokens, the student \(2, 2\)"),
     (["--teacher", "T", "--decoder-tap", 13], r"among the blocks 1..12"),
     (["--teacher", "T", "--distill-layers", 6], "needs block 12"),
     (["--teacher", "N", "--method", "d-mae", "--distill", "hidden"], "no final norm"),
@@ -652,6 +652,14 @@ def test_bad_options_end_in_one_sentence(options, match, tmp_path, teacher, pict
     with pytest.raises(InputError, match=match) as error:
         here(P, *QUICK, "--data", pictures, "--out", tmp_path, *(files.get(option, option) for option in options))
     assert "\n" not in str(error.value)
+
+
+def test_a_teacher_of_another_kind_is_refused(teacher, tmp_path):
+    with pytest.raises(InputError, match=r"has \(8, 8\) tokens, the student \(16, 16\)"):
+        here(P, "--teacher", teacher, "--model", "hiera_tiny", "--method", "d-mae", "--image-size",
+             64, "--device", "cpu", "--out", tmp_path)
+    with pytest.raises(InputError, match="--mean and --std are those of --teacher"):
+        here(P, "--teacher", teacher, "--mean", 0.5, 0.5, 0.5, "--device", "cpu", "--out", tmp_path)
 
 
 @pytest.mark.parametrize("options, match", [
