@@ -968,10 +968,14 @@ def train_loader(dataset, args, rank, world):
     """Micro-batches of this process, read ahead by --workers processes that live as long as it.
     `loader.sampler.set_epoch` shuffles; `loader.sampler.batch_size` is the total batch."""
     sampler = EpochSampler(dataset, args.batch_size, args.accum_steps, rank, world, args.seed)
+    steps = len(dataset) // sampler.batch_size
     if rank == 0:
         print(f"batch {sampler.batch_size} = {sampler.micro_batch} x {world} process(es) x "
-              f"{args.accum_steps} micro-batches; {len(dataset) // sampler.batch_size} steps per "
+              f"{args.accum_steps} micro-batches; {steps} steps per "
               f"epoch of {len(dataset)} items")
+        if steps * getattr(args, "epochs", math.inf) < 1000:
+            print(f"only {steps * args.epochs} steps in all: a model learns little in fewer than "
+                  "1,000; README, 'Your own images', has settings for small folders")
     return DataLoader(dataset, sampler.micro_batch, sampler=sampler, num_workers=args.workers,
                       persistent_workers=args.workers > 0, pin_memory=torch.cuda.is_available(),
                       generator=torch.Generator())    # else it draws from the global one
@@ -1121,7 +1125,7 @@ def check_same_run(path, state, options):
                          "start again")
     before = state["args"]
     changed = [k for k in options if options[k] != before.get(k)]
-    refused = [f"{k.replace('_', '-')} {before.get(k)}, not {options[k]}"
+    refused = [f"{k.replace('_', '-')} {str(before.get(k))[:40]}, not {str(options[k])[:40]}"
                for k in changed if k not in MAY_CHANGE]
     if refused:
         raise InputError(f"{path} was written with {'; '.join(refused[:5])}: give the same options "

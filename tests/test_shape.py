@@ -74,7 +74,7 @@ def test_the_loop_is_the_one_that_every_reader_knows(name):
     batches = next(loop for loop in loops if "enumerate(bar)" in ast.unparse(loop.iter))
     assert batches.end_lineno - batches.body[0].lineno < 35
     text = ast.unparse(train)
-    order = ["init_distributed(args)", "train_loader(", "resume(args", "for epoch in range(",
+    order = ["init_distributed(args", "train_loader(", "resume(args", "for epoch in range(",
              "set_epoch(epoch)", ".train()", "enumerate(bar)", "torch.autocast(", ".backward()",
              "scaler.unscale_(", "clip_grad_norm_(", "scaler.step(", "zero_grad(", "log(args",
              "save(args"]
