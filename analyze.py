@@ -4,16 +4,19 @@
     python analyze.py attention random MAE=mae.pt D2-MAE=out/pretrain/encoder.pt            # Fig. 5
     python analyze.py probe random MAE=mae.pt D2-MAE=out/pretrain/encoder.pt --data CLASS_FOLDERS
     python analyze.py cost vit_tiny vit_tiny+rpe hiera_tiny --points tests/assets/fig1.csv  # Fig. 1
-    python analyze.py curves MAE=out/mae/log.jsonl D2-MAE=out/pretrain/log.jsonl
-    python analyze.py curves MAE=out/mae/fig4.csv D2-MAE=out/d2/fig4.csv                    # Fig. 4
-    python analyze.py --demo                  # on drawn pictures, after pretrain_d2mae.py --demo
+    python analyze.py curves MAE=out/mae D2-MAE=out/pretrain
+    python analyze.py fig4 MAE=FOLDER_OF_RUNS D2-MAE=FOLDER_OF_RUNS                         # Fig. 4
+    python tests/demo.py analyze                                            # needs no files
 
-Nothing here trains. A model is [LABEL=]SOURCE, and a SOURCE is
+Nothing here trains. `analyze.py COMMAND --help` explains a command. A model is [LABEL=]SOURCE; the
+default label is the end of the path. SOURCE is one of
 - a checkpoint of README, "Checkpoints": MAE, MAE-Lite, DeiT, MoCo-v3, Hiera, this project's own;
-- MODEL:FILE if its number of heads, which weights do not tell, is not that of the standard model;
+- MODEL:FILE, where the file does not store its number of heads. Files 192 wide are taken for
+  vit_tiny, with the 12 heads of this paper's models, its supervised DeiT-Tiny included; the
+  DeiT-Tiny of timm and of its own authors has 3: deit_tiny:FILE, as deit_small:FILE has 6;
 - the name of an untrained model: vit_tiny, vit_tiny+rpe (relative position bias), hiera_tiny, ...;
-- `random`, an untrained copy of the first other model.
-Every command writes pictures, and the numbers behind them as .csv, to --out.
+- `random`, an untrained copy of the first other model, of vit_tiny if there is none.
+Every command writes a picture NAME.png and its numbers, NAME.csv, to --out.
 
 Shapes: B images, N patches, D width, H heads, Q queries and K keys of an attention map, n images of
         a CKA batch, t training and s test images of a probe, C classes. Layers count from 1, as in
@@ -23,16 +26,15 @@ NOTES, departures from the authors' code:
 - Attention distance is in pixels: grid distance times patch size. The authors multiply by 14 for
   patches of 16 pixels: their numbers are 14/16 of these. Entropy has no 1e-6 inside the logarithm.
 - Whiskers reach the lowest and the highest head: no head counts as an outlier.
-- Layer 0 is the embedding itself; the authors' stands behind the first block's norm1.
+- Layer 0 is the embedding itself; the authors' is the output of the first block's norm1.
 - Layer 12 is normalised by the file's own norm, which D2-MAE trained on block 8. The authors' model
   pools: its fc_norm is in no file of pre-training, and stays without scale and bias. Hiera has no
-  norm behind its last block: that stands for it here, too.
+  norm behind its last block: one without scale and bias takes its place.
 - Images are drawn at random; the authors take the first 1,152 of ImageNet's, that is of 24 classes.
+  HSICs are estimated on batches of 64 images, the authors' on 128: --batch-size 128.
 - Blocks of Hiera that attend within mask units are left out of the attention statistics.
 """
-import argparse
 import csv
-import functools
 import math
 import time
 from collections import defaultdict
@@ -46,12 +48,14 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from PIL.ImageColor import getrgb
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
+from torchvision.transforms.v2.functional import pil_to_tensor
 from tqdm import tqdm
 
-from models import (IMAGENET_MEAN, IMAGENET_STD, MODELS, READ_ERRORS, InputError,
-                    VisionTransformer, choose_device, infer_model, list_images, load_encoder,
-                    load_state, mean_and_error, normalize, number, open_item, pair, plain_errors,
-                    read_log, to_tensor, toy_picture, unroll)
+from models import (MODELS, InputError, Parser, VisionTransformer, build_model, init_distributed,
+                    list_images, model_name, normalize, open_image, plain_errors, read_encoder,
+                    read_log, unroll)
+
+DRAWS = 20    # random choices of a probe's training images, the same for all models and layers
 
 
 # --------------------------------------------------------------------------------------------------
@@ -61,7 +65,7 @@ def representations(model, images):
     """Patch tokens after the embedding (layer 0), and the normalised representation of each block
     (Fig. 2), without the class token: images (B, 3, H, W) -> depth + 1 tensors (B, N, D).
 
-    Tokens of Hiera stay unrolled, and get fewer and wider with each stage.
+    Tokens of Hiera stay unrolled; each stage has fewer and wider ones.
     """
     features = model.forward_features(images, range(model.depth + 1))
     if isinstance(model, VisionTransformer):
@@ -114,31 +118,31 @@ def minibatch_cka(batches):
 
 @torch.no_grad()
 def cka(args):
-    """Fig. 3: similarity of the layers of the first model with those of the others."""
+    """Layer similarity, CKA (Fig. 3): compares every input with the first, each layer of the one
+    with each layer of the other."""
     models = load_models(args)
     reference, *others = models
-    if not others:
-        raise InputError("cka compares two models or more: name the reference first")
-    items, _ = list_items(args)
-    n = min(args.batch_size, len(items))
-    if n < 4:
-        raise InputError("the unbiased HSIC needs 4 images or more in --data and --batch-size")
-    items = items[:len(items) // n * n]
-    matrices = minibatch_cka(
-        [representations(model, prepare(model, images)) for model in models.values()]
-        for images in batches(items, args, n))
+    files = draw_files(args)
+    n = min(args.batch_size, len(files))
+    if not others or n < 4:
+        raise InputError("cka compares every model with the first: it needs two models or more, "
+                         "and 4 images or more in --data, --images and --batch-size")
+    files = files[:len(files) // n * n]
+    matrices = minibatch_cka([representations(model, images) for _, model, images in batch]
+                             for batch in batches(models, files, n))
 
-    scale = {f"CKA {v:g}": magma(v) for v in (0, 0.25, 0.5, 0.75, 1)}
-    figure = Figure(len(others), 3, scale,
-                    f"layer 0: patch embedding; {len(items) // n} batches of {n} images")
     rows = []
+    panels = []
     for other, matrix in zip(others, matrices):
-        height, width = matrix.shape
-        figure.panel(f"layer of {other}", f"layer of {reference}",
-                     (-0.5, width - 0.5), (-0.5, height - 0.5))
-        figure.heatmap(matrix)
-        rows += [(reference, i, other, j, value) for (i, j), value in np.ndenumerate(matrix)]
-    save(args, "cka", "reference,layer_of_reference,model,layer_of_model,cka", rows, figure)
+        ys, xs = map(range, matrix.shape)
+        panel = Panel(f"layer of {other}", f"layer of {reference}", xs, ys)
+        for (i, j), value in np.ndenumerate(matrix):
+            panel.rectangle(j - 0.5, i - 0.5, j + 0.5, i + 0.5, magma(value))
+            rows.append((reference, i, other, j, value))
+        panels.append(panel)
+    scale = {f"CKA {v:g}": magma(v) for v in (0, 0.25, 0.5, 0.75, 1)}
+    write(args, "cka", "reference,layer_of_reference,model,layer_of_model,cka", rows, panels, scale,
+          f"layer 0: patch embedding; {len(files)} images in batches of {n}")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -150,7 +154,7 @@ def attention_statistics(logits, distance):
         sum_j p_ij |x_i - x_j|   and   -sum_j p_ij log p_ij (nats),   p = softmax of logits over j.
 
     logits (B, H, Q, K) before the softmax, of patch tokens alone: the class token is removed
-    *before* the softmax. distance (Q, K): Euclidean, in the unit that the result is to have.
+    *before* the softmax. distance (Q, K): Euclidean, in the unit of the result.
     """
     log_p = logits.float().log_softmax(dim=-1)
     p = log_p.exp()
@@ -183,45 +187,39 @@ def token_distances(model):
 
 @torch.no_grad()
 def attention(args):
-    """Fig. 5: attention distance and entropy of the heads of every block."""
+    """Attention distance and entropy (Fig. 5): compares the heads of every block of all inputs.
+    Blocks of Hiera that attend within mask units, which bounds both, are left out."""
     models = load_models(args)
-    items, _ = list_items(args)
+    files = draw_files(args)
     distances = {label: token_distances(model) for label, model in models.items()}
-    for label, model in models.items():
-        if len(distances[label]) < model.depth:
-            print(f"{label}: left out are blocks that attend within mask units of 32x32 pixels, "
-                  "which bounds distance and entropy")
     means = defaultdict(float)                                              # (label, block): (2, H)
-    for images in batches(items, args, args.batch_size):
-        for label, model in models.items():
-            features = model.forward_features(prepare(model, images), range(model.depth))
-            for block, distance in distances[label].items():
-                logits = model.attention_map(features[block - 1], block)
+    for batch in batches(models, files, args.batch_size):
+        for label, model, images in batch:
+            features = model.forward_features(images, range(model.depth))
+            for k, distance in distances[label].items():
                 queries, keys = distance.shape
+                logits = model.attention_map(features[k - 1], k)
                 logits = logits[:, :, -queries:, -keys:]                    # no class token
                 values = torch.stack(attention_statistics(logits, distance))    # (2, B, H)
-                means[label, block] += values.sum(dim=1).cpu() / len(items)
+                means[label, k] += values.sum(dim=1).cpu() / len(files)
 
     rows = [(*key, head, *pair) for key, values in means.items()
             for head, pair in enumerate(values.T.tolist(), start=1)]
     colors = dict(zip(models, COLORS))
-    figure = Figure(2, 1, colors, f"{len(items)} images; a box: median, quartiles and extremes of "
-                    "the heads of a block")
-    last = max(block for _, block in means)
+    panels = []
     for i, name in enumerate(("attention distance (pixels)", "attention entropy (nats)")):
-        figure.panel("block", name, (0.5, last + 0.5), limits([row[3 + i] for row in rows]))
+        panel = Panel("block", name, [row[1] for row in rows], [row[3 + i] for row in rows])
         for (label, block), values in means.items():
             place = (list(models).index(label) + 0.5) / len(models) - 0.5
-            figure.box(block + 0.8 * place, values[i], 0.6 / len(models), colors[label])
-    save(args, "attention", "model,block,head,distance_px,entropy_nats", rows, figure)
+            panel.box(block + 0.8 * place, values[i], 0.6 / len(models), colors[label])
+        panels.append(panel)
+    write(args, "attention", "model,block,head,distance_px,entropy_nats", rows, panels, colors,
+          f"{len(files)} images; a box: median, quartiles and extremes of the heads of a block")
 
 
 # --------------------------------------------------------------------------------------------------
 # Few-shot probes of every layer
 # --------------------------------------------------------------------------------------------------
-DRAWS = 20    # random choices of the training images, the same for all models and layers
-
-
 def knn_scores(train, onehot, test, neighbours=5, temperature=0.07):
     """k nearest neighbours by cosine similarity, each voting with weight exp(similarity /
     temperature). train (t, D), onehot (t, C), test (s, D) -> (s, C)."""
@@ -254,8 +252,8 @@ def probe_accuracy(features, labels, classifier, shots, draws, seed):
     """Accuracy in % on the images that are not drawn for training -> a list over draws.
 
     features (n, D), centred by the mean of the training images; labels (n,) int; classifier:
-    `knn_scores` or `ridge_scores`. The mean over classes is taken, so that features that say
-    nothing score 100 / C whatever the sizes of the classes.
+    `knn_scores` or `ridge_scores`. Accuracy is averaged over classes, so that uninformative
+    features score 100 / C whatever the sizes of the classes.
     """
     features = features.double()
     onehot = F.one_hot(torch.from_numpy(labels)).double()
@@ -271,19 +269,27 @@ def probe_accuracy(features, labels, classifier, shots, draws, seed):
     return accuracies
 
 
+def mean_and_error(values):
+    """Mean and its standard error (0 for a single value)."""
+    n = len(values)
+    return np.mean(values), np.std(values, ddof=min(1, n - 1)) / n ** 0.5
+
+
 @torch.no_grad()
 def probe(args):
-    """Few-shot accuracy of the frozen features of every layer; --data has one folder per class."""
+    """Few-shot probes: compares the accuracy of the frozen features of every layer of all inputs,
+    by nearest neighbours and by ridge regression. --data holds one folder per class."""
     models = load_models(args)
-    items, classes = list_items(args)
+    files = draw_files(args)
+    classes = [Path(file).parent.name for file in files]
     names, labels, sizes = np.unique(classes, return_inverse=True, return_counts=True)
     if len(names) < 2 or sizes.min() <= max(args.shots):
         raise InputError(f"--data {args.data}: probe needs one folder per class, two or more, and "
                          "in each more images than --shots; raise --images, or lower --shots")
     features = defaultdict(list)                                # (label, layer): [(B, D), ...]
-    for images in batches(items, args, args.batch_size):
-        for label, model in models.items():
-            for layer, tokens in enumerate(representations(model, prepare(model, images))):
+    for batch in batches(models, files, args.batch_size):
+        for label, model, images in batch:
+            for layer, tokens in enumerate(representations(model, images)):
                 features[label, layer].append(tokens.mean(dim=1).cpu())
     lines = defaultdict(list)
     for name, classifier in (("5-NN", knn_scores), ("ridge", ridge_scores)):
@@ -296,7 +302,7 @@ def probe(args):
             chance = 100 / len(names)
             lines[quantity, "chance"] = [(0, chance, 0.0), (layer, chance, 0.0)]
     draw_lines(args, "probe", lines, "layer",
-               f"{len(items)} images; mean and standard error over {DRAWS} choices of the shots")
+               f"{len(files)} images; mean and standard error over {DRAWS} choices of the shots")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -324,26 +330,36 @@ def multiply_adds(model, images):
     return counter.get_total_flops() // 2
 
 
-POINTS = dict(label=str, model=str, top1=number(float, "[0, 100]"))    # columns of --points
+def read_points(path, models):
+    """CSV with the columns label, model and top1 -> [(label, model, top1)]. Raises InputError for
+    another file, or for a model that is not among `models`."""
+    try:
+        with open(path, newline="") as file:
+            points = [(row["label"], row["model"], float(row["top1"]))
+                      for row in csv.DictReader(file)]
+    except (LookupError, TypeError, ValueError) as error:
+        raise InputError(f"--points {path} needs the columns label, model and top1 in each row: "
+                         f"{error}") from None
+    for label, model, _ in points:
+        if model not in models:
+            raise InputError(f"--points {path}: model {model} of {label} is not among those to be "
+                             f"measured, {', '.join(models)}")
+    return points
 
 
 @torch.no_grad()
 def cost(args):
-    """Latency at batch size 1, parameters and multiply-adds of models with 1000 classes; with
-    --points, top-1 accuracy against latency (Fig. 1)."""
-    points = read_csv(args.points, POINTS) if args.points else []
-    for row in points:
-        if row["model"] not in named(args.inputs):
-            raise InputError(f"--points: model {row['model']} is not among those to be measured")
-    device = choose_device(args.device)
-    where = torch.cuda.get_device_name() if device.type == "cuda" else device.type
-    where = (f"{where}, {torch.get_num_threads()} CPU thread(s), float32 with matmul precision "
-             f"{torch.get_float32_matmul_precision()}")
+    """Cost (Fig. 1): compares latency at batch size 1, parameters and multiply-adds of all inputs
+    with 1000 classes; with --points, top-1 accuracy against latency."""
+    points = read_points(args.points, named(args.inputs)) if args.points else []
+    models = load_models(args, num_classes=1000)
+    where = torch.cuda.get_device_name() if args.device.type == "cuda" else args.device.type
+    where += f", {torch.get_num_threads()} CPU thread(s), float32"
     print(f"{where}; median [10th-90th percentile] in {args.seconds:g} s")
     lines = defaultdict(list)
     latency = {}
-    for label, model in load_models(args, num_classes=1000).items():
-        image = torch.zeros(1, 3, *args.image_size, device=device)
+    for label, model in models.items():
+        image = torch.zeros(1, 3, *model.img_size, device=args.device)
         ms, low, high = timings(model, image, args.seconds)
         parameters = sum(p.numel() for p in model.parameters()) / 1e6
         operations = multiply_adds(model, image) / 1e9
@@ -352,199 +368,197 @@ def cost(args):
         lines["parameters (M)", label] = [(ms, parameters, 0.0)]
         lines["multiply-adds (G)", label] = [(ms, operations, 0.0)]
         latency[label] = ms
-    for row in points:
-        lines["top-1 (%)", row["label"]].append((latency[row["model"]], row["top1"], 0.0))
+    for label, model, top1 in points:
+        lines["top-1 (%)", label].append((latency[model], top1, 0.0))
     draw_lines(args, "cost", lines, "latency (ms)", where)
 
 
 # --------------------------------------------------------------------------------------------------
 # Training curves, and accuracy by pre-trained blocks kept (Fig. 4)
 # --------------------------------------------------------------------------------------------------
-BOOKKEEPING = {"data_share", "img_s", "eta_h", "memory_gb", "unreadable", "stop"}
+def read_run(path):
+    """log.jsonl, or the folder that holds it -> options of the run, the other lines of its log."""
+    if Path(path).is_dir():
+        path = Path(path, "log.jsonl")
+    try:
+        first, *lines = read_log(path)
+        return first["args"], lines
+    except (LookupError, TypeError, ValueError):
+        raise InputError(f"{path} is not the log.jsonl of a run") from None
 
 
 def curves(args):
-    """log.jsonl files of any script, or fig4.csv files of finetune.py (Fig. 4)."""
-    lines = {}
-    tables = args.inputs[0].endswith(".csv")
-    for label, source in named(args.inputs).items():
-        lines |= read_fig4(label, source) if tables else read_curves(label, source)
+    """Curves of what runs have logged, by step: compares all inputs, folders of runs of any script,
+    or their log.jsonl."""
+    lines = defaultdict(list)
+    for label, path in named(args.inputs).items():
+        for line in read_run(path)[1]:
+            for key, value in line.items():
+                if isinstance(value, float):    # counts are whole
+                    lines[key, label].append((line["step"], value, 0.0))
     if not lines:
-        raise InputError("nothing to draw in these files: give log.jsonl files of runs")
-    xlabel = "pre-trained blocks kept" if tables else "step"
-    draw_lines(args, "fig4" if tables else "curves", lines, xlabel)
+        raise InputError("nothing to draw: these runs have logged nothing yet")
+    for (key, label), points in lines.items():
+        values = [value for _, value, _ in points]
+        print(f"{key}, {label}: {values[0]:.4g} at the start, {values[-1]:.4g} at the end, lowest "
+              f"{min(values):.4g}, highest {max(values):.4g}")
+    draw_lines(args, "curves", lines, "step")
 
 
-def read_curves(label, path):
-    """log.jsonl of any script -> {(quantity, label): [(step, value, 0)]} of all that is measured:
-    numbers of images and the like are whole, and constants are left out."""
+def fig4(args):
+    """Top-1 accuracy by the number of pre-trained blocks kept (Fig. 4): compares folders of
+    fine-tuning runs. Runs with the same --keep-blocks and amount of data, such as several seeds,
+    make one point, with their mean and standard error."""
+    runs = defaultdict(list)    # (name of the line, blocks kept): last top-1 of each run
+    for label, folder in named(args.inputs).items():
+        for path in sorted(Path(folder).rglob("log.jsonl")):
+            options, lines = read_run(path)
+            last = lines[-1] if lines else {}
+            if "top1" not in last or last["epoch"] < options["epochs"]:
+                print(f"{path}: left out, not of a finished fine-tuning run")
+                continue
+            data = f"{100 * options['data_fraction']:g}% of the images"
+            if options["shots"]:
+                data = f"{options['shots']} images per class"
+            blocks = options["keep_blocks"]
+            if blocks is None:
+                blocks = options["arch"]["depth"] if options["init"] else 0
+            runs[f"{label}, {data}", blocks].append(last["top1"])
+    if not runs:
+        raise InputError(f"no finished fine-tuning run below {', '.join(args.inputs)}")
     lines = defaultdict(list)
-    try:
-        for values in read_log(path):
-            for key, value in values.items():
-                if isinstance(value, float) and key not in BOOKKEEPING:
-                    lines[key, label].append((values["step"], value, 0.0))
-    except (ValueError, LookupError, AttributeError):
-        raise InputError(f"{path} is not the log.jsonl of a run") from None
-    return {name: points for name, points in lines.items()
-            if len(points) == 1 or len({value for _, value, _ in points}) > 1}
-
-
-def read_fig4(label, path):
-    """fig4.csv of finetune.py -> {(quantity, label, data fraction): [(blocks, mean, error)]}."""
-    runs = defaultdict(list)
-    for row in read_csv(path, dict(keep_blocks=int, data_fraction=float, top1=float)):
-        runs[row["data_fraction"], row["keep_blocks"]].append(row["top1"])
-    lines = defaultdict(list)
-    for (fraction, blocks), top1 in sorted(runs.items()):
-        name = f"{label}, {100 * fraction:g}% of the images"
-        lines["top-1 (%), mean and error over seeds", name].append((blocks, *mean_and_error(top1)))
-    return lines
+    for name, blocks in sorted(runs, key=lambda run: run[1]):
+        top1 = runs[name, blocks]
+        mean, error = mean_and_error(top1)
+        print(f"{name}, {blocks} blocks kept: {mean:.2f} +- {error:.2f} of {len(top1)} run(s)")
+        lines["top-1 (%)", name].append((blocks, mean, error))
+    draw_lines(args, "fig4", lines, "pre-trained blocks kept", "mean and standard error of runs")
 
 
 # --------------------------------------------------------------------------------------------------
 # Models and images
 # --------------------------------------------------------------------------------------------------
-UNTRAINED = {**MODELS, "vit_tiny+rpe": functools.partial(MODELS["vit_tiny"], rel_pos_bias=True)}
-
-
 def named(inputs):
-    """[LABEL=]SOURCE ... -> {label: source}. Without a label, the source is its own."""
+    """[LABEL=]SOURCE ... -> {label: source}. The default label is the last two parts of the path.
+    """
     sources = {}
     for text in inputs:
         label, equals, source = text.partition("=")
-        if not equals or "/" in label:
-            label = source = text
+        if not equals or Path(text).exists():
+            label = "/".join(Path(text).parts[-2:])
+            source = text
         if label in sources:
             raise InputError(f"two inputs are labelled {label}: tell them apart by LABEL=...")
         sources[label] = source
     return sources
 
 
-def find_model(source, num_classes):
-    """SOURCE -> function that builds its model, file or None, image size of the file or None."""
-    if source in UNTRAINED:
-        return functools.partial(UNTRAINED[source], num_classes=num_classes), None, None
-    name, _, file = source.rpartition(":")
-    if not Path(file).exists() or name not in ("", *MODELS):
-        raise InputError(f"{source} is no file, nor MODEL:FILE, nor random, nor one of "
-                         f"{', '.join(UNTRAINED)}")
-    inferred, patch_size = infer_model(file)
-    name = name or inferred
-    state, info = load_state(file)
-    if name.startswith("hiera"):    # an encoder is analysed as it was pre-trained
-        options = dict(q_pool=3 if num_classes or "head.projection.weight" in state else 2)
-    else:
-        rpe = "blocks.0.attn.relative_position_bias_table" in state
-        options = dict(patch_size=patch_size, rel_pos_bias=rpe)
-    build = functools.partial(MODELS[name], num_classes=num_classes, **options)
-    return build, file, info.get("arch", {}).get("img_size")
+def model_options(source, num_classes):
+    """Options of `build_model` for a SOURCE, with the file's image size."""
+    name, _, file = source.partition(":")
+    name, rpe, _ = name.partition("+rpe")
+    if name not in MODELS:    # a path, which may have a colon of its own
+        name = None
+        file = source
+    state = arch = {}
+    if file:
+        state, arch, _ = read_encoder(file)
+    rpe = rpe or "blocks.0.attn.relative_position_bias_table" in state
+    pooled = num_classes or arch.get("supervised")    # other encoders as they were pre-trained
+    return dict(name=name or model_name(arch, file), init=file, img_size=arch.get("img_size"),
+                patch_size=arch.get("patch_size"), num_classes=num_classes,
+                vit=dict(rel_pos_bias=bool(rpe)), hiera=dict(q_pool=3 if pooled else 2))
 
 
 def load_models(args, num_classes=0):
-    """The models of the command line, all at one image size, which is filled in -> {label: model}.
-    Besides, `mean` and `std` of a model are those of the pixels that it was trained on."""
+    """The models of the command line, on the device -> {label: model}. All get one image size, by
+    default the largest of the files, else 224."""
+    args.device = init_distributed(args)[2]
+    torch.set_float32_matmul_precision("highest")
     sources = named(args.inputs)
-    found = {source: find_model(source, num_classes) for source in sources.values()
-             if source != "random"}
-    if not found:
-        raise InputError("`random` copies the first other model, and there is none: name one")
-    first = next(iter(found.values()))
-    found["random"] = (first[0], None, None)
-    sizes = [size for _, _, size in found.values() if size]
-    args.image_size = pair(args.image_size or max(sizes, default=224))
+    options = {source: model_options(source, num_classes) for source in sources.values()
+               if source != "random"}
+    sizes = [values["img_size"] for values in options.values() if values["img_size"]]
+    first = next(iter(options.values()), {})
+    options["random"] = {**first, "init": None}
     models = {}
     for label, source in sources.items():
-        build, file, _ = found[source]
         torch.manual_seed(args.seed)
-        try:
-            model = build(img_size=args.image_size)
-        except ValueError as error:
-            raise InputError(f"--image-size {args.image_size}: {error}") from None
-        info = load_encoder(model, file) if file else {}
-        model.mean = info.get("mean", IMAGENET_MEAN)
-        model.std = info.get("std", IMAGENET_STD)
-        models[label] = model.eval().requires_grad_(False).to(choose_device(args.device))
+        options[source]["img_size"] = args.image_size or max(sizes, default=None)
+        model = build_model(**options[source])
+        models[label] = model.eval().requires_grad_(False).to(args.device)
     return models
 
 
-def prepare(model, images):
-    """uint8 images -> on the device of the model, normalised as in its training."""
-    return normalize(images.to(model.pos_embed.device), model.mean, model.std)
+def draw_files(args):
+    """At most --images image files of --data, drawn at random."""
+    files = list_images(args.data)
+    order = np.random.default_rng(args.seed).permutation(len(files))
+    return [files[i] for i in order[:args.images]]
 
 
-def load_image(item, size):
-    """Image file, or number of a toy picture -> (3, H, W) uint8: the central 224/256 of the picture
-    in the shape of `size`, bicubic and antialiased."""
-    try:
-        return to_tensor(ImageOps.fit(open_item(item), size[::-1], Image.BICUBIC, bleed=1 / 16))
-    except READ_ERRORS as error:
-        raise InputError(f"cannot read image {item} ({type(error).__name__}): remove it from --data"
-                         ) from None
+def batches(models, files, n):
+    """n images at a time for all models: a list of (label, model, images (B, 3, H, W)), normalised
+    as in the training of that model.
 
+    Images are the central 224/256 of the pictures in the shape of the models' image size, bicubic
+    and antialiased. Raises OSError naming a file that cannot be read.
+    """
+    first = next(iter(models.values()))
 
-def list_items(args):
-    """At most --images items of --data, drawn at random -> items, names of their classes."""
-    if args.data == "toy":    # pictures that pre-training has not seen
-        items = range(7000, 7000 + args.images)
-        classes = [toy_picture(i)[1] for i in items]
-    else:
-        items = list_images(args.data)
-        classes = [Path(file).parent.name for file in items]
-    rng = np.random.default_rng(args.seed)
-    order = rng.permutation(len(items))[:args.images]
-    return [items[i] for i in order], [classes[i] for i in order]
+    def read(file):
+        size = first.img_size[::-1]
+        return pil_to_tensor(ImageOps.fit(open_image(file), size, Image.BICUBIC, bleed=1 / 16))
 
-
-def batches(items, args, batch_size):
-    """Images (B, 3, H, W) uint8, read by several threads."""
     with ThreadPoolExecutor() as pool:
-        for start in tqdm(range(0, len(items), batch_size), leave=False):
-            part = items[start:start + batch_size]
-            yield torch.stack(list(pool.map(load_image, part, [args.image_size] * len(part))))
+        for start in tqdm(range(0, len(files), n), leave=False):
+            images = torch.stack(list(pool.map(read, files[start:start + n])))
+            images = images.to(first.pos_embed.device)
+            yield [(label, model, normalize(images, model.mean, model.std))
+                   for label, model in models.items()]
 
 
 # --------------------------------------------------------------------------------------------------
-# Tables and pictures
+# Tables and pictures. Lengths are in half pixels: pictures are drawn at twice their size and then
+# reduced, which smooths lines and letters
 # --------------------------------------------------------------------------------------------------
-def read_csv(path, columns):
-    """Rows of a CSV file as dictionaries. columns: name -> function that reads the text of a cell.
-    Raises InputError naming the line."""
-    rows = []
-    with open(path, newline="", errors="replace") as file:
-        for line, row in enumerate(csv.DictReader(file), start=2):
-            try:
-                rows.append({name: read(row[name]) for name, read in columns.items()})
-            except (LookupError, TypeError, ValueError, argparse.ArgumentTypeError) as error:
-                raise InputError(f"{path}, line {line}: {error}; it takes the columns "
-                                 f"{', '.join(columns)}") from None
-    return rows
-
-
-def save(args, name, header, rows, figure):
-    """Write the table NAME.csv and the picture NAME.png to --out."""
-    path = f"{args.out}/{name}"
+def write(args, name, header, rows, panels, legend, note=""):
+    """Write the table NAME.csv and the picture NAME.png to --out: a legend {label: color} and a
+    note, a line each, above the panels."""
+    path = Path(args.out, name)
+    path.parent.mkdir(parents=True, exist_ok=True)
     with open(f"{path}.csv", "w", newline="") as file:
         csv.writer(file).writerows([header.split(","), *rows])
-    figure.image.reduce(2).save(f"{path}.png")
+
+    columns = min(len(panels), 2)
+    top = 40 * len(legend) + 60
+    height = top + 560 * math.ceil(len(panels) / columns)
+    sheet = Image.new("RGB", (1080 * columns, height), "white")
+    draw = ImageDraw.Draw(sheet)
+    draw.font = ImageFont.load_default(26)
+    for i, (label, color) in enumerate([*legend.items(), (note, "white")]):
+        draw.rectangle((32, 40 * i + 18, 60, 40 * i + 42), color)
+        draw.text((72, 40 * i + 16), label, "black")
+    for i, panel in enumerate(panels):
+        sheet.paste(panel.image, (1080 * (i % columns), top + 560 * (i // columns)))
+    sheet.reduce(2).save(f"{path}.png")
     print(f"{path}.png and .csv")
 
 
 def draw_lines(args, name, lines, xlabel, note=""):
     """{(quantity, label): [(x, y, standard error)]} -> a panel a quantity, a colour a label."""
-    quantities = dict.fromkeys(quantity for quantity, _ in lines)
     colors = dict(zip(dict.fromkeys(label for _, label in lines), COLORS))
-    figure = Figure(len(quantities), min(3, len(quantities) + 1), colors, note)
-    for quantity in quantities:
-        shown = {label: line for (key, label), line in lines.items() if key == quantity}
-        xs, ys, errors = np.array(sum(shown.values(), [])).T
+    panels = []
+    for quantity in dict.fromkeys(quantity for quantity, _ in lines):
+        shown = {label: points for (key, label), points in lines.items() if key == quantity}
+        xs, ys, errors = np.concatenate(list(shown.values())).T
         ends = [*(ys - errors), *(ys + errors)]
-        figure.panel(xlabel, quantity, limits(xs), limits(ends))
-        for label, line in shown.items():
-            figure.line(line, colors[label])
-            print(f"{quantity}, {label}:", *(f"{y:.4g}" for _, y, _ in line[-13:]))
-    rows = [(*key, *point) for key, line in lines.items() for point in line]
-    save(args, name, f"quantity,label,{xlabel},value,standard_error", rows, figure)
+        panel = Panel(xlabel, quantity, xs, ends)
+        for label, points in shown.items():
+            panel.line(points, colors[label])
+        panels.append(panel)
+    rows = [(*key, *point) for key, points in lines.items() for point in points]
+    write(args, name, f"quantity,label,{xlabel},value,standard_error", rows, panels, colors, note)
 
 
 COLORS = 4 * ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000",
@@ -557,172 +571,113 @@ def magma(value):
     return tuple(int(np.interp(4 * value, range(5), channel)) for channel in zip(*anchors))
 
 
-def limits(values):
-    """Range of the values and a margin on either side, never empty."""
+def axis(values):
+    """Ticks and ends of an axis: multiples of 1, 2 or 5 times a power of ten, nine at most, that
+    enclose the values, and a quarter of their step on either side."""
     low = min(values)
     high = max(values)
-    pad = 0.06 * (high - low) or abs(high) / 10 or 1.0
-    return low - pad, high + pad
-
-
-def round_ticks(low, high):
-    """Multiples of 1, 2 or 5 times a power of ten inside [low, high], three to eight of them."""
+    span = (high - low) or abs(high) or 1.0
     steps = (m * 10.0 ** power for power in range(-12, 13) for m in (1, 2, 5))
-    step = next(step for step in steps if step >= (high - low) / 7)
-    return step * np.arange(math.ceil(low / step), high / step + 1e-9)
+    step = next(step for step in steps if step >= span / 7)
+    ticks = step * np.arange(math.floor(low / step), math.ceil(high / step) + 1)
+    return ticks, (ticks[0] - step / 4, ticks[-1] + step / 4)
 
 
-class Figure:
-    """A picture of `panels` panels of equal size, a legend {label: color} above and a note below.
+class Panel:
+    """Frame, grid and labels for data within xs and ys, 1080 x 560; the label of the y axis stands
+    above it."""
 
-    `panel` begins the next panel, in which the other methods draw. Lengths are in half pixels: the
-    picture is drawn at twice its size and then reduced, which smooths lines and letters.
-    """
-
-    height = 560    # of a panel
-
-    def __init__(self, panels, columns, legend, note):
-        self.columns = min(columns, panels)
-        self.width = 2160 // columns
-        self.count = 0
-        self.font = ImageFont.load_default(26)
-        entry = 80 + max(self.font.getlength(label) for label in legend)
-        per_row = int(self.columns * self.width // entry) or 1
-        self.head = 16 + 40 * math.ceil(len(legend) / per_row)
-        bottom = self.head + math.ceil(panels / columns) * self.height
-        self.image = Image.new("RGB", (self.columns * self.width, bottom + 50), "white")
+    def __init__(self, xlabel, ylabel, xs, ys):
+        xticks, self.xlim = axis(xs)
+        yticks, self.ylim = axis(ys)
+        self.image = Image.new("RGB", (1080, 560), "white")
         self.draw = ImageDraw.Draw(self.image)
-        for i, (label, color) in enumerate(legend.items()):
-            x = 32 + i % per_row * entry
-            y = 16 + i // per_row * 40
-            self.draw.rectangle((x, y + 6, x + 28, y + 26), color)
-            self.text((x + 40, y), label)
-        self.text((32, bottom), note)
-
-    def text(self, place, text, anchor="la"):
-        self.draw.text(place, text, "black", self.font, anchor)
-
-    def panel(self, xlabel, ylabel, xlim, ylim):
-        """Frame, grid and labels; the label of the y axis stands above it."""
-        row, column = divmod(self.count, self.columns)
-        self.count += 1
-        left = column * self.width + 110
-        right = (column + 1) * self.width - 32
-        top = self.head + row * self.height + 60
-        bottom = self.head + (row + 1) * self.height - 92
-        self.x_axis = (xlim, (left, right))
-        self.y_axis = (ylim, (bottom, top))
-        self.text((left, top - 10), ylabel, "ld")
-        self.text(((left + right) / 2, bottom + 42), xlabel, "ma")
-        for value in round_ticks(*xlim):
+        self.draw.font = ImageFont.load_default(26)
+        self.draw.text((110, 50), ylabel, "black", anchor="ld")
+        self.draw.text((579, 510), xlabel, "black", anchor="ma")
+        for value in xticks:
             x, _ = self.place(value, 0)
-            self.draw.line((x, bottom, x, top), "#e0e0e0", 2)
-            self.text((x, bottom + 8), f"{value:g}", "ma")
-        for value in round_ticks(*ylim):
+            self.draw.line((x, 60, x, 468), "#e0e0e0", 2)
+            self.draw.text((x, 476), f"{value:g}", "black", anchor="ma")
+        for value in yticks:
             _, y = self.place(0, value)
-            self.draw.line((left, y, right, y), "#e0e0e0", 2)
-            self.text((left - 12, y), f"{value:g}", "rm")
-        self.draw.rectangle((left, top, right, bottom), None, "black", 2)
+            self.draw.line((110, y, 1048, y), "#e0e0e0", 2)
+            self.draw.text((98, y), f"{value:g}", "black", anchor="rm")
+        self.draw.rectangle((110, 60, 1048, 468), None, "black", 2)
 
     def place(self, x, y):
         """Data -> half pixels."""
-        return np.interp(x, *self.x_axis), np.interp(y, *self.y_axis)
+        return np.interp(x, self.xlim, (110, 1048)), np.interp(y, self.ylim, (468, 60))
+
+    def rectangle(self, left, low, right, high, *style):
+        self.draw.rectangle((self.place(left, high), self.place(right, low)), *style)
 
     def line(self, points, color):
-        """Polyline of [(x, y, error)] with bars of +- error, and dots where the points are few."""
+        """Polyline of [(x, y, error)], with bars of +- error and dots where the points are few."""
         self.draw.line([self.place(x, y) for x, y, _ in points], color, 4, joint="curve")
         for x, y, error in points if len(points) < 40 else ():
-            self.draw.line([self.place(x, y - error), self.place(x, y + error)], color, 2)
-            self.draw.regular_polygon((*self.place(x, y), 7), 20, fill=color)
+            self.draw.line((self.place(x, y - error), self.place(x, y + error)), color, 2)
+            self.draw.circle(self.place(x, y), 7, color)
 
     def box(self, x, values, width, color):
         """Box and whiskers: quartiles, median, lowest and highest value."""
         lowest, low, median, high, highest = np.quantile(values, (0, 0.25, 0.5, 0.75, 1))
         left = x - width / 2
         right = x + width / 2
-        self.draw.line([self.place(x, lowest), self.place(x, highest)], color, 2)
-        self.draw.rectangle([self.place(left, high), self.place(right, low)], "white", color, 3)
-        self.draw.line([self.place(left, median), self.place(right, median)], color, 6)
-
-    def heatmap(self, values):
-        """Cells (h, w) of values 0 .. 1 centred on whole coordinates, row 0 at the bottom."""
-        for (y, x), value in np.ndenumerate(values):
-            top_left = self.place(x - 0.5, y + 0.5)
-            bottom_right = self.place(x + 0.5, y - 0.5)
-            self.draw.rectangle([top_left, bottom_right], magma(value))
+        self.draw.line((self.place(x, lowest), self.place(x, highest)), color, 2)
+        self.rectangle(left, low, right, high, "white", color, 3)
+        self.draw.line((self.place(left, median), self.place(right, median)), color, 6)
 
 
 # --------------------------------------------------------------------------------------------------
 # Arguments
 # --------------------------------------------------------------------------------------------------
-COMMANDS = dict(cka=cka, attention=attention, probe=probe, cost=cost, curves=curves)
+def command_parser(prog, doc):
+    parser = Parser(doc)
+    parser.prog = prog
+    parser.usage = "%(prog)s [LABEL=]SOURCE ... [options]"
+    return parser
 
 
 def parse_args(argv=None):
     """Options of the command line, or of the list `argv`."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0],
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    positive = number(int, "[1, inf)")
-    add = parser.add_argument
-    add("command", nargs="?", choices=COMMANDS, help="what to look at")
-    add("inputs", nargs="*", help="checkpoints, MODEL:FILE, names of untrained models, or random "
-                                  "(see the head of this file); of curves: log.jsonl or fig4.csv")
-    add("--out", help="folder for pictures and tables; default: out/analyze, of the demo "
-                      "out/demo/analyze")
-    add("--demo", action="store_true", help="every command on drawn pictures, with the encoders of "
-                                            "pretrain_d2mae.py --demo")
-
-    add = parser.add_argument_group("models (all but curves)").add_argument
-    add("--image-size", type=positive,
-        help="side in pixels; default: the largest stored in a file, else 224")
-    add("--batch-size", type=positive, default=64,
-        help="images per forward pass; of cka, per minibatch of the unbiased HSIC")
-    add("--device", choices=("auto", "cuda", "mps", "cpu"), default="auto")
-    add("--seed", type=number(int, "[0, 4294967296)"), default=0,
-        help="of untrained weights and of the choice of images")
-
-    add("--seconds", type=number(float, "(0, inf)"), default=5.0, help="cost: time for each model")
-    add("--points", help="cost: CSV with the columns label, model (a label of those measured), "
-                         "top1 (%%); draws top-1 accuracy against latency")
-
-    add = parser.add_argument_group("images (cka, attention, probe)").add_argument
-    add("--data", default="data/imagenet/val", help="folder of images, or 'toy' for drawn ones")
-    add("--images", type=positive, default=1024, help="at most so many, at random")
-    add("--shots", type=positive, nargs="+", default=[2, 5, 10],
-        help="probe: training images per class")
-    args = parser.parse_intermixed_args(argv)
-    if not args.demo and not args.inputs:
-        parser.error("give a command and what it is to look at, or --demo")
-    args.out = args.out or ("out/demo/analyze" if args.demo else "out/analyze")
-    return args
-
-
-# --------------------------------------------------------------------------------------------------
-# Demo, main
-# --------------------------------------------------------------------------------------------------
-def demo(out):
-    """Every command on drawn pictures, as a user would type it."""
-    runs = ("teacher=out/demo/pretrain/teacher", "D2-MAE=out/demo/pretrain", "MAE=out/demo/mae")
-    found = [run for run in runs if Path(run.partition("=")[2], "encoder.pt").exists()]
-    if not found:
-        raise InputError("out/demo/pretrain/encoder.pt is not there: run pretrain_d2mae.py --demo")
-    models = " ".join(f"{run}/encoder.pt" for run in found) + " random"
-    logs = " ".join(f"{run}/log.jsonl" for run in found)
-    for command in (f"cka {models} --data toy --batch-size 128",
-                    f"attention {models} --data toy --images 256",
-                    f"probe {models} --data toy",
-                    "cost vit_tiny vit_tiny+rpe hiera_tiny --points tests/assets/fig1.csv "
-                    "--seconds 1",
-                    f"curves {logs}"):
-        print(f"\n$ python analyze.py {command} --out {out}")
-        main(parse_args([*command.split(), "--out", out]))
+    parser = Parser(__doc__)
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True,
+                                     prog=parser.prog, parser_class=command_parser)
+    for command in (cka, attention, probe, cost, curves, fig4):
+        doc = command.__doc__
+        sub = commands.add_parser(command.__name__, doc=doc, help=doc.split(":")[0])
+        sub.set_defaults(command=command, dtype="fp32")
+        add = sub.group("inputs and outputs")
+        reads_logs = command in (curves, fig4)
+        add("inputs", nargs="+", help="folders of runs" if reads_logs else
+            "a checkpoint, MODEL:FILE (see the head of analyze.py), the name of an untrained model "
+            f"({', '.join(MODELS)}, vit_tiny+rpe), or random")
+        add("--out", default="out/analyze", help="folder for picture and table")
+        if reads_logs:
+            continue
+        add("--image-size", low=1, nargs="+",
+            help="side, or height and width; pixels; default: the largest of the files, else 224")
+        add("--device", choices=("auto", "cuda", "mps", "cpu"), default="auto",
+            help="auto: cuda, mps or cpu, the first that is there")
+        add("--seed", low=0, default=0,
+            help="of untrained weights and of the choice of images")
+        if command is cost:
+            add("--seconds", type=float, low=0, default=5.0, help="time for each model")
+            add("--points", help="CSV with the columns label, model (the label of an input), top1 "
+                                 "(%%); draws top-1 accuracy against latency")
+            continue
+        add("--data", default="data/imagenet/val", help="folder of images, flat or nested")
+        add("--images", low=1, default=1024, help="number of images to sample, at most")
+        add("--batch-size", low=1, default=64,
+            help="images per forward pass; of cka, per minibatch of the unbiased HSIC")
+        if command is probe:
+            add("--shots", low=1, nargs="+", default=[2, 5, 10], help="training images per class")
+    return parser.parse_args(argv)
 
 
 def main(args):
-    if args.demo:
-        return demo(args.out)
-    Path(args.out).mkdir(parents=True, exist_ok=True)
-    COMMANDS[args.command](args)
+    args.command(args)
 
 
 if __name__ == "__main__":

@@ -532,8 +532,8 @@ def parse_args(argv=None):
 
     add = parser.group("data")
     add("--dataset", choices=tuple(DATASETS),
-        help="folder: train/CLASS and val/CLASS in --data; others: of torchvision; default: folder")
-    add("--data", help="root of the data set; default: data/DATASET")
+        help="folder (default): train/CLASS and val/CLASS in --data; others: of torchvision")
+    add("--data", help="root of the data set; default: data/imagenet, or data/DATASET")
     add("--download", action="store_true", help="let torchvision download it into --data first")
     add("--data-fraction", type=float, low=0, high=1, default=1.0,
         help="share of each class's training images (Fig. 4)")
@@ -567,7 +567,7 @@ def resolve(args):
     """Fill in the recipe and the defaults that depend on other options; raise InputError for
     contradictory ones."""
     args.dataset = args.dataset or "folder"
-    args.data = args.data or f"data/{args.dataset}"
+    args.data = args.data or f"data/{'imagenet' if args.dataset == 'folder' else args.dataset}"
     words = ["improved", *(args.recipe or [])]
     changes = [word for word in words if word not in RECIPES]
     args.recipe = [word for word in words if word in RECIPES][-1]

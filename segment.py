@@ -34,28 +34,24 @@ NOTES, departures from the authors' code (mmsegmentation):
   each process, since PyTorch's SyncBatchNorm needs GPUs.
 - `--predict` classifies the resized photograph and enlarges labels, not all logits, to its size.
 """
-import collections
-import contextlib
 import functools
-import itertools
-import json
 import math
-import os
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from PIL import Image, ImageColor, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageColor, ImageDraw
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_
 from torch.optim import AdamW
 from torch.utils.data import DataLoader, Dataset
-from torchvision.transforms import InterpolationMode
-from torchvision.transforms.v2.functional import adjust_hue, pad, pil_to_tensor, resize
-from torchvision.utils import draw_segmentation_masks, make_grid
+from torchvision.transforms import InterpolationMode, RandomCrop
+from torchvision.transforms.v2.functional import (adjust_hue, crop, pad, pil_to_tensor, resize,
+                                                  to_pil_image)
+from torchvision.utils import draw_segmentation_masks
 from tqdm import tqdm
 
 from models import (InputError, Parser, Reader, build_model, check_size, eval_loader,
@@ -63,8 +59,8 @@ from models import (InputError, Parser, Reader, build_model, check_size, eval_lo
                     param_groups, plain_errors, read_file, resume, save, train_loader)
 
 RECIPE = dict(    # settings without an option. All others: `parse_args`
-    dropout=0.1,            # before the classifier
-    betas=(0.9, 0.999),     # AdamW; no weight decay of biases, norms and tokens
+    dropout=0.1,                              # before the classifier
+    betas=(0.9, 0.999), weight_decay=0.05,    # AdamW; no decay of biases, norms and tokens
 )
 IGNORE = 255    # label of pixels that are neither trained on nor scored
 
@@ -83,16 +79,16 @@ class Pyramid(nn.Module):
         dim = encoder.embed_dim
         if encoder.arch["kind"] == "hiera":
             self.taps = encoder.stage_ends
-            widths = [encoder.blocks[end - 1].mlp.fc2.out_features for end in self.taps]
-            self.levels = nn.ModuleList([nn.Conv2d(width, channels, 1) for width in widths])
-            return
-        self.taps = [encoder.depth * k // 12 for k in (4, 6, 8, 12)]
-        self.levels = nn.ModuleList([
-            nn.Sequential(nn.ConvTranspose2d(dim, channels, 2, 2), nn.BatchNorm2d(channels),
-                          nn.GELU(), nn.ConvTranspose2d(channels, channels, 2, 2)),    # x 4
-            nn.ConvTranspose2d(dim, channels, 2, 2),                                   # x 2
-            nn.Conv2d(dim, channels, 1),                                               # x 1
-            nn.Sequential(nn.Conv2d(dim, channels, 1), nn.MaxPool2d(2, 2))])           # x 1/2
+            levels = [nn.Conv2d(dim // k, channels, 1) for k in (8, 4, 2, 1)]
+        else:
+            self.taps = [encoder.depth * k // 12 for k in (4, 6, 8, 12)]
+            levels = [
+                nn.Sequential(nn.ConvTranspose2d(dim, channels, 2, 2), nn.BatchNorm2d(channels),
+                              nn.GELU(), nn.ConvTranspose2d(channels, channels, 2, 2)),    # x 4
+                nn.ConvTranspose2d(dim, channels, 2, 2),                                   # x 2
+                nn.Conv2d(dim, channels, 1),                                               # x 1
+                nn.Sequential(nn.Conv2d(dim, channels, 1), nn.MaxPool2d(2, 2))]            # x 1/2
+        self.levels = nn.ModuleList(levels)
 
     def forward(self, maps):
         return [level(x) for level, x in zip(self.levels, maps)]
@@ -116,7 +112,7 @@ class SemanticFPN(nn.Module):
             layers = []
             for k in range(max(1, level)):
                 conv = nn.Conv2d(width if k else channels, width, 3, padding=1, bias=False)
-                nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
+                nn.init.kaiming_normal_(conv.weight, mode="fan_out")
                 layers += [conv, nn.BatchNorm2d(width), nn.ReLU(inplace=True)]
                 if level:
                     layers.append(nn.Upsample(scale_factor=2, mode="bilinear"))
@@ -161,13 +157,11 @@ def train(args):
     optimizer = AdamW(groups, args.lr, args.betas, fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     state = resume(args, rank, world, model, optimizer, scaler)
-    best = state["best"] if Path(args.out, "best.pt").exists() and state["epoch"] else -1.0
-
+    best = state.get("best", -1.0)
+    args.classes = class_names(args)    # stored for --predict, not compared on resuming
     network = torch.compile(model) if args.compile else model
     if world > 1:    # running statistics are broadcast where they are read, in `evaluate`
         network = DistributedDataParallel(network, broadcast_buffers=False)
-    if state["epoch"] >= epochs:    # the run is finished, but best.pt may be missing
-        best = report(args, run, model, val_set, epochs, args.iters, best)
 
     for epoch in range(state["epoch"], epochs):
         loader.sampler.set_epoch(epoch)
@@ -206,8 +200,10 @@ def train(args):
             best = report(args, run, model, val_set, epoch + 1, step + 1, best)
         save(args, rank, "last.pt", model, epoch=epoch + 1, best=best,
              optimizer=optimizer.state_dict(), scaler=scaler.state_dict())
+    if not Path(args.out, "best.pt").exists():    # lost after the run: the last model instead
+        save(args, rank, "best.pt", model, epoch=epochs, step=args.iters)
     if rank == 0:
-        print(f"finished {args.iters} iterations; {args.out}/best.pt has mIoU {best:.2f}")
+        print(f"finished {args.iters} iterations; the best evaluation had mIoU {best:.2f}")
 
 
 def linear_lr(step, total, warmup, lr):
@@ -255,18 +251,16 @@ def resize_for_test(image, size):
 
 
 def class_ratio_crop(labels, size, ratio=0.75, tries=10):
-    """Rows and columns (slices) of a random crop of `size` (h, w) out of labels (H, W), drawn
+    """(top, left, height, width) of a random crop of `size` (h, w) out of labels (H, W), drawn
     again, at most `tries` times, until two classes occur and none covers `ratio` of the labelled
     pixels."""
+    size = [min(sides) for sides in zip(labels.shape, size)]
     for _ in range(tries + 1):
-        crop = []
-        for have, want in zip(labels.shape, size):
-            first = int(torch.randint(max(0, have - want) + 1, ()))
-            crop.append(slice(first, first + want))
-        counts = torch.bincount(labels[tuple(crop)].flatten(), minlength=256)[:IGNORE]
+        box = RandomCrop.get_params(labels, size)
+        counts = crop(labels, *box).flatten().bincount(minlength=256)[:IGNORE]
         if counts.count_nonzero() > 1 and counts.max() < ratio * counts.sum():
             break
-    return crop
+    return box
 
 
 def saturate(x, factor):
@@ -306,9 +300,9 @@ def augment(image, labels, size, fill):
     shape = resized_shape(labels.shape, scale, 4 * scale)
     image = resize(image, shape, antialias=False)                        # bilinear
     labels = resize(labels[None], shape, InterpolationMode.NEAREST)[0]
-    rows, columns = class_ratio_crop(labels, size)
-    image = distort(image[:, rows, columns])
-    labels = labels[rows, columns]
+    box = class_ratio_crop(labels, size)
+    image = distort(crop(image, *box))
+    labels = crop(labels, *box)
     if torch.rand(()) < 0.5:
         image = image.flip(-1)
         labels = labels.flip(-1)
@@ -323,8 +317,8 @@ class SegmentationSet(Dataset):
     image resized for windows, labels in their own size.
     """
 
-    def __init__(self, pairs, args, train):
-        images, self.label_files = zip(*pairs)
+    def __init__(self, images, labels, args, train):
+        self.label_files = labels
         self.args = args
         self.read = Reader(images, args, train)
 
@@ -337,91 +331,73 @@ class SegmentationSet(Dataset):
     def load(self, image, index):
         args = self.args
         image = pil_to_tensor(image)
-        labels = read_labels(self.label_files[index], args.num_classes, args.zero_is_class)
+        labels = read_labels(args, self.label_files[index])
+        if labels.shape != image.shape[1:]:    # an OSError: --skip-corrupt leaves the pair out
+            raise OSError(f"image {self.read.pictures[index]} and its labels "
+                          f"{self.label_files[index]} differ in size")
         if self.read.train:
             fill = [round(255 * c) for c in args.mean]
             return augment(image, labels, args.image_size, fill)
         return resize_for_test(image, args.image_size), labels
 
 
-def list_pairs(root, split):
-    """(image, label) files of a split, matched by name. Raises InputError."""
-    images = Path(root, "images", split)
-    labels = Path(root, "annotations", split)
-    if not images.is_dir():
-        above = Path(root).resolve().parent
-        raise InputError(f"{images} is not a folder: --data must hold images and annotations, each "
-                         f"with {split}; is {above} meant?")
-    files = list_images(images)
-    return [(f, Path(labels, os.path.relpath(f, images)).with_suffix(".png")) for f in files]
-
-
 def open_set(args, rank, split):
-    """The "training" or "validation" set of --data. All its label files are read first, in the
-    loader processes: else a wrong number would show hours later."""
-    pairs = list_pairs(args.data, split)
-    setattr(args, f"{split}_images", len(pairs))    # compared on resuming
-    check = functools.partial(check_pair, args)
-    checks = DataLoader(pairs, None, num_workers=args.workers, collate_fn=check)
-    found = max(tqdm(checks, f"reading {split} labels", disable=rank > 0, leave=False))
-    if not found:
+    """The "training" or "validation" set of --data, images and labels matched by name. All label
+    files are read first, by the loader processes: else a wrong number would show hours later.
+    Raises InputError."""
+    folder = Path(args.data, "images", split)
+    if not folder.is_dir():
+        raise InputError(f"{folder} is not a folder: --data must hold images and annotations, each "
+                         f"with {split}; is {Path(args.data).resolve().parent} meant?")
+    images = list_images(folder)
+    labels = [Path(args.data, "annotations", split, Path(image).relative_to(folder))
+              .with_suffix(".png") for image in images]
+    setattr(args, f"{split}_images", len(images))    # compared on resuming
+    reader = DataLoader(labels, None, num_workers=args.workers,
+                        collate_fn=functools.partial(read_labels, args))
+    reader = tqdm(reader, f"reading {split} labels", disable=rank > 0, leave=False)
+    classes = max((numbers + 1).max().item() for numbers in reader)    # uint8: IGNORE + 1 is 0
+    if not classes:
         raise InputError(f"no pixel of the {split} labels has a class: check --zero-is-class")
     if rank == 0:
-        print(f"{split}: {len(pairs)} images, whose labels need --num-classes {found}; given is "
+        print(f"{split}: {len(images)} images, whose labels need --num-classes {classes}; given is "
               f"{args.num_classes}")
-    return SegmentationSet(pairs, args, split == "training")
-
-
-def check_pair(args, pair):
-    """How many classes there must be for the labels of (image, labels) files; 0 if all pixels are
-    ignored. Raises InputError for wrong labels, and for labels of another size than the image's."""
-    file, label_file = pair
-    labels = read_labels(label_file, args.num_classes, args.zero_is_class)
-    with contextlib.suppress(OSError):    # training reports the image
-        size = open_image(file).size
-        if size != tuple(labels.shape[::-1]):
-            raise InputError(f"image {file} has {size[0]} x {size[1]} pixels, its labels "
-                             f"{label_file} another size")
-    return (labels + 1).max().item()    # in uint8 IGNORE + 1 is 0
+    return SegmentationSet(images, labels, args, split == "training")
 
 
 # --------------------------------------------------------------------------------------------------
 # Data: labels
 # --------------------------------------------------------------------------------------------------
-def read_labels(path, num_classes, zero_is_class):
+def read_labels(args, path):
     """Label PNG (grey or palette; alpha is dropped) -> classes (H, W) uint8. Raises InputError.
 
     ADE20K: 0 is ignored, 1 .. 150 are classes 0 .. 149. Labels are shifted here and nowhere else.
     """
     try:
-        with Image.open(path) as image:
-            grey = image.getchannel(0) if image.mode == "LA" else image
-            numbers = np.asarray(grey).astype(np.int64)    # a one-bit image has booleans
-    except (OSError, SyntaxError, ValueError) as error:
-        raise InputError(f"cannot read labels {path} ({type(error).__name__}): give a PNG of the "
-                         "image's name, or remove the image") from None
-    if numbers.ndim != 2:
-        raise InputError(f"labels {path} are a colour image: they must be one class number per "
-                         "pixel, grey or palette")
-    classes = numbers if zero_is_class else numbers - 1
-    classes = np.where(numbers == IGNORE, -1, classes)
-    if classes.max() >= num_classes:
-        number = numbers.flat[classes.argmax()]
-        raise InputError(f"labels {path} hold the number {number}, which is no class: check "
-                         "--num-classes and --zero-is-class")
+        bands = Image.open(path).split()
+    except (OSError, SyntaxError, ValueError):
+        bands = ()
+    if len(bands) not in (1, 2):
+        raise InputError(f"cannot read labels {path}: give a PNG of the image's name that holds "
+                         "one class number per pixel, grey or palette")
+    numbers = np.asarray(bands[0]).astype(np.int64)    # a one-bit image has booleans
+    first = 1 - args.zero_is_class
+    classes = np.where(numbers == IGNORE, -1, numbers - first)
+    if classes.max() >= args.num_classes:
+        raise InputError(f"labels {path} hold the number {classes.max() + first}, which is no "
+                         "class: check --num-classes and --zero-is-class")
     return torch.from_numpy(classes.astype(np.uint8))    # -1 becomes IGNORE
 
 
 def class_names(args):
-    """From objectInfo150.txt in --data, which comes with ADE20K, or the numbers of label files."""
+    """From objectInfo150.txt in --data, which comes with ADE20K, if it names so many classes; else
+    the numbers of label files."""
     listed = Path(args.data, "objectInfo150.txt")
-    if not listed.exists():
-        return [f"class {k + 1 - args.zero_is_class}" for k in range(args.num_classes)]
-    rows = listed.read_text().splitlines()    # a header; 5 columns, the last like "wall, panel"
-    rows = [row for row in rows if row.strip() and not row.startswith("Idx")]
-    if len(rows) != args.num_classes:
-        raise InputError(f"{listed} has {len(rows)} names, --num-classes is {args.num_classes}")
-    return [row.split("\t")[-1].split(",")[0] for row in rows]
+    rows = listed.read_text().splitlines() if listed.exists() else []
+    rows = [row for row in rows if row.strip() and not row.startswith("Idx")]    # the header
+    if len(rows) == args.num_classes:    # 5 columns, the last like "wall, panel"
+        return [row.split("\t")[-1].split(",")[0] for row in rows]
+    return [f"class {k + 1 - args.zero_is_class}" for k in range(args.num_classes)]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -441,15 +417,15 @@ def sliding_logits(model, image, stride):
     h, w = model.encoder.img_size
     H, W = image.shape[1:]
     image = F.pad(image, (0, max(0, w - W), 0, max(0, h - H)))
-    corners = list(itertools.product(window_starts(H, h, stride), window_starts(W, w, stride)))
-    scores = model(torch.stack([image[:, y:y + h, x:x + w] for y, x in corners]))
+    windows = [(..., slice(y, y + h), slice(x, x + w))
+               for y in window_starts(H, h, stride) for x in window_starts(W, w, stride)]
+    scores = model(torch.stack([image[window] for window in windows]))
     scores = scores.contiguous()    # channels may stand last in memory: slow sums
     total = image.new_zeros(len(scores[0]), *image.shape[1:])
-    count = image.new_zeros(image.shape[1:])
-    for (y, x), score in zip(corners, scores):                                   # (K, h/s, w/s)
-        score = F.interpolate(score[None].float(), (h, w), mode="bilinear")[0]
-        total[:, y:y + h, x:x + w] += score
-        count[y:y + h, x:x + w] += 1
+    count = torch.zeros_like(image[0])
+    for window, score in zip(windows, scores):                                   # (K, h/s, w/s)
+        total[window] += F.interpolate(score[None].float(), (h, w), mode="bilinear")[0]
+        count[window] += 1
     return total.div_(count)[:, :H, :W]
 
 
@@ -477,45 +453,40 @@ def class_iou(confusion):
 
 def summarize(confusion):
     """Scores in per cent from the confusion matrix of the whole set -> dict. The mean IoU is over
-    the classes that occur in labels or predictions; `absent` counts the others."""
-    if not confusion.sum():
+    the classes that occur in labels or predictions; that of the others is None."""
+    pixels = int(confusion.sum())
+    if not pixels:
         raise InputError("no validation image with a labelled pixel can be read: nothing is left "
                          "to evaluate on")
-    confusion = confusion.cpu().double()
-    iou = class_iou(confusion)
+    iou = class_iou(confusion.cpu().double())
     return {"miou": 100 * iou.nanmean().item(),
-            "pixel_accuracy": 100 * (confusion.trace() / confusion.sum()).item(),
-            "absent": int(iou.isnan().sum()),
+            "pixel_accuracy": 100 * int(confusion.trace()) / pixels,
+            "pixels": pixels,
             "iou": [None if math.isnan(v) else round(100 * v, 2) for v in iou.tolist()]}
 
 
 def evaluate(args, run, model, val_set):
     """Scores of the validation set, each image once for any number of processes -> dict; process 0
-    prints them and draws some of its images, truths and predictions."""
+    prints them and draws its first images, their truth and prediction into --out."""
     rank, world, device, _ = run
     model.eval()
     if world > 1:    # running statistics differ without SyncBatchNorm: process 0 saves its own
         for buffer in model.buffers():
             dist.broadcast(buffer, 0)
     counts = torch.zeros(args.num_classes, args.num_classes, dtype=torch.long, device=device)
-    scored = torch.zeros((), dtype=torch.long, device=device)
-    examples = []
-    for images, labels in eval_loader(val_set, 1, args, rank, world):
+    for i, (images, labels) in enumerate(eval_loader(val_set, 1, args, rank, world)):
         predicted = label_image(args, model, images[0].to(device), labels.shape[1:])
         counts += confusion_matrix(predicted, labels[0].to(device), args.num_classes)
-        scored += 1
-        if len(examples) < 5:
-            examples.append((images[0], labels[0], predicted.cpu()))
+        if rank == 0 and i < 5:
+            draw_overlay(f"{args.out}/input_truth_prediction_{i + 1}.png", args.classes, images[0],
+                         labels[0], predicted.cpu())
     if world > 1:
         dist.all_reduce(counts)
-        dist.all_reduce(scored)
-    values = {**summarize(counts), "val_images": scored.item()}
-    if rank == 0 and examples:
-        tqdm.write(f"mIoU {values['miou']:.2f} ({values['absent']} classes absent), pixel accuracy "
-                   f"{values['pixel_accuracy']:.2f}; {scored.item()} images, windows of "
-                   f"{args.image_size}, {'TF32' if device.type == 'cuda' else 'float32'}")
-        titles = ("input", "truth", "prediction")
-        draw_overlays(f"{args.out}/overlay.png", titles, examples, args.classes)
+    values = summarize(counts)
+    if rank == 0:
+        tqdm.write(f"mIoU {values['miou']:.2f}, pixel accuracy {values['pixel_accuracy']:.2f} on "
+                   f"{values['pixels']} labelled pixels; windows of {args.image_size}, "
+                   f"{'TF32' if device.type == 'cuda' else 'float32'}")
     return values
 
 
@@ -525,10 +496,10 @@ def report(args, run, model, val_set, epoch, step, best):
     rank, world, _, _ = run
     values = evaluate(args, run, model, val_set)
     log(args, rank, world, epoch=epoch, step=step, **values)
-    if values["miou"] <= best:
-        return best
-    save(args, rank, "best.pt", model, epoch=epoch, step=step, miou=values["miou"])
-    return values["miou"]
+    if values["miou"] > best or not Path(args.out, "best.pt").exists():
+        best = values["miou"]
+        save(args, rank, "best.pt", model, epoch=epoch, step=step, miou=best)
+    return best
 
 
 # --------------------------------------------------------------------------------------------------
@@ -539,50 +510,36 @@ def class_colors(n):
             for k in range(n)]
 
 
-def draw_overlays(path, titles, rows, names, side=200):
-    """PNG of rows: a picture (3, H, W) uint8, and the same under each of its label maps (H, W), in
-    cells of `side` pixels. Ignored pixels are not coloured; the names of the classes stand at the
-    right, in their colours."""
+def draw_overlay(path, names, picture, *maps, side=480):
+    """PNG of a picture (3, H, W) uint8, and beside it the same under each of its label maps (H, W),
+    of at most `side` pixels. Ignored pixels are not coloured. The legend at the right names the
+    classes in their colours, as many as fit."""
+    shape = resized_shape(picture.shape[1:], side, side)
+    picture = resize(picture, shape)
+    maps = [resize(labels[None], shape, InterpolationMode.NEAREST) for labels in maps]
     classes = torch.arange(len(names))[:, None, None]
     colors = class_colors(len(names))
-    cells = []
-    found = set()
-    for picture, *maps in rows:
-        shape = resized_shape(picture.shape[1:], side, side)
-        margin = [0, 0, side - shape[1], side - shape[0]]    # right, below
-        picture = resize(picture, shape)
-        cells.append(pad(picture, margin))
-        for labels in maps:
-            labels = resize(labels[None], shape, InterpolationMode.NEAREST)
-            overlay = draw_segmentation_masks(picture, labels == classes, 0.6, colors)
-            cells.append(pad(overlay, margin))
-            found.update(labels.unique().tolist())
-    pixels = make_grid(cells, len(titles), padding=4).permute(1, 2, 0).numpy()
-    found = sorted(found - {IGNORE})
-    below = max(0, 20 * len(found) - len(pixels))
-    sheet = ImageOps.expand(Image.fromarray(pixels), (0, 24, 180, below))    # left, top, right
+    overlays = [draw_segmentation_masks(picture, labels == classes, 0.6, colors) for labels in maps]
+    pixels = torch.cat([picture, *overlays], dim=2)
+    sheet = to_pil_image(pad(pixels, [0, 0, 200, side - shape[0]]))    # right, below
     draw = ImageDraw.Draw(sheet)
-    font = ImageFont.load_default(14)
-    for column, title in enumerate(titles):
-        draw.text((4 + column * (side + 4), 4), title, "white", font)
-    for line, k in enumerate(found):
-        draw.text((pixels.shape[1] + 8, 24 + 20 * line), names[k][:22], colors[k], font)
+    for line, k in enumerate(torch.cat(maps).unique().tolist()):
+        if k != IGNORE:
+            draw.text((pixels.shape[2] + 8, 20 * line), names[k], colors[k], font_size=14)
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
     sheet.save(path)
 
 
-def predict(args, run, model):
-    """Label every image of --predict, into OUT/predict: NAME_labels.png, a palette image with the
-    numbers of label files, and NAME_overlay.png. Raises OSError at the end if some images cannot be
-    read."""
-    rank, world, device, _ = run
-    path = Path(args.predict)
-    files = list_images(path) if path.is_dir() else [path]
-    root = path if path.is_dir() else path.parent
+def predict(args, model, device):
+    """Label --predict, or every image below it, into OUT/predict: NAME_labels.png, a palette image
+    with the numbers of label files, and NAME_overlay.png. Raises OSError at the end if some images
+    cannot be read."""
+    root = Path(args.predict)
+    files = list_images(root) if root.is_dir() else [root]
     first = 1 - args.zero_is_class
-    palette = [(0, 0, 0)] * first + class_colors(args.num_classes)
-    stems = collections.Counter(os.path.splitext(file)[0] for file in files)
+    palette = sum(class_colors(args.num_classes), (0, 0, 0) * first)
     bad = []
-    for file in tqdm(files[rank::world], "prediction", disable=rank > 0):
+    for file in files:
         try:
             image = pil_to_tensor(open_image(file))
         except OSError as error:
@@ -590,19 +547,14 @@ def predict(args, run, model):
             continue
         small = resize_for_test(image, args.image_size)    # full-size logits need too much memory
         labels = label_image(args, model, small.to(device), small.shape[1:]).cpu()
-        labels = resize(labels[None], image.shape[1:], InterpolationMode.NEAREST)[0]
-        stem = os.path.splitext(file)[0]
-        name = stem if stems[stem] == 1 else file    # a.jpg beside a.png
-        target = Path(args.out, "predict", os.path.relpath(name, root))
-        target.parent.mkdir(parents=True, exist_ok=True)
-        numbers = Image.fromarray((labels + first).numpy())
-        numbers.putpalette(itertools.chain(*palette))
+        labels = resize(labels[None], image.shape[1:], InterpolationMode.NEAREST)
+        name = Path(file).relative_to(root if root.is_dir() else root.parent).with_suffix("")
+        target = Path(args.out, "predict", name)
+        draw_overlay(f"{target}_overlay.png", args.classes, image, labels[0])
+        numbers = to_pil_image(labels + first)
+        numbers.putpalette(palette)
         numbers.save(f"{target}_labels.png")
-        rows = [(image, labels)]
-        draw_overlays(f"{target}_overlay.png", ("input", "prediction"), rows, args.classes, 480)
-        tqdm.write(f"{target}_labels.png, {target}_overlay.png")
-    if world > 1:
-        dist.barrier()    # an error ends the other processes
+        print(f"{target}_labels.png, {target}_overlay.png")
     if bad:
         raise OSError("; ".join(bad))
 
@@ -616,8 +568,8 @@ def parse_args(argv=None):
     add = parser.group("model and classes; --eval and --predict take the file's")
     add("--model", help="encoder; default: that of --init, else vit_tiny, the paper's")
     add("--init",
-        help="checkpoint of the encoder (README, 'Checkpoints'); default: random weights; with "
-             "--eval, --predict: of this script; default: best.pt of --out")
+        help="checkpoint of the encoder (README, 'Checkpoints'), default: random weights; with "
+             "--eval, --predict of this script, default: best.pt of --out")
     add("--image-size", low=1, nargs="+",
         help="side, or height and width, of crops and windows; default: the paper's 512, with "
              "--eval, --predict that of the file")
@@ -643,7 +595,6 @@ def parse_args(argv=None):
         help="of pyramid and head; falls to 0 linearly; paper: 1e-4")
     add("--layer-decay", type=float, low=0, high=1, default=0.8,
         help="factor on the rate for every block towards the input; paper: 0.8")
-    add("--weight-decay", type=float, low=0, default=0.05, help="paper: 0.05")
 
     add = parser.group("evaluation")
     add("--eval", action="store_true", help="score a checkpoint instead of training")
@@ -660,12 +611,10 @@ def parse_args(argv=None):
 def resolve(args):
     """Fill in the defaults of training that depend on other options."""
     args.image_size = args.image_size or [512]
-    args.classes = class_names(args)
     if args.warmup_iters is None:
         args.warmup_iters = args.iters * 1500 // 160_000
     if args.warmup_iters >= args.iters:
-        raise InputError(f"--warmup-iters {args.warmup_iters} must be fewer than --iters "
-                         f"{args.iters}")
+        raise InputError(f"--warmup-iters must be fewer than --iters {args.iters}")
     return args
 
 
@@ -676,16 +625,15 @@ def load_segmenter(args):
     file = read_file(args.init)
     stored = file.get("args", {})
     if "zero_is_class" not in stored:
-        raise InputError(f"{args.init} is no segmentation model: give best.pt of this script as "
-                         "--init")
+        raise InputError(f"{args.init} is no segmentation model: give best.pt of this script")
     read = {"init", "model", "image_size", "patch_size", "out", "device", "workers", "eval",
             "predict", "data", "skip_corrupt"}
     defaults = vars(parse_args([]))
     for name in stored.keys() - read:
         value = getattr(args, name, None)
-        if value not in (None, defaults.get(name), stored[name]):
-            raise InputError(f"--{name.replace('_', '-')} {value} has no effect: {args.init} was "
-                             f"trained with {stored[name]}; leave it out")
+        if value not in (defaults.get(name), stored[name]):
+            raise InputError(f"--{name.replace('_', '-')} {value} has no effect on {args.init}, "
+                             f"which was trained with {stored[name]}: leave it out")
         setattr(args, name, stored[name])
     model = build_segmenter(args)
     heads = {k: v for k, v in file["model"].items() if not k.startswith("encoder.")}
@@ -701,14 +649,12 @@ def main(args):
     if not (args.eval or args.predict):
         train(resolve(args))
         return
-    run = init_distributed(args)
-    model = load_segmenter(args).to(run[2])
-    Path(args.out).mkdir(parents=True, exist_ok=True)
+    rank, _, device, _ = run = init_distributed(args)
+    model = load_segmenter(args).to(device)
     if args.predict:
-        predict(args, run, model)
+        predict(args, model, device)
     if args.eval:
-        values = evaluate(args, run, model, open_set(args, run[0], "validation"))
-        Path(args.out, "eval.json").write_text(json.dumps(values))
+        evaluate(args, run, model, open_set(args, rank, "validation"))
 
 
 if __name__ == "__main__":

@@ -5,7 +5,6 @@
     torchrun --nproc_per_node=8 track.py --eval --data lasot=data/lasot         # AUC, P, P_norm
     python track.py --eval --data lasot=data/lasot --results DIR    # boxes of any tracker
     python track.py --frames DIR --box 120 80 40 60                 # boxes.txt and overlay.gif
-    python track.py --benchmark                                     # frames per second
     python tests/demo.py track                                      # needs no files
 
 The tokens of a template (the target in the first frame) and of a search region (around the last
@@ -50,12 +49,8 @@ NOTES, departures from the authors' code:
   other weights are neither mixed in nor deleted.
 """
 import functools
-import io
 import json
 import math
-import os
-import re
-import timeit
 import zlib
 from pathlib import Path
 
@@ -63,13 +58,13 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageOps
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_
 from torch.optim import AdamW
 from torch.utils.data import DataLoader, Dataset
-from torchvision.ops import box_area, box_convert
+from torchvision.ops import box_convert, box_iou, generalized_box_iou
 from torchvision.transforms.v2.functional import (adjust_brightness, pil_to_tensor, resized_crop,
                                                   rgb_to_grayscale)
 from tqdm import tqdm
@@ -128,7 +123,7 @@ def position_table(encoder, size):
     (1, N, D). Raises InputError if patches do not fill the crop."""
     if size % encoder.patch_size:
         raise InputError(f"crops of {size} pixels are no multiple of the patch size "
-                         f"{encoder.patch_size}: choose other --template-size and --search-size")
+                         f"{encoder.patch_size}: change --template-size or --search-size")
     side = size // encoder.patch_size
     patches = encoder.pos_embed.detach()[:, 1:]
     return nn.Parameter(resize_grid(patches, encoder.grid, (side, side)).clone())
@@ -143,17 +138,17 @@ class Tracker(nn.Module):
 
     def __init__(self, encoder, **options):
         super().__init__()
-        self.options = {**TRACKER, **options}
-        self.arch = {**encoder.arch, "tracker": self.options}
+        self.options = options = {**TRACKER, **options}
+        self.arch = {**encoder.arch, "tracker": options}
         self.encoder = encoder
-        encoder.template_pos_embed = position_table(encoder, self.options["template_size"])
-        encoder.search_pos_embed = position_table(encoder, self.options["search_size"])
+        encoder.template_pos_embed = position_table(encoder, options["template_size"])
+        encoder.search_pos_embed = position_table(encoder, options["search_size"])
         encoder.cls_token.requires_grad_(False)    # unused, but kept: the file is an encoder, too
         encoder.pos_embed.requires_grad_(False)
-        self.search_side = self.options["search_size"] // encoder.patch_size    # g
-        side = self.options["template_size"] // encoder.patch_size
+        self.search_side = options["search_size"] // encoder.patch_size         # g
+        side = options["template_size"] // encoder.patch_size
         self.centre = (side - 1) // 2 * (side + 1)    # token in row 3, column 3 of 8 x 8
-        self.head = CenterHead(encoder.embed_dim, self.options["head_channels"])
+        self.head = CenterHead(encoder.embed_dim, options["head_channels"])
 
     def embed_template(self, images):
         """(B, 3, z, z) normalised -> tokens (B, Z, D). While tracking, done once per video."""
@@ -174,8 +169,8 @@ class Tracker(nn.Module):
             else:
                 x = block(x)
         x = self.encoder.norm(x)                                            # (B, Z + K, D)
-        search = x.new_zeros(B, S, D)
-        search[torch.arange(B, device=x.device)[:, None], ids] = x[:, Z:]
+        places = ids[:, :, None].expand(-1, -1, D)
+        search = x.new_zeros(B, S, D).scatter(1, places, x[:, Z:])
         return torch.cat([x[:, :Z], search], dim=1)
 
     def forward(self, template, images, keep_rate):
@@ -184,7 +179,7 @@ class Tracker(nn.Module):
         if template.dim() == 4:
             template = self.embed_template(template)
         x = self.forward_features(template, images, keep_rate)[:, template.shape[1]:]
-        return self.head(x.transpose(1, 2).unflatten(2, (self.search_side, self.search_side)))
+        return self.head(x.transpose(1, 2).unflatten(2, (self.search_side, -1)))
 
 
 def keep_rate_at(epoch, keep_rate=0.7, first=20, last=100):
@@ -258,11 +253,10 @@ def gaussian_radius(w, h, overlap=0.7):
     so does this: boxes at that radius overlap less."""
     b = w + h
     c = w * h
-    roots = []
-    for p, q, r in ((1, b, c * (1 - overlap) / (1 + overlap)),
-                    (4, 2 * b, c * (1 - overlap)),
-                    (4 * overlap, -2 * overlap * b, c * (overlap - 1))):
-        roots.append((q + (q ** 2 - 4 * p * r).sqrt()) / 2)    # not / (2 * p)
+    terms = ((1, b, c * (1 - overlap) / (1 + overlap)),
+             (4, 2 * b, c * (1 - overlap)),
+             (4 * overlap, -2 * overlap * b, c * (overlap - 1)))
+    roots = [(q + (q ** 2 - 4 * p * r).sqrt()) / 2 for p, q, r in terms]    # not / (2 * p)
     return torch.stack(roots).amin(dim=0).clamp(min=0).floor()
 
 
@@ -287,29 +281,17 @@ def focal_loss(score, target):
     return -torch.where(hit, positive, negative).sum() / hit.sum().clamp(min=1)
 
 
-def box_overlap(a, b, eps=1e-7):
-    """IoU and GIoU, two (N,), of boxes (N, 4) with boxes (N, 4), x1, y1, x2, y2, one to one. The
-    values of torchvision's GIoU loss, whose boolean masks would force GPU syncs."""
-    w, h = (torch.minimum(a, b)[:, 2:] - torch.maximum(a, b)[:, :2]).clamp(min=0).unbind(1)
-    inter = w * h
-    union = box_area(a) + box_area(b) - inter
-    w, h = (torch.maximum(a, b)[:, 2:] - torch.minimum(a, b)[:, :2]).unbind(1)
-    hull = w * h
-    iou = inter / (union + eps)
-    return iou, iou - (hull - union) / (hull + eps)
-
-
 def tracking_losses(score, size, offset, boxes):
     """L = L_focal + 2 L_GIoU + 5 L_1 of head maps against boxes (B, 4), x, y, w, h in the crop ->
     dict of scalars."""
     focal = focal_loss(score, gaussian_target(boxes, score.shape[-1])[:, None])
     pred = box_convert(decode(score, size, offset), "cxcywh", "xyxy")
     truth = box_convert(boxes, "xywh", "xyxy").clamp(0, 1)    # beyond the crop nothing is seen
-    iou, giou = box_overlap(pred, truth)
-    giou = (1 - giou).mean()
+    iou = box_iou(pred, truth).diagonal().mean()    # of all pairs, B x B, those one to one
+    giou = 1 - generalized_box_iou(pred, truth).diagonal().mean()
     l1 = F.l1_loss(pred, truth)
     loss = focal + 2 * giou + 5 * l1
-    return {"loss": loss, "focal": focal, "giou": giou, "l1": l1, "iou": iou.mean()}
+    return {"loss": loss, "focal": focal, "giou": giou, "l1": l1, "iou": iou}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -324,21 +306,20 @@ def crop_square(image, box, factor, size):
     return resized_crop(image, top, left, side, side, [size, size], antialias=False), side
 
 
-def box_around(centre, extent):
-    return np.concatenate([centre - extent / 2, extent])
+def crop_origin(around, side, size):
+    """Upper left corner of the crop of `side` around the box `around`, resized to `size` pixels, as
+    a box x, y, 0, 0. Pixel centres are whole numbers in OSTrack: the middle is (size - 1) / 2."""
+    return np.append(box_centre(around) - side * (size - 1) / (2 * size), [0, 0])
 
 
 def box_to_crop(box, around, side, size):
-    """Box of a frame -> box in [0, 1] of the crop of `side` around the box `around`, resized to
-    `size` pixels. Pixel centres are whole numbers in OSTrack: the middle is (size - 1) / 2."""
-    centre = (box_centre(box) - box_centre(around)) / side + (size - 1) / (2 * size)
-    return box_around(centre, box[2:] / side)
+    """Box of a frame -> box in [0, 1] of the crop that `crop_origin` describes."""
+    return (box - crop_origin(around, side, size)) / side
 
 
 def box_from_crop(box, around, side, size):
     """The inverse of `box_to_crop`."""
-    centre = (box_centre(box) - (size - 1) / (2 * size)) * side + box_centre(around)
-    return box_around(centre, box[2:] * side)
+    return box * side + crop_origin(around, side, size)
 
 
 def hann_window(side):
@@ -351,7 +332,7 @@ def hann_window(side):
 def clip_box(box, height, width, margin=10):
     """Box with at least `margin` pixels of it inside the frame, and at least that wide and high."""
     limit = np.array([width, height])
-    corner = np.clip(box[:2], 0, limit - margin)
+    corner = box[:2].clip(0, limit - margin)
     end = np.clip(box[:2] + box[2:], margin, limit)
     return np.concatenate([corner, np.maximum(end - corner, margin)])
 
@@ -370,9 +351,9 @@ class OnePassTracker:
 
     def crop(self, frame, name):
         """Template or search crop around the last box -> normalised (1, 3, size, size), side."""
-        factor = self.model.options[f"{name}_factor"]
-        size = self.model.options[f"{name}_size"]
-        crop, side = crop_square(frame, self.box, factor, size)
+        options = self.model.options
+        crop, side = crop_square(frame, self.box, options[f"{name}_factor"],
+                                 options[f"{name}_size"])
         return normalize(crop[None].to(self.window.device), self.mean, self.std), side
 
     @torch.inference_mode()
@@ -389,8 +370,7 @@ class OnePassTracker:
         score, size, offset = self.model(self.template, search, keep_rate)
         response = score * self.window
         box = box_convert(decode(response, size, offset), "cxcywh", "xywh")[0]
-        *box, score = torch.cat([box, response.amax()[None]]).tolist()
-        return np.array(box), score
+        return box.cpu().numpy(), response.amax().item()
 
     def step(self, frame):
         search, side = self.crop(frame, "search")
@@ -402,8 +382,7 @@ class OnePassTracker:
     def follow(self, files, box, workers):
         """Frame files, read ahead by other processes -> yields box, score of each; the first box is
         the given one."""
-        frames = DataLoader(files, batch_size=None, collate_fn=read_frame,
-                            num_workers=min(workers, 4))
+        frames = DataLoader(files, batch_size=None, collate_fn=read_frame, num_workers=workers)
         for i, frame in enumerate(frames):
             yield self.step(frame) if i else self.start(frame, box)
 
@@ -417,33 +396,29 @@ def train(args):
     torch.manual_seed(args.seed)
     model = build_tracker(args).to(device)
     sets = open_sets(args.data)
-    args.sequences = {name: len(items) for name, (items, _) in sets.items()}    # for `resume`
-    train_set = Pairs(sets, args, args.pairs)
-    val_set = Pairs(sets, args, args.val_pairs, first_epoch=2 ** 31)    # training never gets there
+    args.sequences = [len(items) for items, _ in sets.values()]    # compared on resuming
+    train_set = Pairs(sets, args, args.pairs, args.seed)
+    val_set = Pairs(sets, args, args.val_pairs, args.seed + 1)
     loader = train_loader(train_set, args, rank, world)
     steps = len(loader) // args.accum_steps    # optimizer steps per epoch
     optimizer = AdamW(optimizer_groups(model, args), args.lr, fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     first_epoch = resume(args, rank, world, model, optimizer, scaler)["epoch"]
     tracker = DistributedDataParallel(model) if world > 1 else model
-    if rank == 0:
-        print(f"training sequences: {args.sequences}")
 
     for epoch in range(first_epoch, args.epochs):
         loader.sampler.set_epoch(epoch)
         torch.manual_seed(mix_seed(args.seed, epoch, rank))    # drop path
         tracker.train()
-        keep_rate = keep_rate_at(epoch + 1, args.keep_rate, *args.eliminate_epochs)
-        lr = args.lr if epoch < args.lr_drop else args.lr / 10
+        keep_rate = keep_rate_at(epoch + 1, args.keep_rate, args.epochs // 15, args.epochs // 3)
+        lr = args.lr if epoch < max(1, args.epochs * 4 // 5) else args.lr / 10
         for group in optimizer.param_groups:
             group["lr"] = lr * group["lr_scale"]
         bar = tqdm(loader, f"epoch {epoch + 1}/{args.epochs}", disable=rank > 0)
         for i, batch in enumerate(bar):
             step = epoch * steps + i // args.accum_steps
             update = (i + 1) % args.accum_steps == 0
-            template, search, boxes = (x.to(device, non_blocking=True) for x in batch)
-            template = normalize(template, args.mean, args.std)
-            search = normalize(search, args.mean, args.std)
+            template, search, boxes = to_device(batch, args, device)
             tracker.require_backward_grad_sync = update    # DistributedDataParallel reads it
             with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
                 maps = tracker(template, search, keep_rate)
@@ -476,16 +451,20 @@ def report(args, run, model, val_set, epoch, step):
     """Log and print mean loss and IoU on fixed pairs, in float32 and at the final keep rate."""
     rank, world, device, _ = run
     model.eval()
-    losses = []
-    for batch in eval_loader(val_set, 64, args, rank, world):
-        template, search, boxes = (x.to(device) for x in batch)
-        template = normalize(template, args.mean, args.std)
-        search = normalize(search, args.mean, args.std)
-        losses.append(tracking_losses(*model(template, search, args.keep_rate), boxes))
-    means = {f"val_{k}": torch.stack([x[k] for x in losses]).mean() for k in ("loss", "iou")}
-    values = log(args, rank, world, epoch=epoch, step=step, **means)
+    [batch] = eval_loader(val_set, len(val_set), args, rank, world)
+    template, search, boxes = to_device(batch, args, device)
+    losses = tracking_losses(*model(template, search, args.keep_rate), boxes)
+    values = log(args, rank, world, epoch=epoch, step=step, val_loss=losses["loss"],
+                 val_iou=losses["iou"])
     if rank == 0:
         tqdm.write(f"epoch {epoch}: IoU {values['val_iou']:.3f} on fixed pairs")
+
+
+def to_device(batch, args, device):
+    """Batch of `Pairs` -> normalised template and search crops, boxes, on the device."""
+    template, search, boxes = (x.to(device, non_blocking=True) for x in batch)
+    template = normalize(template, args.mean, args.std)
+    return template, normalize(search, args.mean, args.std), boxes
 
 
 def optimizer_groups(model, args):
@@ -501,8 +480,8 @@ def build_tracker(args):
     checkpoint stores: args.arch, args.mean, args.std."""
     encoder = build_model(args.model, args.init, vit=dict(drop_path=args.drop_path))
     if encoder.arch["kind"] != "vit":
-        raise InputError("template and search tokens go through the blocks together, which needs a "
-                         "plain ViT, not Hiera: choose another --model or --init")
+        raise InputError("the tracker needs a plain ViT, not Hiera: choose another --model or "
+                         "--init")
     model = Tracker(encoder, **{name: getattr(args, name) for name in TRACKER})
     args.arch = model.arch
     args.mean = encoder.mean
@@ -517,15 +496,13 @@ def sample_pair(rng, visible, max_gap):
     """Causal sampling: a visible template frame, then a visible search frame at most max_gap later
     -> two frame numbers. A still image is paired with itself. None if there is no such pair, or in
     a video of fewer than 20 frames or 5 visible ones, as in OSTrack."""
-    ids = np.flatnonzero(visible)
-    if len(visible) == 1 and len(ids):
+    if len(visible) == 1:
         return 0, 0
-    if len(visible) < 20 or len(ids) < 5:
+    ids = np.flatnonzero(visible)
+    followed = ids[:-1][np.diff(ids) <= max_gap]    # by a visible frame within max_gap
+    if len(visible) < 20 or len(ids) < 5 or not len(followed):
         return None
-    ids = ids[:-1][np.diff(ids) <= max_gap]    # followed by a visible one within max_gap
-    if not len(ids):
-        return None
-    template = rng.choice(ids)
+    template = rng.choice(followed)
     later = np.flatnonzero(visible[template + 1:template + 1 + max_gap])
     return template, template + 1 + rng.choice(later)
 
@@ -535,7 +512,7 @@ def jitter_box(rng, box, centre, scale):
     up to centre / 2 * sqrt(w * h)."""
     extent = box[2:] * np.exp(rng.normal(0, scale, 2))
     shift = math.sqrt(extent.prod()) * centre * (rng.random(2) - 0.5)
-    return box_around(box_centre(box) + shift, extent)
+    return np.concatenate([box_centre(box) + shift - extent / 2, extent])
 
 
 class Pairs(Dataset):
@@ -543,14 +520,14 @@ class Pairs(Dataset):
     frames, and the target's box (4,) in the search crop.
 
     sets: {name: (items, function that reads the sequence of an item)}, drawn in equal shares. All
-    randomness comes from (seed, epoch, index); first_epoch is added to the epoch.
+    randomness comes from (seed, epoch, index).
     """
 
-    def __init__(self, sets, args, count, first_epoch=0):
+    def __init__(self, sets, args, count, seed):
         self.sets = list(sets.values())
         self.args = args
         self.count = count
-        self.first_epoch = first_epoch
+        self.seed = seed
         self.unreadable = Reader(range(2 ** 20), args, train=True)    # by hashes of messages
 
     def __len__(self):
@@ -558,8 +535,7 @@ class Pairs(Dataset):
 
     def __getitem__(self, key):
         args = self.args
-        epoch, index = key
-        rng = np.random.default_rng(mix_seed(args.seed, self.first_epoch + epoch, index))
+        rng = np.random.default_rng(mix_seed(self.seed, *key))    # (epoch, index)
         (first, second), (target, box) = self.read_pair(rng)
         template, _ = crop_square(first, target, args.template_factor, args.template_size)
         around = jitter_box(rng, box, args.centre_jitter, args.scale_jitter)
@@ -579,10 +555,8 @@ class Pairs(Dataset):
                 if pair:
                     return [read_frame(frames[i]) for i in pair], boxes[list(pair)]
             except OSError as error:
-                number = zlib.crc32(str(error).encode()) % 2 ** 20
-                self.unreadable.skip(number, error)
-        raise OSError("of 100 sequences of --data none had two readable frames with a visible box: "
-                      "is it complete?")
+                self.unreadable.skip(hash(str(error)) % 2 ** 20, error)
+        raise OSError("of 100 sequences of --data none had two readable frames with a visible box")
 
 
 def augment(rng, template, search, box):
@@ -600,49 +574,46 @@ def augment(rng, template, search, box):
 
 
 # --------------------------------------------------------------------------------------------------
-# Data: sequences. read_* return the files of N frames, boxes (N, 4), visible (N,) or True
+# Data: sequences. read_* return the files of N frames, boxes (N, 4), visible (N,)
 # --------------------------------------------------------------------------------------------------
+LAYOUTS = {    # where annotations lie, frame i beside an annotation, the first i, labels of hidden
+    "lasot": (("[!.]*/groundtruth.txt", "[!.]*/[!.]*/groundtruth.txt"),
+              "{file.parent}/img/{i:08}.jpg", 1, {"full_occlusion.txt": 1, "out_of_view.txt": 1}),
+    "got10k": (("train/[!.]*/groundtruth.txt",),
+               "{file.parent}/{i:08}.jpg", 1, {"absence.label": 1, "cover.label": 0}),
+    "trackingnet": (("TRAIN_*/anno/[!.]*.txt",),
+                    "{file.parents[1]}/frames/{file.stem}/{i}.jpg", 0, {}),
+    "coco": (("annotations/instances_train*.json",),),
+}
+
+
 def read_frame(file):
     """Image file -> (3, H, W) uint8."""
     return pil_to_tensor(open_image(file))
 
 
-def read_numbers(path, lines=None, columns=4):
-    """Text file of numbers divided by commas, tabs or spaces -> (lines, columns) float64; lines: as
-    many as the file has, or as given, however the file breaks them. Raises OSError."""
+def read_numbers(path, lines=-1, columns=4):
+    """Text file of numbers divided by commas, tabs, spaces or lines -> (lines, columns) float64; by
+    default as many lines as they fill. Raises OSError."""
     try:
-        text = Path(path).read_text("utf-8-sig").replace(",", " ").strip()
-        numbers = np.array(text.split(), dtype=np.float64)
-        return numbers.reshape(lines or len(text.splitlines()), columns)
+        numbers = path.read_text().replace(",", " ").split()
+        return np.array(numbers, float).reshape(lines, columns)
     except (OSError, ValueError) as error:
-        raise OSError(f"{path} is no table of {columns} numbers per frame ({error}): get it again"
-                      ) from None
+        raise OSError(f"{path} is no table of {columns} numbers per frame ({error})") from None
 
 
-def read_lasot(file):
+def read_video(layout, file):
+    """Video with the annotation `file`. Own videos in GOT-10k's layout may lack label files: the
+    target is then visible in all frames."""
+    _, frame, first, labels = LAYOUTS[layout]
     boxes = read_numbers(file)
     n = len(boxes)
-    occluded = read_numbers(file.with_name("full_occlusion.txt"), n, 1).ravel()
-    outside = read_numbers(file.with_name("out_of_view.txt"), n, 1).ravel()
-    frames = [f"{file.parent}/img/{i:08}.jpg" for i in range(1, n + 1)]
-    return frames, boxes, (occluded == 0) & (outside == 0)
-
-
-def read_got10k(file):
-    """Own videos may leave out the labels: the target is then visible in all frames."""
-    boxes = read_numbers(file)
-    n = len(boxes)
-    absence = file.with_name("absence.label")
-    cover = file.with_name("cover.label")
-    visible = not absence.exists() or read_numbers(absence, n, 1).ravel() == 0
-    visible &= not cover.exists() or read_numbers(cover, n, 1).ravel() > 0
-    return [f"{file.parent}/{i:08}.jpg" for i in range(1, n + 1)], boxes, visible
-
-
-def read_trackingnet(file):
-    boxes = read_numbers(file)
-    folder = file.parents[1] / "frames" / file.stem
-    return [f"{folder}/{i}.jpg" for i in range(len(boxes))], boxes, True
+    visible = np.ones(n, bool)
+    for name, hidden in labels.items():
+        label = file.with_name(name)
+        if layout == "lasot" or label.exists():
+            visible &= read_numbers(label, n, 1)[:, 0] != hidden
+    return [frame.format(file=file, i=i) for i in range(first, first + n)], boxes, visible
 
 
 def read_coco(file):
@@ -651,28 +622,17 @@ def read_coco(file):
     folder = file.parents[1] / year
     if not folder.exists():
         folder = file.parents[1] / "images" / year    # OSTrack's layout
-    try:
-        content = json.loads(file.read_text())
-    except ValueError as error:
-        raise InputError(f"{file} is no complete JSON ({error}): get it again") from None
+    content = json.loads(file.read_text())
     names = {image["id"]: image["file_name"] for image in content["images"]}
     objects = [a for a in content["annotations"]
                if not a.get("iscrowd") and min(a["bbox"][2:]) > 0]
     files = np.array([f"{folder}/{names[a['image_id']]}" for a in objects])    # for all loaders
-    boxes = np.array([a["bbox"] for a in objects], dtype=np.float64)
+    boxes = np.array([a["bbox"] for a in objects], float)
     return range(len(objects)), functools.partial(read_still, files, boxes)
 
 
 def read_still(files, boxes, i):
-    return files[i:i + 1], boxes[i:i + 1], True
-
-
-LAYOUTS = {    # where the annotations lie below the folder of a set, how one of them is read
-    "lasot": (("[!.]*/groundtruth.txt", "[!.]*/[!.]*/groundtruth.txt"), read_lasot),
-    "got10k": (("GOT-10k*/groundtruth.txt", "train/[!.]*/groundtruth.txt"), read_got10k),
-    "trackingnet": (("TRAIN_*/anno/[!.]*.txt",), read_trackingnet),
-    "coco": (("annotations/instances_train*.json",), read_coco),
-}
+    return files[i:i + 1], boxes[i:i + 1], np.array([True])
 
 
 def find_annotations(text):
@@ -680,10 +640,10 @@ def find_annotations(text):
     found = {}
     for entry in text.split(","):
         name, _, folder = entry.partition("=")
-        if name not in LAYOUTS or not folder:
+        if name not in LAYOUTS:
             raise InputError(f"--data {text}: give NAME=FOLDER,NAME=FOLDER,... with names among "
                              f"{', '.join(LAYOUTS)}")
-        patterns, _ = LAYOUTS[name]
+        patterns = LAYOUTS[name][0]
         found[name] = sorted(file for pattern in patterns for file in Path(folder).glob(pattern))
     return found
 
@@ -692,14 +652,15 @@ def open_sets(text):
     """--data -> {name: (items, function that reads the sequence of an item)}."""
     sets = {}
     for name, files in find_annotations(text).items():
-        patterns, read_sequence = LAYOUTS[name]
         if name == "lasot":
             files = [file for file in files if file.parent.name not in LASOT_TEST]
         if not files:
-            raise InputError(f"--data {text}: {name} has no training sequence, looked for "
-                             f"{' and '.join(patterns)}")
-        # of COCO 2014 and 2017 the later
-        sets[name] = read_coco(files[-1]) if name == "coco" else (files, read_sequence)
+            raise InputError(f"--data {text}: {name} has no training sequence in the layout that "
+                             "README, 'Data', shows")
+        if name == "coco":
+            sets[name] = read_coco(files[-1])    # of 2014 and 2017 the later
+        else:
+            sets[name] = files, functools.partial(read_video, name)
     return sets
 
 
@@ -719,77 +680,68 @@ def score_sequence(boxes, truth, visible):
     boxes = torch.tensor(boxes, dtype=torch.float64)
     truth = torch.tensor(truth, dtype=torch.float64)
     boxes[0] = truth[0]
-    valid = boxes.isfinite().all(dim=1) & (boxes[:, 2:] > 0).all(dim=1)
+    valid = (boxes[:, 2:] > 0).all(dim=1)
     boxes = boxes[torch.where(valid, torch.arange(len(boxes)), 0).cummax(dim=0).values]
     present = torch.from_numpy(visible) & (truth[:, 2:] > 0).all(dim=1)
-    iou, _ = box_overlap(box_convert(boxes, "xywh", "xyxy"), box_convert(truth, "xywh", "xyxy"))
+    corners = [box_convert(x, "xywh", "xyxy")[:, None] for x in (boxes, truth)]
+    iou = torch.vmap(box_iou)(*corners)[:, 0]                                   # (N, 1)
     shift = box_centre(boxes) - box_centre(truth)
-    hits = (iou[:, None] > torch.arange(21).double() / 20,
+    hits = (iou > torch.arange(21).double() / 20,
             shift.norm(dim=1, keepdim=True) <= torch.arange(51),
             (shift / truth[:, 2:]).norm(dim=1, keepdim=True) <= torch.arange(51) / 100)
-    return [(hit & present[:, None]).double().mean(dim=0) for hit in hits]
+    return [(hit & present[:, None]).float().mean(dim=0) for hit in hits]
 
 
 def evaluate(args):
     """One-pass evaluation of a tracker, or of the text files of --results, on LaSOT's test set:
-    prints AUC, P and P_norm. InputError if sequences are missing."""
+    prints AUC, P and P_norm. Processes share the sequences; those with a text file are not tracked
+    again. With --skip-corrupt, those with unreadable files are named and left out."""
     rank, world, device, _ = init_distributed(args, minutes=24 * 60)    # processes may differ
-    files = sorted(find_annotations(args.data).get("lasot", []), key=os.path.getsize, reverse=True)
-    found = {file.parent.name: file for file in files if file.parent.name in LASOT_TEST}
-    folder = Path(args.results or "")
-    if not args.results:
+    files = find_annotations(args.data).get("lasot", [])
+    files = [file for file in files if file.parent.name in LASOT_TEST]
+    if args.results:
+        folder = Path(args.results)
+    else:
         tracker = load_tracker(args, device)
         weights = zlib.crc32(Path(args.init).read_bytes())    # others get another folder
-        folder = Path(args.out, "results", f"{weights:08x}{'-int' * args.int}")
-        track_sequences(args, tracker, found, folder, rank, world)
-    if rank > 0:
-        return
-
-    pairs = [(folder / f"{name}.txt", file) for name, file in found.items()]
-    rows = [score_file(boxes, file) for boxes, file in pairs if boxes.exists()]
-    missing = len(LASOT_TEST) - len(rows)
-    if missing and not (rows and args.allow_partial):
-        raise InputError(f"{missing} of {len(LASOT_TEST)} test sequences are missing in "
-                         f"{args.data} (such as lasot/airplane/airplane-1/groundtruth.txt) or in "
-                         f"{folder}: --allow-partial scores the others")
-    *scores, frames = zip(*rows)
-    auc, p, p_norm, still = 100 * np.mean(scores, axis=1)
-    print(f"evaluated {len(rows)}/{len(LASOT_TEST)} sequences, {sum(frames)} frames; boxes in "
-          f"{folder}")
-    print(f"AUC {auc:.1f}, P {p:.1f}, P_norm {p_norm:.1f}{' PARTIAL' if missing else ''}; a box "
-          f"that never moves: AUC {still:.1f}")
-
-
-def track_sequences(args, tracker, found, folder, rank, world):
-    """Track each sequence without a text file in `folder` from its true first box; processes share
-    them. With --skip-corrupt, those with unreadable files are named and left out."""
-    folder.mkdir(parents=True, exist_ok=True)
-    names = list(found)
-    unreadable = Reader(names, args, train=False)
-    if rank == 0 and torch.get_float32_matmul_precision() == "high":
-        print("float32 matrices are multiplied in TF32 where the GPU has it")
-    for i in tqdm(range(rank, len(names), world), disable=rank > 0):
-        path = folder / f"{names[i]}.txt"
-        if path.exists():
-            continue
+        folder = Path(args.out, "results", f"{weights:08x}")
+    unreadable = Reader(files, args, train=False)
+    sums = torch.zeros(4, device=device)    # AUC, P, P_norm, sequences
+    for i in tqdm(range(rank, len(files), world), disable=rank > 0):
+        path = folder / f"{files[i].parent.name}.txt"
         try:
-            frames, truth, _ = read_lasot(found[names[i]])
-            boxes = [box for box, _ in tracker.follow(frames, truth[0], args.workers)]
+            frames, truth, visible = read_video("lasot", files[i])
+            if not args.results and not path.exists():
+                boxes, _ = zip(*tracker.follow(frames, truth[0], args.workers))
+                write_boxes(path, boxes)
+            if path.exists():
+                boxes = read_numbers(path, len(truth))
+                success, precision, normed = score_sequence(boxes, truth, visible)
+                values = [success.mean(), precision[20], normed[20], 1]
+                sums += torch.tensor(values, device=device)
         except OSError as error:
-            reason = str(error).splitlines()[-1]    # a loader process adds others
-            unreadable.skip(i, reason.removeprefix("OSError: "))
-            continue
-        write_boxes(path, boxes, args.int)
+            unreadable.skip(i, str(error).splitlines()[-1])    # a loader process adds others
     if world > 1:
-        dist.barrier()
+        dist.all_reduce(sums)
+
+    sequences = int(sums[3])
+    missing = len(LASOT_TEST) - sequences
+    if missing and not (sequences and args.allow_partial):
+        raise InputError(f"{missing} of {len(LASOT_TEST)} test sequences are missing in --data or "
+                         f"in {folder}: --allow-partial scores the others")
+    if rank == 0:
+        auc, p, p_norm = (100 * sums[:3] / sequences).tolist()
+        print(f"evaluated {sequences}/{len(LASOT_TEST)} sequences in "
+              f"{'TF32' if device.type == 'cuda' else 'float32'}; boxes in {folder}\n"
+              f"AUC {auc:.1f}, P {p:.1f}, P_norm {p_norm:.1f}{' PARTIAL' if missing else ''}")
 
 
 def load_tracker(args, device):
     """The trained tracker of --init, ready to follow."""
     file = read_file(args.init)
-    if "tracker" not in (file.get("arch") or ""):    # some foreign files store a name
+    arch = file.get("arch") or ""    # some foreign files store a name
+    if "tracker" not in arch:
         raise InputError(f"checkpoint {args.init} is no tracker: give last.pt of a training")
-    arch = dict(file["arch"])
     options = arch.pop("tracker")
     arch.pop("kind")
     model = Tracker(VisionTransformer(**arch), **options)
@@ -797,102 +749,53 @@ def load_tracker(args, device):
     return OnePassTracker(model, file["mean"], file["std"], device)
 
 
-def write_boxes(path, boxes, whole):
-    """One x,y,w,h per line and frame; whole: truncated to whole pixels, as OSTrack does."""
-    np.savetxt(f"{path}.tmp", boxes, "%d" if whole else "%.2f", ",")
-    os.replace(f"{path}.tmp", path)
-
-
-def score_file(path, file):
-    """Boxes in a text file against an annotation of LaSOT -> AUC, P, P_norm, AUC of a box that
-    never moves, number of frames."""
-    boxes = read_numbers(path)
-    _, truth, visible = read_lasot(file)
-    n = len(truth)
-    if len(boxes) < n:
-        raise OSError(f"{path} has {len(boxes)} boxes, the sequence {n} frames: track it again")
-    success, precision, norm_precision = score_sequence(boxes[:n], truth, visible)
-    still, _, _ = score_sequence(truth[:1].repeat(n, 0), truth, visible)
-    return success.mean(), precision[20], norm_precision[20], still.mean(), n
+def write_boxes(path, boxes):
+    """One x,y,w,h per line and frame."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = path.with_suffix(".tmp")
+    np.savetxt(scratch, boxes, "%.2f", ",")
+    scratch.replace(path)
 
 
 # --------------------------------------------------------------------------------------------------
-# Own frames, frames per second
+# Own frames
 # --------------------------------------------------------------------------------------------------
 def track_frames(args):
     """Follow the target of --box through --frames: boxes.txt, a line per frame, and overlay.gif."""
-    _, _, device, _ = init_distributed(args)
     if Path(args.frames).is_file():
         raise InputError(f"--frames takes a folder of frames; of a video: mkdir frames; ffmpeg -i "
                          f"{args.frames} frames/%08d.jpg")
-    files = sorted(list_images(args.frames), key=natural_key)
-    check_box(args.box, open_image(files[0]).size)
-    tracker = load_tracker(args, device)
-    os.makedirs(args.out, exist_ok=True)
-    found = list(tqdm(tracker.follow(files, args.box, args.workers), total=len(files)))
-    write_boxes(f"{args.out}/boxes.txt", [box for box, _ in found], args.int)
-    draw_overlay(f"{args.out}/overlay.gif", files, found)
-    folders = {Path(file).parent for file in files}
-    sizes = {Image.open(file).size for file in files}
-    print(f"{len(files)} frames of {len(sizes)} size(s) from {len(folders)} folder(s); in "
-          f"{args.out}: boxes.txt, overlay.gif")
-
-
-def natural_key(file):
-    """Name without its ending, and with numbers of equal length: sorts 2.jpg before 10.JPEG."""
-    return re.sub("[0-9]+", lambda number: number[0].zfill(20), Path(file).stem)
-
-
-def check_box(box, size):
-    """Raise InputError, with both readings of the four numbers, for a box that leaves the frame."""
-    x, y, w, h = box
-    width, height = size
+    files = list_images(args.frames)
+    files.sort(key=lambda file: len(Path(file).stem))    # 2.jpg before 10.jpg
+    x, y, w, h = args.box or [0] * 4
+    width, height = open_image(files[0]).size
     if not (0 <= x < x + w <= width and 0 <= y < y + h <= height):
-        raise InputError(f"--box, read as x y w h, reaches from {x:g} {y:g} to {x + w:g} {y + h:g} "
-                         f"in a frame of {width} x {height}; if it is x1 y1 x2 y2, give --box "
-                         f"{x:g} {y:g} {w - x:g} {h - y:g}")
+        raise InputError("--frames needs --box X Y W H within its first frame of "
+                         f"{width} x {height}; if yours is x1 y1 x2 y2, give --box {x:g} {y:g} "
+                         f"{w - x:g} {h - y:g}")
+    _, _, device, _ = init_distributed(args)
+    tracker = load_tracker(args, device)
+    boxes, scores = zip(*tqdm(tracker.follow(files, args.box, args.workers), total=len(files)))
+    write_boxes(Path(args.out, "boxes.txt"), boxes)
+    draw_overlay(Path(args.out, "overlay.gif"), files, boxes, scores)
+    folders = {Path(file).parent for file in files}
+    print(f"{len(files)} frames of {len(folders)} folder(s); {args.out} has boxes.txt, overlay.gif")
 
 
-def draw_overlay(path, files, found):
+def draw_overlay(path, files, boxes, scores):
     """Animated GIF, 400 pixels along its longer side, of the frames with box and score; of a long
     video every n-th frame, at most 150."""
     every = math.ceil(len(files) / 150)
     pictures = []
-    for file, (box, score) in list(zip(files, found))[::every]:
-        frame = open_image(file)
-        zoom = 400 / max(frame.size)
-        picture = frame.resize([math.ceil(side * zoom) for side in frame.size])
-        x, y, w, h = box * zoom
+    for i in range(0, len(files), every):
+        frame = open_image(files[i])
+        picture = ImageOps.contain(frame, (400, 400))
+        x, y, w, h = boxes[i] * 400 / max(frame.size)
         draw = ImageDraw.Draw(picture)
         draw.rectangle((x, y, x + w, y + h), outline="red", width=3)
-        draw.text((6, 4), f"score {score:.2f}", "red", font_size=18)
+        draw.text((6, 4), f"score {scores[i]:.2f}", "red", font_size=18)
         pictures.append(picture)
     pictures[0].save(path, save_all=True, append_images=pictures[1:], duration=33 * every, loop=0)
-
-
-def benchmark(args, frames=100, warmup=10):
-    """Print frames per second of the model alone, and from a JPEG in memory to a box in pixels, of
-    the tracker that the options describe; its weights do not matter."""
-    _, _, device, _ = init_distributed(args)
-    tracker = OnePassTracker(build_tracker(args), args.mean, args.std, device)
-    noise = np.random.default_rng(0).integers(256, size=(45, 80, 3), dtype=np.uint8)
-    file = io.BytesIO()
-    Image.fromarray(noise).resize((1280, 720)).save(file, "JPEG")    # smooth, as photos are
-    box = np.array([600.0, 300.0, 120.0, 90.0])
-    tracker.start(read_frame(file), box)
-    search, _ = tracker.crop(read_frame(file), "search")
-
-    def end_to_end():
-        tracker.box = box
-        tracker.step(read_frame(file))
-
-    print(f"{tracker.model.options}\n{device}, {torch.get_num_threads()} CPU thread(s), float32; "
-          f"median of {frames} frames after a warm-up of {warmup}")
-    for title, function in (    # both copy the box to the host, so times are true
-            ("model only", lambda: tracker.locate(search)),
-            ("end to end, from a JPEG of 1280 x 720 to a box", end_to_end)):
-        times = timeit.repeat(function, repeat=warmup + frames, number=1)
-        print(f"{title}: {1 / np.median(times[warmup:]):.1f} frames/s")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -933,11 +836,7 @@ volleyball-18 volleyball-19""".split()
 # --------------------------------------------------------------------------------------------------
 # Arguments: the defaults are the paper's
 # --------------------------------------------------------------------------------------------------
-USES = {    # of a trained tracker -> the options that each reads
-    "eval": "data init results allow_partial int workers skip_corrupt out device",
-    "frames": "box init int workers out device",
-    "benchmark": "init model template_size search_size keep_rate head_channels device",
-}
+USED = "eval frames box data init results allow_partial workers skip_corrupt out device".split()
 
 
 def parse_args(argv=None):
@@ -946,15 +845,14 @@ def parse_args(argv=None):
     add = parser.group("method (OSTrack-256)")
     add("--init", help="training: encoder to start from (README, 'Checkpoints'), else random "
                        "weights; --eval, --frames: the tracker, else last.pt in --out")
-    add("--model", help="encoder; default: that of --init, or the paper's vit_tiny (12 heads); for "
-                        "small tests vit_nano, vit_pico")
+    add("--model", help="encoder; default: that of --init, or the paper's vit_tiny (12 heads)")
     add("--template-size", low=1, help="pixels along the template crop; default: 128, the paper's")
     add("--search-size", low=1, help="pixels along the search crop; default: 256, the paper's")
-    add("--keep-rate", type=float, low=0.01, high=1,
-        help="share of the search tokens that blocks 4, 7 and 10 each keep; default: 0.7; 1: all. "
-             "It falls from 1 between 1/15 and 1/3 of the epochs, 20 and 100 of the paper's 300")
+    add("--keep-rate", type=float, low=0.01,
+        help="share of search tokens that blocks 4, 7 and 10 each keep; default: 0.7; it falls from "
+             "1 between 1/15 and 1/3 of the epochs, 20 and 100 of the paper's 300")
     add("--head-channels", low=8, help="of the head's first layer; default: 256, the paper's")
-    add("--drop-path", type=float, low=0, high=1, default=0.1,
+    add("--drop-path", type=float, default=0.1,
         help="of the last block; the rates grow linearly from 0")
 
     add = parser.group("training (OSTrack-256), data")
@@ -966,9 +864,9 @@ def parse_args(argv=None):
     add("--epochs", low=1, default=300, help="paper: 300")
     add("--batch-size", low=1, default=128,
         help="pairs per optimizer step over all processes; paper: 128")
-    add("--lr", type=float, low=0, default=4e-4,
+    add("--lr", type=float, default=4e-4,
         help="of the head; it falls to a tenth after 4/5 of the epochs")
-    add("--encoder-lr", type=float, low=0, default=0.1, help="rate of the encoder over --lr")
+    add("--encoder-lr", type=float, default=0.1, help="rate of the encoder over --lr")
 
     add = parser.group("use of a trained tracker")
     add("--eval", action="store_true", help="one-pass evaluation on the test sequences of --data")
@@ -977,52 +875,26 @@ def parse_args(argv=None):
     add("--allow-partial", action="store_true",
         help="with --eval: evaluate although test sequences are missing")
     add("--frames", help="track the target of --box through the images of this folder")
-    add("--box", type=box_numbers, nargs="+",
-        help="x y w h of the target in the first frame, in pixels")
-    add("--int", action="store_true", help="write whole pixels, truncated as OSTrack does")
-    add("--benchmark", action="store_true", help="frames per second, model alone and end to end")
+    add("--box", type=float, nargs=4, help="x y w h of the target in the first frame, in pixels")
 
     add = parser.run_options("out/track", clip_grad=0.1)
     add("--eval-every", low=1, default=10, help="epochs between evaluations on fixed pairs")
-    parser.set_defaults(**{**TRACKER, **RECIPE})
+    parser.set_defaults(**TRACKER, **RECIPE)
     args = parser.parse_args(argv)
-    use = next((name for name in USES if getattr(args, name)), None)
-    given = {name for name, value in vars(args).items() if value != parser.get_default(name)}
-    unread = given & {"results", "allow_partial", "box", "int"}
-    if use:
-        unread = given - {use, *USES[use].split()}
-    if unread:
-        names = ", ".join(f"--{name.replace('_', '-')}" for name in sorted(unread))
-        parser.error(f"{'--' + use if use else 'a training'} does not read {names}: leave it out")
-    return args
-
-
-def box_numbers(text):
-    """Numbers divided by commas, one or more."""
-    return [float(number) for number in text.strip(",").split(",")]
-
-
-def resolve(args):
-    """Fill in the options that depend on others; raise InputError for a missing or wrong --box."""
-    args.lr_drop = max(1, args.epochs * 4 // 5)    # 240 of 300 epochs
-    args.eliminate_epochs = [args.epochs // 15, args.epochs // 3]    # 20 and 100 of 300
-    if args.frames:
-        args.box = np.array(sum(args.box or [], []))
-        if len(args.box) != 4:
-            raise InputError("--frames needs --box X Y W H, the target's box in its first frame")
     if args.eval or args.frames:
         args.init = args.init or f"{args.out}/last.pt"
+        unread = [name for name, value in vars(args).items()
+                  if value != parser.get_default(name) and name not in USED]
+        if unread:
+            parser.error(f"a trained tracker does not read --{unread[0]}".replace("_", "-"))
     return args
 
 
 def main(args):
-    resolve(args)
     if args.eval:
         evaluate(args)
     elif args.frames:
         track_frames(args)
-    elif args.benchmark:
-        benchmark(args)
     else:
         train(args)
 

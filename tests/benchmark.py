@@ -1,44 +1,345 @@
-"""Speed of this project against plain versions of the same computation, in one process.
+"""Speed and exactness of this project on this machine, measured by one command.
 
-    python tests/benchmark.py [pretrain ...]    # all parts, or those named; on a quiet machine
+    python tests/benchmark.py                          # all rows of the device, on a quiet machine
+    python tests/benchmark.py --device cpu pretrain    # the rows named
+    python tests/benchmark.py --json result.json       # the tables as JSON, too
 
-Every figure is a median over alternating rounds: a machine that drifts favours neither side.
+It needs neither data nor checkpoints: images are drawn, weights are random. On a GPU (rows numerics,
+steps, loading, hours) it takes about six minutes: errors against the CPU, images/s of training
+steps, eager and compiled, crops/s of the loader, and the hours of the paper's runs that follow. On a
+CPU (pretrain, finetune, loading, segment, track, analyze) it compares with plain versions of the
+same computation. Sides that are compared take turns, and each figure is a median over the rounds: a
+machine that drifts favours neither.
 """
-import copy
+import argparse
 import functools
 import itertools
+import json
 import math
+import os
+import platform
 import statistics
 import sys
 import tempfile
 import time
+import traceback
+import warnings
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import torch
+import torch.nn.functional as F
+import torchvision
 from PIL import Image
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.utils import clip_grad_norm_
+from torch.optim import AdamW
 from torch.utils.flop_counter import FlopCounterMode
+from torchvision.transforms import v2
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-from models import (MODELS, average_over_processes, choose_device, normalize,  # noqa: E402
-                    param_groups)
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import finetune  # noqa: E402
+import pretrain_d2mae  # noqa: E402
+import segment  # noqa: E402
+import track  # noqa: E402
+from analyze import minibatch_cka  # noqa: E402
+from models import (IMAGENET_MEAN, IMAGENET_STD, build_model, list_images, normalize,  # noqa: E402
+                    param_groups, train_loader)
+
+IMAGENET = 1_281_167    # training images
+RESULTS = {}            # table -> rows, dicts of column -> value
 
 
-def race(*functions, rounds=7, synchronize=lambda: None):
+# --------------------------------------------------------------------------------------------------
+# Measuring
+# --------------------------------------------------------------------------------------------------
+def record(table, **row):
+    """Print a row, and keep it for the tables at the end."""
+    RESULTS.setdefault(table, []).append(row)
+    print(f"{table}: " + ", ".join(f"{k} {v}" for k, v in row.items()), flush=True)
+
+
+def race(args, *functions, rounds=None):
     """Median seconds of each function; they take turns, after one warm-up each."""
+    wait = torch.cuda.synchronize if args.device.type == "cuda" else lambda: None
     times = [[] for _ in functions]
-    for i, (function, record) in itertools.product(range(rounds + 1), zip(functions, times)):
-        synchronize()
+    rounds = 1 + min(args.rounds, rounds or args.rounds)
+    for _, (function, record_of) in itertools.product(range(rounds), zip(functions, times)):
+        wait()
         begun = time.perf_counter()
         function()
-        synchronize()
-        record.append(time.perf_counter() - begun)
+        wait()
+        record_of.append(time.perf_counter() - begun)
     return [statistics.median(t[1:]) for t in times]
 
 
+def compare(args, what, unit, amount, ours, plain, rounds=None):
+    """Record `amount` things over the seconds of each of two functions."""
+    fast, slow = race(args, ours, plain, rounds=rounds)
+    record("against plain versions", what=f"{what} ({unit})", here=f"{amount / fast:.4g}",
+           plain=f"{amount / slow:.4g}", ratio=f"{slow / fast:.2f}x")
+
+
+# --------------------------------------------------------------------------------------------------
+# The machine
+# --------------------------------------------------------------------------------------------------
+def describe(args):
+    """Versions, the device, and the kernels of scaled_dot_product_attention that it has."""
+    card = torch.cuda.get_device_name() if args.device.type == "cuda" else platform.processor()
+    rows = dict(device=card or "cpu", cores=os.cpu_count(), torch=torch.__version__,
+                torchvision=torchvision.__version__, python=platform.python_version())
+    if args.device.type == "cuda":
+        free, total = torch.cuda.mem_get_info()
+        rows.update(cuda=torch.version.cuda, cudnn=torch.backends.cudnn.version(),
+                    capability=torch.cuda.get_device_capability(),
+                    memory=f"{free / 2 ** 30:.0f} of {total / 2 ** 30:.0f} GiB free")
+    for dtype, bias in itertools.product((torch.bfloat16, torch.float32), (False, True)):
+        name = f"attention in {str(dtype)[6:]}{' with bias' if bias else ''}"
+        rows[name] = ", ".join(attention_kernels(args.device, dtype, bias))
+    for key, value in rows.items():
+        record("machine", what=key, value=value)
+
+
+def attention_kernels(device, dtype, bias):
+    """Names of the kernels that take the tokens of ViT-Tiny, with a trainable bias or without."""
+    q = torch.randn(2, 12, 197, 16, device=device, dtype=dtype, requires_grad=True)
+    mask = torch.randn(1, 12, 197, 197, device=device, dtype=dtype, requires_grad=True)
+    names = []
+    for name in ("FLASH_ATTENTION", "EFFICIENT_ATTENTION", "CUDNN_ATTENTION", "MATH"):
+        try:
+            with sdpa_kernel(getattr(SDPBackend, name)), warnings.catch_warnings(action="ignore"):
+                F.scaled_dot_product_attention(q, q, q, mask if bias else None).sum().backward()
+            names.append(name.split("_")[0].lower())
+        except RuntimeError:
+            pass    # not on this device
+    return names
+
+
+# --------------------------------------------------------------------------------------------------
+# Numerics: every network, in three precisions, against float32 on the CPU
+# --------------------------------------------------------------------------------------------------
+@torch.no_grad()
+def fill_weights(model):
+    """Random weights that let no branch vanish: 0.05 * normal, plus 1 for the scale of a norm."""
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            p.normal_(std=0.05)
+            p.add_(float(p.dim() == 1 and name.endswith("weight")))
+    return model
+
+
+def small_pretraining(method, model="vit_nano", **options):
+    """A method of pretrain_d2mae.py at 64 pixels -> model, inputs, loss."""
+    sizes = [] if model == "hiera_tiny" else ["--patch-size", "8"]
+    choices = itertools.chain(*((f"--{k}", v) for k, v in options.items()))
+    args = pretrain_d2mae.parse_args(["--model", model, "--image-size", "64", "--method", method,
+                                      "--teacher", "random", *sizes, *choices])
+    teacher = None
+    if method != "mae":
+        teacher = build_model("hiera_tiny" if model == "hiera_tiny" else "vit_nano", img_size=64,
+                              vit=dict(patch_size=8, fixed_pos_embed=True), hiera=dict(q_pool=2))
+        teacher = fill_weights(teacher).eval().requires_grad_(False)
+    args.mask_ratio = 0.75
+    model = fill_weights(pretrain_d2mae.build_student(args, teacher))
+
+    def loss(model, images, noise):
+        ids = pretrain_d2mae.random_masking(noise, args.mask_ratio)
+        maps = model.teacher_maps(teacher and teacher.to(images.device), images, ids[0])
+        return model(images, *ids, maps)["loss"]
+    return model, (torch.randn(4, 3, 64, 64), torch.rand(4, model.cells)), loss
+
+
+def small_classification(name="vit_tiny", **options):
+    model = fill_weights(build_model(name, img_size=64, num_classes=5, **options))
+
+    def loss(model, images, labels):
+        return F.cross_entropy(model(images).float(), labels)
+    return model, (torch.randn(4, 3, 64, 64), torch.tensor([0, 1, 2, 4])), loss
+
+
+def small_segmentation():
+    encoder = build_model("vit_nano", img_size=64, patch_size=8, vit=dict(rel_pos_bias=True))
+    model = segment.SemanticFPN(fill_weights(encoder), 5, dropout=0.0)
+
+    def loss(model, images, labels):
+        return segment.segmentation_loss(model(images), labels)
+    return model, (torch.randn(2, 3, 64, 64), torch.randint(0, 5, (2, 64, 64))), loss
+
+
+def small_tracking(keep_rate):
+    encoder = fill_weights(build_model("vit_nano", img_size=32, patch_size=8))
+    model = track.Tracker(encoder, template_size=32, search_size=64)
+    boxes = torch.tensor([[0.3, 0.3, 0.2, 0.4], [0.5, 0.1, 0.3, 0.3]])
+
+    def loss(model, template, search, boxes):
+        return track.tracking_losses(*model(template, search, keep_rate), boxes)["loss"]
+    return model, (torch.randn(2, 3, 32, 32), torch.randn(2, 3, 64, 64), boxes), loss
+
+
+NETWORKS = {    # -> model, inputs, loss(model, *inputs)
+    "MAE": lambda: small_pretraining("mae"),
+    "D-MAE": lambda: small_pretraining("d-mae"),
+    "D2-MAE": lambda: small_pretraining("d2-mae"),
+    "hidden states": lambda: small_pretraining("d-mae", distill="hidden"),
+    "Hiera, MAE": lambda: small_pretraining("mae", "hiera_tiny"),
+    "Hiera, D-MAE": lambda: small_pretraining("d-mae", "hiera_tiny"),
+    "ViT": small_classification,
+    "ViT with RPE": lambda: small_classification(vit=dict(rel_pos_bias=True)),
+    "Hiera": lambda: small_classification("hiera_tiny"),
+    "segmentation": small_segmentation,
+    "tracking": lambda: small_tracking(1.0),
+    "tracking, elimination": lambda: small_tracking(0.7),
+}
+PRECISIONS = (torch.float32, torch.bfloat16, torch.float16)
+FLOAT32_ONLY = ("tracking, elimination",)    # else rounding changes which tokens are kept
+
+
+def full_float32():
+    """Switch TensorFloat-32 off, in matrix products and convolutions."""
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = False
+
+
+def errors(name, device, dtype):
+    """Relative errors of a network against float32 on the CPU -> that of the loss, and that of each
+    tensor's gradient. Tensors of small gradients are measured by 1 % of the largest norm."""
+    torch.manual_seed(0)
+    model, inputs, loss_of = NETWORKS[name]()
+    state = {k: v.clone() for k, v in model.state_dict().items()}
+    results = []
+    for where, precision in (("cpu", torch.float32), (device, dtype)):
+        model.load_state_dict(state)    # statistics of batch norms move
+        model.to(where).zero_grad()
+        with torch.autocast(torch.device(where).type, precision, precision != torch.float32):
+            loss = loss_of(model, *(x.to(where) for x in inputs))
+        (1024 * loss).backward()    # as under a loss scaler
+        gradients = {k: p.grad.cpu() for k, p in model.named_parameters() if p.grad is not None}
+        results.append((loss.item(), gradients))
+    (loss, gradients), (other_loss, others) = results
+    largest = max(g.norm() for g in gradients.values())
+    return abs(other_loss / loss - 1), {
+        k: ((others[k] - g).norm() / (g.norm() + 0.01 * largest)).item()
+        for k, g in gradients.items()}
+
+
+def bench_numerics(args):
+    full_float32()
+    for name, dtype in itertools.product(NETWORKS, PRECISIONS):
+        if dtype == torch.float32 or name not in FLOAT32_ONLY:
+            loss, gradients = errors(name, args.device, dtype)
+            worst = max(gradients, key=gradients.get)
+            record("relative errors against float32 on the CPU", network=name,
+                   precision=str(dtype)[6:], loss=f"{loss:.1e}",
+                   gradients=f"{statistics.median(gradients.values()):.1e}",
+                   worst=f"{gradients[worst]:.1e}", tensor=worst)
+
+
+# --------------------------------------------------------------------------------------------------
+# Training steps
+# --------------------------------------------------------------------------------------------------
+METHODS = ("d2-mae", "d-mae", "mae", "fine-tuning")
+
+
+def build_pretraining(args, method, batch):
+    """The paper's student and its teacher, ViT-Base at 224 -> model, teacher, images, noise."""
+    options = pretrain_d2mae.parse_args(["--method", method])
+    teacher = None
+    if method != "mae":
+        teacher = build_model("vit_base", vit=dict(fixed_pos_embed=True))
+        teacher = teacher.to(args.device).eval().requires_grad_(False)
+    options.mask_ratio = 0.75
+    model = pretrain_d2mae.build_student(options, teacher).to(args.device)
+    images = torch.randint(256, (batch, 3, 224, 224), dtype=torch.uint8, device=args.device)
+    return model, teacher, images, torch.rand(batch, 196, device=args.device)
+
+
+def build_loss(args, method, batch, compiled):
+    """Model and loss of a training step as in the scripts, on images that are on the device."""
+    wrap = torch.compile if compiled else lambda function: function
+    autocast = torch.autocast(args.device.type, torch.bfloat16, args.device.type == "cuda")
+    if method == "fine-tuning":
+        model, mixing, images, labels = build_finetuning(args, batch)
+        network = wrap(model)
+
+        def loss():
+            x, targets = mixing(normalize(images), labels)
+            with autocast:
+                logits = network(x).float()
+            return F.cross_entropy(logits, targets)
+        return model, loss
+
+    model, teacher, images, noise = build_pretraining(args, method, batch)
+    student, teacher_maps = wrap(model), wrap(model.teacher_maps)
+
+    def loss():
+        x = normalize(images)
+        ids_keep, ids_masked = pretrain_d2mae.random_masking(noise, 0.75)
+        with autocast:
+            return student(x, ids_keep, ids_masked, teacher_maps(teacher, x, ids_keep))["loss"]
+    return model, loss
+
+
+def update(model, optimizer, loss):
+    """The rest of a training step."""
+    loss.backward()
+    clip_grad_norm_(model.parameters(), math.inf)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+
+
+def matmul_speed(args):
+    """Operations per second of a large matrix product, in bfloat16 on a GPU."""
+    n, dtype = (8192, torch.bfloat16) if args.device.type == "cuda" else (1024, torch.float32)
+    a, b = (torch.randn(n, n, device=args.device, dtype=dtype) for _ in range(2))
+    (seconds,) = race(args, lambda: [a @ b for _ in range(5)])
+    return 5 * 2 * n ** 3 / seconds
+
+
+def bench_steps(args):
+    """Images/s, memory and operations/s of whole steps at 224 pixels, in bf16 on a GPU. Compiled
+    ones that would begin after --minutes are left out."""
+    torch.set_float32_matmul_precision("high")    # as in a run
+    torch.backends.cudnn.allow_tf32 = True
+    peak = matmul_speed(args)
+    record("machine", what="large matrix product", value=f"{peak / 1e12:.3g} TFLOP/s")
+    operations = {}
+    for compiled, batch, method in itertools.product((False, True), args.micro_batches, METHODS):
+        row = dict(step=method, images=batch, mode="compiled" if compiled else "eager")
+        if compiled and time.perf_counter() - args.begun > 60 * args.minutes:
+            record("steps", **row, result="left out: --minutes")
+            continue
+        try:
+            seconds = time_step(args, method, batch, compiled, operations)
+        except torch.OutOfMemoryError:
+            record("steps", **row, result="out of memory")
+            continue
+        speed = operations.get((method, batch), math.nan) / seconds
+        row.update(images_per_s=round(batch / seconds, 1), tflops=round(speed / 1e12, 2),
+                   share_of_matmul=f"{speed / peak:.0%}")
+        if args.device.type == "cuda":
+            row["memory"] = f"{torch.cuda.max_memory_allocated() / 2 ** 30:.1f} GiB"
+        record("steps", **row)
+
+
+def time_step(args, method, batch, compiled, operations):
+    """Median seconds of a step; an eager one also fills in its number of `operations`."""
+    torch.compiler.reset()
+    model, loss = build_loss(args, method, batch, compiled)
+    optimizer = AdamW(param_groups(model, 0.05), 1e-5, fused=True)
+    if not compiled:
+        with FlopCounterMode(display=False) as counter:
+            update(model, optimizer, loss())
+        operations[method, batch] = counter.get_total_flops()
+    update(model, optimizer, loss())
+    if args.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    return race(args, lambda: update(model, optimizer, loss()))[0]
+
+
+# --------------------------------------------------------------------------------------------------
+# Steps on a CPU, against plain versions
+# --------------------------------------------------------------------------------------------------
 def explicit_attention(attn, x):
     """Softmax attention written out, as a plain ViT has it -> output, logits, probabilities."""
     B, T, D = x.shape
@@ -56,7 +357,7 @@ def explicit_block(block, x):
 
 
 def plain_encoder(vit, images, ids_keep):
-    """Every patch embedded, the visible ones picked, every block run with explicit attention ->
+    """Embeds every patch, picks the visible ones, runs every block with explicit attention ->
     features, logits of the last block."""
     x = vit.patch_embed.proj(images).flatten(2).transpose(1, 2) + vit.pos_embed[:, 1:]
     x = x.gather(1, ids_keep[..., None].expand(-1, -1, x.shape[2]))
@@ -68,8 +369,9 @@ def plain_encoder(vit, images, ids_keep):
     return features, logits
 
 
-def plain_loss(model, images, noise, teacher=None):
+def plain_loss(model, teacher, images, noise):
     """The textbook step: embed all, decode all, predict all, keep the masked part of the loss."""
+    images = normalize(images)
     B, N = noise.shape
     V = N // 4
     ids = noise.argsort(dim=1)
@@ -89,130 +391,46 @@ def plain_loss(model, images, noise, teacher=None):
     target = (target - target.mean(-1, keepdim=True)) / (variance + 1e-6).sqrt()
     masked = torch.ones(B, N, device=images.device).scatter(1, ids_keep, 0)
     loss = (((pred - target) ** 2).mean(-1) * masked).sum() / masked.sum()
-    if teacher is not None:
-        with torch.no_grad():
-            _, truth = plain_encoder(teacher, images, ids_keep)
-        heads = model.encoder.blocks[-1].attn.num_heads
-        x = model.extra_norm(features[model.encoder.depth])
-        q, k = model.extra_qk(x).unflatten(2, (2, heads, -1)).permute(2, 0, 3, 1, 4)
-        student = (q @ k.transpose(-2, -1)) * q.shape[-1] ** -0.5
-        loss = loss + nn.functional.mse_loss(model.attn_adapter(student), truth)
-    return loss
+    if teacher is None:
+        return loss
+    with torch.no_grad():
+        _, truth = plain_encoder(teacher, images, ids_keep)
+    distillation = model.distillation
+    heads = model.encoder.blocks[-1].attn.num_heads
+    x = distillation.extra_norm(features[model.encoder.depth])
+    q, k = distillation.extra_qk(x).unflatten(2, (2, heads, -1)).permute(2, 0, 3, 1, 4)
+    student = (q @ k.transpose(-2, -1)) * q.shape[-1] ** -0.5
+    return loss + F.mse_loss(distillation.adapters[0](student), truth)
 
 
-def matmul_speed(device, dtype, wait):
-    """Operations per second of a 4096^3 (CPU: 2048^3) matrix product."""
-    n = 4096 if device.type == "cuda" else 2048
-    a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
-    (seconds,) = race(lambda: [a @ b for _ in range(5)], synchronize=wait)
-    return 5 * 2 * n ** 3 / seconds
+def bench_pretrain(args, batch=32):
+    """D2-MAE and MAE steps at 224 pixels with ViT-Base as the teacher, in float32."""
+    full_float32()
+    for method in ("d2-mae", "mae"):
+        model, teacher, images, noise = build_pretraining(args, method, batch)
+        optimizer = AdamW(param_groups(model, 0.05), 1e-5, fused=True)
 
+        def loss():
+            x = normalize(images)
+            ids_keep, ids_masked = pretrain_d2mae.random_masking(noise, 0.75)
+            return model(x, ids_keep, ids_masked, model.teacher_maps(teacher, x, ids_keep))["loss"]
 
-def bench_pretrain():
-    """D2-MAE and MAE steps at 224 px with ViT-Base as the teacher, and the loading of JPEGs.
-
-    On a GPU in bf16 at the paper's 512 images a process (4096 over 8), with the memory they take
-    and the hours of 400 epochs of ImageNet on 8 such GPUs; on a CPU in float32 at 32 images.
-    """
-    import pretrain_d2mae as P
-    device = choose_device("auto")    # with the matmul precision of a run
-    on_gpu = device.type == "cuda"
-    wait = torch.cuda.synchronize if on_gpu else lambda: None
-    dtype = torch.bfloat16 if on_gpu else torch.float32
-    batch = 512 if on_gpu else 32
-    images = torch.randn(batch, 3, 224, 224, device=device)
-    noise = torch.rand(batch, 196, device=device)
-    peak = matmul_speed(device, dtype, wait)
-    for method, tap in (("d2-mae", 8), ("mae", 12)):
-        teacher = None
-        if method == "d2-mae":
-            teacher = MODELS["vit_base"](fixed_pos_embed=True).to(device).eval()
-            teacher.requires_grad_(False)
-        model = P.MaskedAutoencoder(MODELS["vit_tiny"](fixed_pos_embed=True), tap, teacher=teacher,
-                                    decoupled=teacher is not None).to(device)
-        optimizer = torch.optim.AdamW(param_groups(model, 0.05), lr=1e-5, fused=True)
-
-        def loss_of():
-            with torch.autocast(device.type, dtype, enabled=on_gpu):
-                ids_keep, ids_masked = P.random_masking(noise, 0.75)
-                target = model.teacher_signal(teacher, images, ids_keep) if teacher else None
-                return model(images, ids_keep, ids_masked, target)["loss"]
-
-        def plain_loss_of():
-            with torch.autocast(device.type, dtype, enabled=on_gpu):
-                return plain_loss(model, images, noise, teacher)
-
-        def step(loss, look=False):
-            loss.backward()
-            if look:    # the one wait of a step, before the update, as in `train`
-                average_over_processes({"loss": loss.detach()}, 1, device)
-            optimizer.step()
-            optimizer.zero_grad()
-
+        plain = functools.partial(plain_loss, model, teacher, images, noise)
         with torch.no_grad():    # the same numbers, or the race means nothing
-            assert torch.allclose(loss_of(), plain_loss_of(), rtol=2e-2 if on_gpu else 1e-4)
-        with FlopCounterMode(display=False) as counter:
-            step(loss_of())
-        if on_gpu:
-            torch.cuda.reset_peak_memory_stats()
-            step(loss_of())
-            memory = torch.cuda.max_memory_allocated() / 2 ** 30
-        fast, looking, slow = race(lambda: step(loss_of()), lambda: step(loss_of(), look=True),
-                                   lambda: step(plain_loss_of()), synchronize=wait)
-        share = counter.get_total_flops() / fast / peak
-        print(f"{method}: {batch / fast:.1f} images/s, plain {batch / slow:.1f}: "
-              f"{slow / fast:.2f}x; looking at the loss costs {100 * (looking / fast - 1):.1f}%; "
-              f"{share:.0%} of the speed of a matrix product ({peak / 1e12:.2f} TFLOP/s)")
-        if on_gpu:
-            hours = 400 * 1_281_167 / (8 * batch / looking) / 3600
-            print(f"  peak memory {memory:.1f} GB; {hours:.1f} h for 400 epochs on "
-                  "8 of these")
-    bench_loading(P)
+            assert torch.allclose(loss(), plain(), rtol=1e-4)
+        compare(args, f"{method} step, 224 px, batch {batch}", "images/s", batch,
+                lambda: update(model, optimizer, loss()),
+                lambda: update(model, optimizer, plain()))
 
 
-def bench_loading(P):
-    """Crops of 500x375 JPEGs on one core: `random_crop`, and plain torchvision pipelines."""
-    from torchvision import transforms as T
-    rng = np.random.default_rng(0)
-    folder = tempfile.TemporaryDirectory()
-    for i in range(64):    # photographs have smooth regions and texture; so do these
-        coarse = Image.fromarray(rng.integers(0, 256, (24, 32, 3), dtype=np.uint8))
-        picture = np.asarray(coarse.resize((500, 375), Image.Resampling.BICUBIC)).astype(int)
-        picture = (picture + rng.normal(0, 6, (375, 500, 1))).clip(0, 255).astype(np.uint8)
-        Image.fromarray(picture).save(f"{folder.name}/{i}.jpg", quality=92)
-    files = P.list_images(folder.name)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)    # as in a loader process
-    args = SimpleNamespace(image_size=(224, 224), crop_scale=(0.08, 1.0), seed=0)
-    ours = P.Images(files, args, 196)
-    crop = T.RandomResizedCrop(224, (0.08, 1), interpolation=T.InterpolationMode.BICUBIC)
-    normalise = T.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-    authors = T.Compose([crop, T.RandomHorizontalFlip(), T.ToTensor(), normalise])
-    floats = T.Compose([T.ToTensor(), T.RandomResizedCrop(224, (0.08, 1), antialias=True),
-                        T.RandomHorizontalFlip(), normalise])
-
-    def load(transform):
-        for file in files:
-            transform(Image.open(file).convert("RGB"))
-
-    fast, slow, slower, bare = race(lambda: [ours[0, i] for i in range(64)], lambda: load(authors),
-                                    lambda: load(floats), lambda: load(np.asarray), rounds=5)
-    print(f"loading, one core: {64 / fast:.0f} images/s; Pillow crop, then float {64 / slow:.0f}: "
-          f"{slow / fast:.2f}x; float, then crop {64 / slower:.0f}: {slower / fast:.2f}x; decoding "
-          f"alone {64 / bare:.0f}")
-    differences = []
-    for seed, file in enumerate(files):
-        image = Image.open(file).convert("RGB")
-        torch.manual_seed(seed)
-        fast = P.random_crop(P.open_item(file), (224, 224), (0.08, 1.0)).float()
-        torch.manual_seed(seed)
-        top, left, h, w = T.RandomResizedCrop.get_params(image, [0.08, 1], [3 / 4, 4 / 3])
-        image = image.crop((left, top, left + w, top + h)).resize((224, 224), Image.BICUBIC)
-        slow = T.functional.pil_to_tensor(image).float()
-        differences.append(min((fast - x).abs().mean().item() for x in (slow, slow.flip(2))))
-    print(f"pixels differ from crop-then-resize by {np.mean(differences):.2f} of 255 in the mean")
-    torch.set_num_threads(threads)
-    folder.cleanup()
+def build_finetuning(args, batch):
+    """ViT-Tiny at 224 by the paper's recipe -> model, mixing, images, labels."""
+    options = finetune.resolve(finetune.parse_args([]))
+    options.classes = range(1000)
+    model = finetune.build_classifier(options).to(args.device)
+    images = torch.randint(256, (batch, 3, 224, 224), dtype=torch.uint8, device=args.device)
+    labels = torch.randint(1000, (batch,), device=args.device)
+    return model, finetune.build_mixing(options), images, labels
 
 
 def plain_classifier(vit, images):
@@ -223,77 +441,169 @@ def plain_classifier(vit, images):
     return vit.head(vit.fc_norm(x[:, 1:].mean(dim=1)))
 
 
-def bench_finetune(batch=16):
-    """A step of the improved recipe (mixup, AdamW, layer decay) and evaluation, ViT-Tiny at 224;
-    RandAugment of one image."""
-    import finetune
-    args = finetune.plan(finetune.parse_args([]))[0]
-    model = finetune.build_model(args, 1000)
-    mixing = finetune.build_mixing(args, 1000)
-    groups = finetune.build_optimizer(model, args, 1e-5).param_groups
-    fused = torch.optim.AdamW(groups, fused=True)
-    plain_adamw = torch.optim.AdamW(groups, foreach=False)
-    images = torch.randint(256, (batch, 3, 224, 224), dtype=torch.uint8)
-    labels = torch.randint(1000, (batch,))
+def bench_finetune(args, batch=16):
+    """A step with mixup and layer decay, and an evaluation."""
+    full_float32()
+    model, mixing, images, labels = build_finetuning(args, batch)
+    groups = param_groups(model, 0.05, 0.85)
+    plain = functools.partial(plain_classifier, model)
 
     def step(forward, optimizer):
         x, targets = mixing(normalize(images), labels)
-        nn.functional.cross_entropy(forward(x), targets).backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        update(model, optimizer, F.cross_entropy(forward(x), targets))
 
     @torch.inference_mode()
     def evaluate(forward):
         return forward(normalize(images))
 
-    plain = functools.partial(plain_classifier, model)
-    assert torch.allclose(evaluate(model.eval()), evaluate(plain), atol=1e-4)
-    for title, ours, theirs in (
-            ("fine-tuning step", lambda: step(model, fused), lambda: step(plain, plain_adamw)),
-            ("evaluation", lambda: evaluate(model), lambda: evaluate(plain))):
-        fast, slow = race(ours, theirs)
-        print(f"{title}: {batch / fast:.1f} images/s, plain {batch / slow:.1f}: {slow / fast:.2f}x")
-    image = Image.fromarray(images[0].permute(1, 2, 0).numpy())
-    (seconds,) = race(lambda: [finetune.rand_augment(image, 10, (0, 0, 0)) for _ in range(50)])
-    print(f"RandAugment of a 224x224 image: {1000 * seconds / 50:.2f} ms")
+    assert torch.allclose(evaluate(model), evaluate(plain), atol=1e-4)
+    fused, loop = AdamW(groups, 1e-5, fused=True), AdamW(groups, 1e-5, foreach=False)
+    compare(args, f"fine-tuning step, batch {batch}", "images/s", batch,
+            lambda: step(model, fused), lambda: step(plain, loop))
+    compare(args, f"evaluation, batch {batch}", "images/s", batch,
+            lambda: evaluate(model), lambda: evaluate(plain))
 
 
+# --------------------------------------------------------------------------------------------------
+# Loading
+# --------------------------------------------------------------------------------------------------
+FORMATS = {    # size of a picture, options of Pillow's save
+    "JPEG 500x375": ((500, 375), dict(format="JPEG", quality=92)),
+    "JPEG 341x256": ((341, 256), dict(format="JPEG", quality=90)),
+    "PPM 341x256": ((341, 256), dict(format="PPM")),
+}
+
+
+def draw_pictures(folder, size, options, count=64):
+    """Files with smooth regions and texture, as photographs have."""
+    rng = np.random.default_rng(0)
+    for i in range(count):
+        coarse = Image.fromarray(rng.integers(0, 256, (24, 32, 3), dtype=np.uint8))
+        picture = np.asarray(coarse.resize((500, 375), Image.Resampling.BICUBIC)).astype(int)
+        picture = (picture + rng.normal(0, 6, (375, 500, 1))).clip(0, 255).astype(np.uint8)
+        picture = Image.fromarray(picture).resize(size, Image.Resampling.BICUBIC)
+        picture.save(f"{folder}/{i}.{options['format'].lower()}".replace("jpeg", "jpg"), **options)
+    return list_images(folder)
+
+
+def peer_pipelines():
+    """{name: transform of a Pillow image} with the same crops and flips: torchvision's standard
+    pipeline, and timm's, if installed, as its fast loader uses it."""
+    peers = {"torchvision": v2.Compose([
+        v2.RandomResizedCrop(224, interpolation=v2.InterpolationMode.BICUBIC),
+        v2.RandomHorizontalFlip(), v2.PILToTensor(), v2.ToDtype(torch.float32, scale=True),
+        v2.Normalize(IMAGENET_MEAN, IMAGENET_STD)])}
+    try:
+        from timm.data import create_transform
+        peers["timm"] = create_transform(224, is_training=True, use_prefetcher=True,
+                                         color_jitter=None, interpolation="bicubic")
+    except ImportError:
+        pass
+    return peers
+
+
+def bench_loading(args):
+    """Crops of 224 pixels a second: of one core, beside other pipelines, and of the loader with all
+    cores, for pre-training and with the RandAugment of fine-tuning."""
+    threads = torch.get_num_threads()
+    for name, (size, options) in FORMATS.items():
+        with tempfile.TemporaryDirectory() as folder:
+            files = draw_pictures(folder, size, options)
+            row = {}
+            torch.set_num_threads(1)    # as in a loader process
+            ours = pretrain_set(files)
+            peers = peer_pipelines()
+            fast, *others = race(args, lambda: [ours[0, i] for i in range(len(files))], *(
+                functools.partial(load, transform, files) for transform in peers.values()))
+            torch.set_num_threads(threads)
+            for peer, seconds in zip(peers, others):
+                row[peer] = f"{len(files) / seconds:.0f}"
+                row[f"over {peer}"] = f"{seconds / fast:.2f}x"
+            for kind, make in (("pretrain", pretrain_set), ("finetune", finetune_set)):
+                row[f"loader_{kind}"] = round(loader_speed(args, make, files))
+            record("loading", format=name, one_core=f"{len(files) / fast:.0f}", **row)
+
+
+def load(transform, files):
+    for file in files:
+        transform(Image.open(file).convert("RGB"))
+
+
+def pretrain_set(files):
+    options = pretrain_d2mae.parse_args(["--method", "mae"])
+    options.image_size = (224, 224)
+    return pretrain_d2mae.Images(files, options, 196)
+
+
+def finetune_set(files):
+    options = finetune.resolve(finetune.parse_args([]))
+    options.image_size, options.mean, options.std = (224, 224), IMAGENET_MEAN, IMAGENET_STD
+    return finetune.LabelledImages([(file, 0) for file in files], options)
+
+
+def loader_speed(args, make, files, batch=64):
+    """Crops per second of the training loader with one process a core, at most 16, once each has
+    delivered its first batch."""
+    workers = min(16, os.cpu_count())
+    count = (1 + args.rounds) * workers
+    options = pretrain_d2mae.parse_args(["--workers", str(workers), "--batch-size", str(batch)])
+    loader = iter(train_loader(make(files * math.ceil(count * batch / len(files))), options, 1, 2))
+    for _ in range(workers):
+        next(loader)
+    begun = time.perf_counter()
+    rest = sum(1 for _ in loader)
+    return rest * batch / 2 / (time.perf_counter() - begun)
+
+
+def bench_hours(args):
+    """Hours of the paper's runs by the fastest step of each method, and by the loader of this
+    machine for each format: the longer time is what a run takes."""
+    fastest = {}
+    for row in RESULTS.get("steps", []):
+        if "images_per_s" in row:
+            fastest[row["step"]] = max(fastest.get(row["step"], 0), row["images_per_s"])
+    for method, speed in fastest.items():
+        kind, epochs = ("finetune", 300) if method == "fine-tuning" else ("pretrain", 400)
+        loading = {f"loading {row['format']}": f"{epochs * IMAGENET / row[f'loader_{kind}'] / 3600:.1f}"
+                   for row in RESULTS.get("loading", [])}
+        record("hours", run=f"{method}, {epochs} epochs",
+               one_GPU=f"{epochs * IMAGENET / speed / 3600:.1f}",
+               eight_GPUs=f"{epochs * IMAGENET / speed / 3600 / 8:.1f}", **loading)
+
+
+# --------------------------------------------------------------------------------------------------
+# The other scripts, against plain versions
+# --------------------------------------------------------------------------------------------------
 @torch.no_grad()
-def bench_segment(images=4, size=(512, 683), label_size=(600, 800)):
+def bench_segment(args, count=4, size=(512, 683), label_size=(600, 800)):
     """Sliding windows of 512, stride 341, 150 classes, ViT-Tiny with relative position bias: all
     windows of an image in one batch, or one at a time."""
-    import segment
-    F = nn.functional
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-    args = segment.resolve(segment.parse_args([]))
-    model = segment.build_model(args, segment.class_names(args)).to(device).eval()
-    run = (0, 1, device, torch.float32)
-    pictures = torch.randint(256, (images, 3, *size), dtype=torch.uint8)
+    full_float32()
+    options = segment.resolve(segment.parse_args([]))
+    model = segment.build_segmenter(options).to(args.device).eval()
+    images = torch.randint(256, (count, 3, *size), dtype=torch.uint8, device=args.device)
 
     def plain_labels(image):
         """Each score padded to the whole image."""
-        image = normalize(image.to(device))
+        image = normalize(image)
         (h, w), (H, W) = model.encoder.img_size, image.shape[1:]
-        total = torch.zeros(1, 150, H, W, device=device)
-        count = torch.zeros(1, 1, H, W, device=device)
-        for y in segment.window_starts(H, h, 341):
-            for x in segment.window_starts(W, w, 341):
-                score = model(image[None, :, y:y + h, x:x + w])
-                score = F.interpolate(score, (h, w), mode="bilinear")
-                total += F.pad(score, (x, W - x - w, y, H - y - h))
-                count[:, :, y:y + h, x:x + w] += 1
-        return F.interpolate(total / count, label_size, mode="bilinear").argmax(dim=1)[0]
+        total = torch.zeros(1, 150, H, W, device=args.device)
+        weights = torch.zeros(1, 1, H, W, device=args.device)
+        for y, x in itertools.product(segment.window_starts(H, h, 341),
+                                      segment.window_starts(W, w, 341)):
+            score = model(image[None, :, y:y + h, x:x + w])
+            score = F.interpolate(score, (h, w), mode="bilinear")
+            total += F.pad(score, (x, W - x - w, y, H - y - h))
+            weights[:, :, y:y + h, x:x + w] += 1
+        return F.interpolate(total / weights, label_size, mode="bilinear").argmax(dim=1)[0]
 
-    def ours():
-        return [segment.label_image(run, args, model, image, label_size) for image in pictures]
+    def labels(image):
+        return segment.label_image(options, model, image, label_size)
 
-    for labels, image in zip(ours(), pictures):    # the same labels, or the race means nothing
-        assert (labels == plain_labels(image)).float().mean() > 0.999
-    fast, slow = race(ours, lambda: [plain_labels(picture) for picture in pictures], rounds=3,
-                      synchronize=wait)
-    print(f"sliding windows, {size[0]}x{size[1]}: {images / fast:.2f} images/s, one at a time "
-          f"{images / slow:.2f}: {slow / fast:.2f}x")
+    assert (labels(images[0]) == plain_labels(images[0])).float().mean() > 0.999
+    compare(args, f"sliding windows, {size[0]}x{size[1]}", "images/s", count,
+            lambda: [labels(image) for image in images],
+            lambda: [plain_labels(image) for image in images], rounds=3)
 
 
 def plain_tracker_block(block, x, ids, keep=None, centre=0):
@@ -312,18 +622,16 @@ def plain_tracker_block(block, x, ids, keep=None, centre=0):
 
 
 @torch.inference_mode()
-def bench_track():
-    """One frame at 128 and 256 pixels: against explicit attention in every block, batch norms that
-    are not folded, and a template that is embedded again in every frame."""
-    import track
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+def bench_track(args):
+    """One frame at 128 and 256 pixels: against explicit attention in every block, and a template
+    that is embedded again in every frame."""
+    full_float32()
     for keep_rate in (0.7, 1.0):
-        model = track.Tracker(MODELS["vit_tiny"](), keep_rate=keep_rate).to(device).eval()
-        head = copy.deepcopy(model.head)    # OnePassTracker folds the other
-        tracker = track.OnePassTracker(model, mean, std, device, torch.float32)
-        template = torch.randn(1, 3, 128, 128, device=device)
-        search = torch.randn(1, 3, 256, 256, device=device)
+        encoder = build_model("vit_tiny")
+        model = track.Tracker(encoder, keep_rate=keep_rate)
+        tracker = track.OnePassTracker(model, encoder.mean, encoder.std, args.device)
+        template = torch.randn(1, 3, 128, 128, device=args.device)
+        search = torch.randn(1, 3, 256, 256, device=args.device)
         tracker.template = model.embed_template(template)
 
         def plain():
@@ -331,32 +639,30 @@ def bench_track():
             x = model.encoder.patch_embed(search) + model.encoder.search_pos_embed
             Z, S = z.shape[1], x.shape[1]
             x = torch.cat([z, x], dim=1)
-            ids = torch.arange(S, device=device)[None]
+            ids = torch.arange(S, device=args.device)[None]
             for number, block in enumerate(model.encoder.blocks, start=1):
                 eliminates = number in model.options["eliminate_blocks"]
                 keep = math.ceil(keep_rate * ids.shape[1]) if eliminates else None
                 x, ids = plain_tracker_block(block, x, ids, keep, model.centre)
             x = model.encoder.norm(x)[:, Z:]
             places = ids[..., None].expand(-1, -1, x.shape[2])
-            x = torch.zeros(1, S, x.shape[2], device=device).scatter(1, places, x)
+            x = torch.zeros(1, S, x.shape[2], device=args.device).scatter(1, places, x)
             maps = x.transpose(1, 2).unflatten(2, (model.search_side, model.search_side))
-            score, size, offset = head(maps)
+            score, size, offset = model.head(maps)
             return track.decode(score * tracker.window, size, offset)[0].tolist()
 
         box, _ = tracker.locate(search)    # the same box, or the race means nothing
         x, y, w, h = plain()
         assert np.allclose([x - w / 2, y - h / 2, w, h], box, atol=1e-4)
-        fast, slow = race(lambda: tracker.locate(search), plain, rounds=40)
-        tracker.autocast = torch.autocast(device.type, torch.bfloat16)
-        half, = race(lambda: tracker.locate(search), rounds=3)    # slow on a CPU that emulates it
-        print(f"tracker, keep rate {keep_rate}: {1 / fast:.1f} frames/s, plain {1 / slow:.1f}: "
-              f"{slow / fast:.2f}x; with --dtype bf16 {1 / half:.1f} frames/s")
+        times = dict(ours=lambda: [tracker.locate(search) for _ in range(5)],
+                     plain=lambda: [plain() for _ in range(5)])
+        compare(args, f"tracker, keep rate {keep_rate:g}", "frames/s", 5, **times)
 
 
-def bench_analyze(layers=13, batch=128):
+def bench_analyze(args, layers=13, batch=128):
     """CKA of two models of 13 layers: every Gram matrix once, against both anew for every pair."""
-    from analyze import minibatch_cka
-    models = [[torch.randn(batch, 196, 192) for _ in range(layers)] for _ in range(2)]
+    models = [[torch.randn(batch, 196, 192, device=args.device) for _ in range(layers)]
+              for _ in range(2)]
 
     def plain_hsic(k, l):
         """Eq. 3 of arXiv 2010.15327 from two Gram matrices."""
@@ -378,15 +684,58 @@ def bench_analyze(layers=13, batch=128):
         return torch.stack([torch.stack([plain_cka(x, y) for y in models[1]]) for x in models[0]])
 
     assert torch.allclose(minibatch_cka([models])[0], plain(), atol=1e-9)
-    fast, slow = race(lambda: minibatch_cka([models]), plain, rounds=3)
-    print(f"CKA of {layers} x {layers} layers, batch {batch}: {fast:.2f} s, Gram matrices per pair "
-          f"{slow:.2f} s: {slow / fast:.1f}x")
+    compare(args, f"CKA of {layers} x {layers} layers, batch {batch}", "matrices/s", 1,
+            lambda: minibatch_cka([models]), plain, rounds=3)
+
+
+# --------------------------------------------------------------------------------------------------
+# Command line
+# --------------------------------------------------------------------------------------------------
+ROWS = {"numerics": bench_numerics, "steps": bench_steps, "pretrain": bench_pretrain,
+        "finetune": bench_finetune, "loading": bench_loading, "hours": bench_hours,
+        "segment": bench_segment, "track": bench_track, "analyze": bench_analyze}
+DEFAULT_ROWS = {"cuda": ("numerics", "steps", "loading", "hours"),
+                "cpu": ("pretrain", "finetune", "loading", "segment", "track", "analyze")}
+
+
+def print_tables():
+    """All results as Markdown, a table for each set of columns."""
+    for title, rows in RESULTS.items():
+        columns = list(dict.fromkeys(itertools.chain(*rows)))
+        lines = [columns, ["---"] * len(columns), *([r.get(c, "") for c in columns] for r in rows)]
+        print(f"\n{title}\n\n" + "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines))
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("rows", nargs="*", metavar="ROW", help=f"of {', '.join(ROWS)}")
+    parser.add_argument("--device", choices=("cuda", "cpu"),
+                        default="cuda" if torch.cuda.is_available() else "cpu",
+                        help="default: cuda, if there")
+    parser.add_argument("--json", help="file for the tables")
+    parser.add_argument("--rounds", type=int, default=7, help="at most; default: 7")
+    parser.add_argument("--micro-batches", type=int, nargs="+", default=[512, 128],
+                        help="images of a step; default: the paper's 512 (4096 over 8 GPUs), 128")
+    parser.add_argument("--minutes", type=float, default=5,
+                        help="no compiled step begins later; default: 5")
+    args = parser.parse_args()
+    args.begun = time.perf_counter()
+    args.device = torch.device(args.device)
+    describe(args)
+    failed = []
+    for row in args.rows or DEFAULT_ROWS[args.device.type]:
+        try:
+            ROWS[row](args)
+        except Exception:    # the other rows are worth having
+            traceback.print_exc()
+            failed.append(row)
+        if args.json:
+            Path(args.json).write_text(json.dumps(RESULTS, indent=1))
+    print_tables()
+    if failed:
+        sys.exit(f"failed: {', '.join(failed)}")
 
 
 if __name__ == "__main__":
-    names = ("pretrain", "finetune", "segment", "track", "analyze")
-    parts = {name: globals()[f"bench_{name}"] for name in names}
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
-    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {device}")
-    for part in sys.argv[1:] or parts:
-        parts[part]()
+    main()

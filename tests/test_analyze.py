@@ -6,12 +6,13 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, here, rel_error, run, seeded
+from conftest import here, rel_error, run, seeded
 from PIL import Image
 from PIL.ImageColor import getrgb
 
 import analyze
-from models import MODELS, InputError, reroll
+import demo
+from models import InputError, build_model, normalize, reroll
 
 
 def table(path):
@@ -20,7 +21,7 @@ def table(path):
 
 def small_encoder(name, path, seed, **options):
     torch.manual_seed(seed)
-    model = MODELS[name](**options)
+    model = build_model(name, **options)
     about = dict(arch=model.arch, mean=[0.5] * 3, std=[0.3] * 3)
     torch.save(dict(model=model.state_dict(), **about), path)
 
@@ -29,9 +30,9 @@ def small_encoder(name, path, seed, **options):
 def files(tmp_path_factory):
     """Small encoders, and a folder of two classes of images in several formats."""
     folder = tmp_path_factory.mktemp("analyze")
-    small_encoder("vit_nano", folder / "a.pt", 1, img_size=48, patch_size=8)
-    small_encoder("vit_nano", folder / "b.pt", 2, img_size=48, patch_size=8)
-    small_encoder("vit_tiny", folder / "rpe.pt", 3, img_size=48, rel_pos_bias=True)
+    small_encoder("vit_pico", folder / "a.pt", 1, img_size=48, patch_size=8)
+    small_encoder("vit_pico", folder / "b.pt", 2, img_size=48, patch_size=8)
+    small_encoder("vit_tiny", folder / "rpe.pt", 3, img_size=48, vit=dict(rel_pos_bias=True))
     small_encoder("hiera_tiny", folder / "hiera.pt", 4, img_size=64)
     rng = np.random.default_rng(0)
     for kind in range(2):    # the second class is bright on the right
@@ -112,12 +113,12 @@ def test_cka_command(files, tmp_path):
     assert same == pytest.approx([1] * 13, abs=1e-6)
     random, other = ([r["cka"] for r in rows if r["model"] == m] for m in ("random", "A"))
     assert random != other
-    assert Image.open(tmp_path / "cka.png").width == 1080
+    assert Image.open(tmp_path / "cka.png").size == (1080, 690)    # 2 x 280 and 6 lines of text
 
 
 # -------------------------------------------------------------------------------------- attention
 def test_attention_statistics_match_golden(golden):
-    vit = MODELS["vit_tiny"](img_size=64)                 # a grid of 4x4
+    vit = build_model("vit_tiny", img_size=64)                 # a grid of 4x4
     patches = analyze.token_distances(vit)[1] / 16
     logits = 2 * seeded((2, 3, 17, 17), "attn_logits")
     distance, entropy = analyze.attention_statistics(logits[:, :, 1:, 1:], patches)
@@ -126,14 +127,15 @@ def test_attention_statistics_match_golden(golden):
 
 
 def test_uniform_attention_has_the_closed_forms():
-    distance = analyze.token_distances(MODELS["vit_tiny"](img_size=32))[1]    # 2x2 of 16 pixels
+    vit = build_model("vit_tiny", img_size=32)            # 2x2 patches of 16 pixels
+    distance = analyze.token_distances(vit)[1]
     uniform = analyze.attention_statistics(torch.full((1, 2, 4, 4), 3.0), distance)
     assert uniform[0][0].tolist() == pytest.approx([16 * (2 + math.sqrt(2)) / 4] * 2)
     assert uniform[1][0].tolist() == pytest.approx([math.log(4)] * 2)
 
 
 def test_attention_to_oneself_has_neither_distance_nor_entropy():
-    distance = analyze.token_distances(MODELS["vit_tiny"](img_size=32))[1]
+    distance = analyze.token_distances(build_model("vit_tiny", img_size=32))[1]
     identity = analyze.attention_statistics(100 * torch.eye(4)[None, None], distance)
     assert identity[0].item() == pytest.approx(0, abs=1e-6)
     assert identity[1].item() == pytest.approx(0, abs=1e-6)
@@ -141,7 +143,7 @@ def test_attention_to_oneself_has_neither_distance_nor_entropy():
 
 @pytest.mark.parametrize("q_pool", (2, 3))
 def test_hiera_distances_are_those_of_the_rerolled_tokens(q_pool):
-    model = MODELS["hiera_tiny"](img_size=(64, 96), q_pool=q_pool)
+    model = build_model("hiera_tiny", img_size=(64, 96), hiera=dict(q_pool=q_pool))
     distances = analyze.token_distances(model)
     before = 0                                            # rounds of pooling before the block
     for number, block in enumerate(model.blocks, start=1):
@@ -166,12 +168,11 @@ def token_centres(model, pooled):
     return [places[i] for i in range(count)]
 
 
-def test_attention_command(files, tmp_path, capsys):
+def test_attention_command(files, tmp_path):
     for batch in (3, 8):    # the result does not depend on it
         here(analyze, "attention", f"A={files}/a.pt", f"rpe={files}/rpe.pt",
              f"hiera={files}/hiera.pt", "--data", files / "images", "--images", 8, "--image-size",
              64, "--batch-size", batch, "--device", "cpu", "--out", tmp_path / str(batch))
-    assert "hiera: left out are blocks that attend within mask units" in capsys.readouterr().out
     rows = [table(tmp_path / f"{batch}/attention.csv") for batch in (3, 8)]
     heads = [r["model"] for r in rows[0]]
     assert heads.count("rpe") == 144
@@ -247,47 +248,74 @@ def test_probe_command(files, tmp_path):
 # ----------------------------------------------------------------------------------------- models
 def loaded(*argv):
     args = analyze.parse_args([str(a) for a in ("cka", *argv, "--device", "cpu")])
-    return analyze.load_models(args), args
+    return analyze.load_models(args)
 
 
 def test_size_patch_and_pixels_come_from_the_file(files):
-    models, args = loaded(f"A={files}/a.pt", "random", "vit_tiny+rpe")
-    assert args.image_size == (48, 48) and models["A"].mean == [0.5] * 3
-    assert models["random"].patch_size == 8 and models["vit_tiny+rpe"].rel_pos_index is not None
-    x = analyze.prepare(models["A"], torch.zeros(2, 3, 48, 48, dtype=torch.uint8))
-    assert torch.allclose(x, torch.full_like(x, -0.5 / 0.3))
+    models = loaded("random", f"A={files}/a.pt", "vit_tiny+rpe")
+    assert [m.img_size for m in models.values()] == [(48, 48)] * 3
+    assert models["A"].mean == [0.5] * 3 and models["random"].patch_size == 8
+    assert models["vit_tiny+rpe"].rel_pos_index is not None
+    assert loaded("random")["random"].arch["embed_dim"] == 192
+    both = next(analyze.batches(models, [files / f"images/class1/{i}.png" for i in range(2)], 2))
+    assert [label for label, _, _ in both] == ["random", "A", "vit_tiny+rpe"]
+    raw = (both[1][2] * 0.3 + 0.5) * 255                  # of A: mean 0.5, std 0.3
+    again = normalize(raw.round().byte(), [0.5] * 3, [0.3] * 3)
+    assert torch.allclose(again, both[1][2], atol=1e-4)
 
 
+def test_hiera_is_analysed_as_it_was_trained(files, tmp_path):
+    pre_trained = loaded(files / "hiera.pt").popitem()[1]
+    assert pre_trained.q_pool == 2
+    small_encoder("hiera_tiny", tmp_path / "classifier.pt", 0, img_size=64, num_classes=5)
+    assert loaded(tmp_path / "classifier.pt").popitem()[1].q_pool == 3
 def test_heads_of_a_public_file_are_named(files, tmp_path):
-    model = MODELS["vit_tiny"](img_size=32)
+    model = build_model("vit_tiny", img_size=32)
     public = {f"module.base_encoder.{k}": v for k, v in model.state_dict().items()}
     torch.save({"state_dict": public, "arch": "vit_tiny"}, tmp_path / "moco.pth")
-    models, _ = loaded(f"DeiT=deit_tiny:{tmp_path}/moco.pth", f"ours={tmp_path}/moco.pth",
-                       "--image-size", 32)
+    models = loaded(f"DeiT=deit_tiny:{tmp_path}/moco.pth", f"ours={tmp_path}/moco.pth",
+                    "--image-size", 32)
     assert [m.arch["num_heads"] for m in models.values()] == [3, 12]
     assert torch.equal(models["DeiT"].blocks[3].attn.qkv.weight, model.blocks[3].attn.qkv.weight)
 
 
 def test_representations_are_normalised_by_the_next_block(files):
-    models, _ = loaded(f"A={files}/a.pt")
+    models = loaded(f"A={files}/a.pt")
     model = models["A"]
     x = torch.randn(2, 3, 48, 48)
     tokens = analyze.representations(model, x)
-    assert [t.shape for t in tokens] == [(2, 36, 96)] * 13
+    assert [t.shape for t in tokens] == [(2, 36, 48)] * 13
     assert torch.allclose(tokens[-1], model(x)[:, 1:], atol=1e-6)    # the final norm for the last
     direct = model.blocks[4].norm1(model.forward_features(x, (4,))[4])[:, 1:]
     assert torch.allclose(tokens[4], direct)
 
 
-def test_a_sideways_photo_is_turned_upright(tmp_path):
+def test_paths_may_hold_colons_and_equals_signs(files, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("C:a.pt", "x=y.pt"):
+        shutil.copy(files / "a.pt", name)
+    models = loaded("C:a.pt", "vit_pico:C:a.pt", "x=y.pt", "L=C:a.pt")
+    assert list(models) == ["C:a.pt", "vit_pico:C:a.pt", "x=y.pt", "L"]
+    assert analyze.model_options("deit_tiny", 0)["init"] == ""
+    with pytest.raises(InputError, match=r"C:\\mae.pt does not exist"):
+        loaded(r"C:\mae.pt")
+
+
+def test_default_labels_are_short():
+    assert list(analyze.named(["a/b/c/encoder.pt", "vit_tiny", "L=a/b"])) == [
+        "c/encoder.pt", "vit_tiny", "L"]
+
+
+def test_a_sideways_photo_is_turned_upright(files, tmp_path):
     pixels = np.zeros((40, 60, 3), np.uint8)
     pixels[:, :30] = 255
     exif = Image.Exif()
     exif[0x0112] = 6                                      # to be shown turned clockwise
     Image.fromarray(pixels).save(tmp_path / "phone.jpg", exif=exif)
-    image = analyze.load_image(str(tmp_path / "phone.jpg"), (48, 32))
-    assert image.shape == (3, 48, 32)
-    assert image[:, :20].float().mean() > 250 and image[:, 28:].float().mean() < 5
+    models = loaded(files / "a.pt", "--image-size", 48, 32)
+    _, model, images = next(analyze.batches(models, [tmp_path / "phone.jpg"], 1))[0]
+    assert images.shape == (1, 3, 48, 32) and model.img_size == (48, 32)
+    assert images[0, :, :20].mean() > 1.5 and images[0, :, 28:].mean() < -1.5
 
 
 # ------------------------------------------------------------------------------------------- cost
@@ -309,10 +337,9 @@ def test_cost_command(files, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("row, message", (
-    ("one,vit_tiny,,", "line 2: could not convert string to float"),
-    ("one,vit_tiny,good,", "line 2: could not convert"),
-    ("one,vit_tiny,7800,", r"line 2: 7800 must lie in \[0, 100\]"),
-    ("one,hiera_tiny,70,", "model hiera_tiny is not among those")))
+    ("one,vit_tiny,,", "could not convert string to float: ''"),
+    ("one,vit_tiny,good,", "could not convert string to float: 'good'"),
+    ("one,hiera_tiny,70,", "model hiera_tiny of one is not among those")))
 def test_points_are_checked_before_anything_is_measured(row, message, tmp_path, monkeypatch):
     monkeypatch.delattr(analyze, "timings")
     (tmp_path / "points.csv").write_text(f"label,model,top1,source\n{row}\n")
@@ -321,117 +348,163 @@ def test_points_are_checked_before_anything_is_measured(row, message, tmp_path, 
 
 
 # ----------------------------------------------------------------------------------------- curves
-def write_log(path, top):
-    lines = [{"step": 0, "args": {"lr": 1}, "commit": "abc"}]
-    lines += [{"step": s, "loss": top / s, "lr": 0.1 / s, "grad_norm": None, "unreadable": 0.0,
-               "stop": 0.0, "img_s": 100.0 * s} for s in range(1, 9)]
-    lines += [{"step": s, "val_base": 0.99, "val_images": 100 + s} for s in (1, 8)]
-    lines += [{"step": 8, "val_miou": 30 * top}]
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 9, "lo')
+def write_log(folder, top, **options):
+    """Log of a run in which the loss falls to top / 8, and the last mIoU is 30 top."""
+    folder.mkdir(parents=True)
+    lines = [{"epoch": 0, "args": options, "commit": "abc"},
+             {"epoch": 0, "step": 0, "val_rec": 2 * top}]
+    lines += [{"epoch": 1, "step": s, "loss": top / (s + 1), "lr": 0.1 * s, "grad_norm": None}
+              for s in range(8)]
+    lines += [{"epoch": 1, "step": 8, "val_rec": top, "val_images": 9, "miou": 30 * top}]
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    (folder / "log.jsonl").write_text(text + '{"step": 9, "lo')    # cut short by a kill
 
 
-def test_curves_draw_what_is_measured_and_no_constant(tmp_path):
-    write_log(tmp_path / "a.jsonl", 1.0)    # the last line was cut by a kill
-    write_log(tmp_path / "b.jsonl", 2.0)
-    here(analyze, "curves", f"A={tmp_path}/a.jsonl", tmp_path / "b.jsonl", "--out", tmp_path)
+def test_curves_of_folders_and_files(tmp_path, capsys):
+    write_log(tmp_path / "a", 1.0)
+    write_log(tmp_path / "b", 2.0)
+    here(analyze, "curves", f"A={tmp_path}/a", tmp_path / "b/log.jsonl", "--out", tmp_path)
     rows = table(tmp_path / "curves.csv")
-    assert {r["quantity"] for r in rows} == {"loss", "lr", "val_miou"}
-    assert len(rows) == 2 * (8 + 8 + 1)
+    assert {r["quantity"] for r in rows} == {"val_rec", "loss", "lr", "miou"}
+    assert {r["label"] for r in rows} == {"A", "b/log.jsonl"}
+    assert len(rows) == 2 * (2 + 8 + 8 + 1)
+    losses = [r for r in rows if r["quantity"] == "val_rec" and r["label"] == "A"]
+    assert [(r["step"], r["value"]) for r in losses] == [("0", "2.0"), ("8", "1.0")]    # the start
+    text = capsys.readouterr().out
+    assert "loss, A: 1 at the start, 0.125 at the end, lowest 0.125, highest 1" in text
     assert Image.open(tmp_path / "curves.png").width == 1080
 
 
-def test_curves_draw_figure_4_a_line_per_share_of_the_data(tmp_path):
+def fine_tuning_run(folder, keep, fraction, seed, top1, init="encoder.pt", epochs=2, shots=None):
+    options = dict(init=init, keep_blocks=keep, data_fraction=fraction, shots=shots, seed=seed,
+                   epochs=2, arch=dict(depth=12))
+    lines = [{"epoch": 0, "args": options}]
+    lines += [{"epoch": e, "step": 9 * e, "top1": float(e)} for e in range(1, epochs)]
+    lines += [{"epoch": epochs, "step": 9 * epochs, "top1": top1}]
+    folder.mkdir(parents=True)
+    (folder / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def test_figure_4_is_drawn_from_the_logs_of_runs(tmp_path, capsys):
     for name, gain in (("mae", 1), ("d2", 2)):
-        rows = [f"{k},{fraction},{seed},{50 + gain * k + seed}"
-                for fraction in (1.0, 0.1) for k in (0, 6, 12) for seed in (0, 1)]
-        head = "keep_blocks,data_fraction,seed,top1"
-        (tmp_path / f"{name}.csv").write_text("\n".join([head, *rows]))
-    here(analyze, "curves", f"MAE={tmp_path}/mae.csv", f"D2-MAE={tmp_path}/d2.csv",
-         "--out", tmp_path)
+        for fraction in (1.0, 0.1):
+            for keep in (0, 6, None):    # None: all 12
+                for seed in (0, 1):
+                    folder = tmp_path / name / f"{keep}-{fraction}-{seed}"
+                    blocks = 12 if keep is None else keep
+                    fine_tuning_run(folder, keep, fraction, seed, 50 + gain * blocks + seed)
+    fine_tuning_run(tmp_path / "mae/half", 6, 1.0, 2, 0.0, epochs=1)    # unfinished: left out
+    write_log(tmp_path / "mae/segmentation", 1.0)
+    here(analyze, "fig4", f"MAE={tmp_path}/mae", f"D2-MAE={tmp_path}/d2", "--out", tmp_path)
+    text = capsys.readouterr().out
+    assert text.count("left out, not of a finished fine-tuning run") == 2
+    assert "MAE, 100% of the images, 6 blocks kept: 56.50 +- 0.50 of 2 run(s)" in text
     rows = table(tmp_path / "fig4.csv")
     assert len(rows) == 12 and len({r["label"] for r in rows}) == 4
     last = next(r for r in rows if r["label"] == "D2-MAE, 10% of the images"
                 and r["pre-trained blocks kept"] == "12")
     assert float(last["value"]) == 74.5
     assert float(last["standard_error"]) == pytest.approx(0.5)
+    assert [int(r["pre-trained blocks kept"]) for r in rows[:3]] == [0, 6, 12]
+
+
+def test_several_seeds_give_mean_and_error(tmp_path, capsys):
+    for seed, top1 in enumerate((60.0, 62.0)):
+        fine_tuning_run(tmp_path / f"scratch/{seed}", None, 1.0, seed, top1, init=None, shots=5)
+    here(analyze, "fig4", tmp_path / "scratch", "--out", tmp_path)
+    text = capsys.readouterr().out
+    assert "scratch, 5 images per class, 0 blocks kept: 61.00 +- 1.00 of 2 run(s)" in text
 
 
 # --------------------------------------------------------------------------------------- pictures
 @pytest.fixture(scope="module")
-def figure():
-    """One figure with a line, two boxes and a heatmap, and where these panels map data to."""
-    figure = analyze.Figure(3, 3, {"first": "#0072b2", "second": "#d55e00"}, "a note")
-    axes = []
-    figure.panel("x", "line", (0, 10), (0, 1))
-    figure.line([(0, 0, 0), (10, 1, 0.1)], "#0072b2")
-    axes.append((figure.x_axis, figure.y_axis))
-    figure.panel("x", "box", (0, 2), (0, 30))
-    figure.box(1, [1, 8, 9, 10, 11, 12, 28], 0.5, "#d55e00")
-    figure.box(1.7, [0.1 + 0.2] * 5, 0.2, "#0072b2")      # all heads alike
-    axes.append((figure.x_axis, figure.y_axis))
-    figure.panel("x", "heat", (-0.5, 2.5), (-0.5, 1.5))
-    figure.heatmap(torch.tensor([[0, 0.5, 1], [1, 0.25, 0]]))
-    axes.append((figure.x_axis, figure.y_axis))
-    return figure.image.reduce(2), axes
+def panels():
+    """Panels with a line, two boxes and a heatmap."""
+    line = analyze.Panel("x", "line", (0, 10), (0, 1.1))
+    line.line([(0, 0, 0), (10, 1, 0.1)], "#0072b2")
+    box = analyze.Panel("x", "box", (0, 2), (0, 30))
+    box.box(1, [1, 8, 9, 10, 11, 12, 28], 0.5, "#d55e00")
+    box.box(1.7, [0.1 + 0.2] * 5, 0.2, "#0072b2")         # all heads alike
+    return line, box
 
 
-def near(figure, panel, x, y, color, tolerance=60):
-    picture, axes = figure
-    place = [int(np.interp(v, *axis) / 2) for v, axis in zip((x, y), axes[panel])]
-    color = getrgb(color) if isinstance(color, str) else color
-    return max(abs(a - b) for a, b in zip(picture.getpixel(tuple(place)), color)) <= tolerance
+def near(panel, x, y, color, tolerance=60):
+    place = tuple(int(v) for v in panel.place(x, y))
+    color = getrgb(color)
+    return max(abs(a - b) for a, b in zip(panel.image.getpixel(place), color)) <= tolerance
 
 
-def test_a_line_runs_through_its_points(figure):
-    assert near(figure, 0, 5, 0.5, "#0072b2") and not near(figure, 0, 5, 0.7, "#0072b2")
-    assert near(figure, 0, 10, 0.93, "#0072b2", 140)      # the error bar
+def test_a_line_runs_through_its_points(panels):
+    line, _ = panels
+    assert near(line, 5, 0.5, "#0072b2") and not near(line, 5, 0.7, "#0072b2")
+    assert near(line, 10, 1.08, "#0072b2")                # the error bar
 
 
-def test_a_box_shows_median_and_extremes(figure):
-    assert near(figure, 1, 1, 10, "#d55e00") and near(figure, 1, 1, 9.2, "white")
-    assert near(figure, 1, 1, 25, "#d55e00", 140)         # the whisker
-    assert near(figure, 1, 1.7, 0.3, "#0072b2")
+def test_a_box_shows_median_and_extremes(panels):
+    _, box = panels
+    assert near(box, 1, 10, "#d55e00") and near(box, 1.05, 9.2, "white")
+    assert near(box, 1, 25, "#d55e00") and near(box, 1.7, 0.3, "#0072b2")
 
 
-def test_a_heatmap_has_row_0_at_the_bottom(figure):
-    for y, row in enumerate([[0, 0.5, 1], [1, 0.25, 0]]):
-        for x, value in enumerate(row):
-            assert near(figure, 2, x, y, analyze.magma(value), 2)
+def test_a_heatmap_has_row_0_at_the_bottom(files, tmp_path):
+    here(analyze, "cka", files / "a.pt", f"B={files}/b.pt", "--data", files / "images", "--device",
+         "cpu", "--out", tmp_path)
+    values = {(int(r["layer_of_reference"]), int(r["layer_of_model"])): float(r["cka"])
+              for r in table(tmp_path / "cka.csv")}
+    picture = Image.open(tmp_path / "cka.png")
+    assert picture.width == 540 and picture.height == 410    # nothing wraps, whatever the width
+    axes = analyze.Panel("", "", range(13), range(13))
+    for (i, j), value in values.items():
+        x, y = axes.place(j, i)
+        pixel = picture.getpixel((int(x / 2), int(y / 2) + 130))
+        assert max(abs(a - b) for a, b in zip(pixel, analyze.magma(value))) <= 2
 
 
-def test_nothing_is_clipped_at_the_edges(figure):
-    pixels = np.asarray(figure[0])
-    assert pixels.shape[1] == 1080
+@pytest.mark.parametrize("labels", (1, 2, 11))
+def test_nothing_is_clipped_or_wrapped(tmp_path, labels):
+    lines = {("quantity", f"{k} out/pretrain/of-this-week/encoder.pt"): [(0, 1e-4, 0), (1e6, k, 0)]
+             for k in range(labels)}
+    args = analyze.parse_args(["curves", "x", "--out", str(tmp_path)])
+    analyze.draw_lines(args, "name", lines, "step", "a note " * 8)
+    picture = Image.open(tmp_path / "name.png")
+    assert picture.size == (540, 20 * labels + 30 + 280)
+    pixels = np.asarray(picture)
     assert all((edge == 255).all() for edge in (pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]))
 
 
-@pytest.mark.parametrize("low, high, ticks", [
-    (0, 1, [0, 0.2, 0.4, 0.6, 0.8, 1]),
-    (-0.5, 12.5, [0, 2, 4, 6, 8, 10, 12]),
-    (61, 64, [61, 61.5, 62, 62.5, 63, 63.5, 64]),
-    (0, 3e4, [0, 5e3, 1e4, 1.5e4, 2e4, 2.5e4, 3e4]),
-    (-1.1e-3, 1e-3, [-1e-3, -5e-4, 0, 5e-4, 1e-3])])
-def test_round_ticks(low, high, ticks):
-    assert analyze.round_ticks(low, high).tolist() == pytest.approx(ticks)
+@pytest.mark.parametrize("values, ticks", [
+    ((0, 1), [0, 0.2, 0.4, 0.6, 0.8, 1]),
+    (range(13), [0, 2, 4, 6, 8, 10, 12]),
+    ((61.2, 64), [61, 61.5, 62, 62.5, 63, 63.5, 64]),
+    ((0, 3e4), [0, 5e3, 1e4, 1.5e4, 2e4, 2.5e4, 3e4]),
+    ((-1.1e-3, 1e-3), [-1.5e-3, -1e-3, -5e-4, 0, 5e-4, 1e-3]),
+    ((5.0,), [5]),
+    ((0.0, 0.0), [0])])
+def test_an_axis_encloses_its_values_by_round_numbers(values, ticks):
+    found, (low, high) = analyze.axis(values)
+    assert found.tolist() == pytest.approx(ticks)
+    assert low < min(values) and max(values) < high
 
 
-# -------------------------------------------------------------------------------- demo, bad input
-def test_demo(files, tmp_path, monkeypatch, capsys):
-    assert analyze.parse_args(["--demo", "--out", "x"]).out == "x"
+# ------------------------------------------------------------------- demo, arguments, bad input
+def test_the_demo_runs_every_analysis(files, tmp_path, monkeypatch):
+    """Its commands, from another folder, on small stand-ins for its data and encoders."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(analyze, "DRAWS", 2)
-    with pytest.raises(InputError, match="run pretrain_d2mae.py --demo"):
-        here(analyze, "--demo")
-    shutil.copytree(ROOT / "tests/assets", "tests/assets")
+    monkeypatch.setattr(analyze, "DRAWS", 1)
+    monkeypatch.setattr(demo, "run", lambda script, *options: here(analyze, *options))
+    monkeypatch.setattr(demo, "data_folder", lambda *_: tmp_path)
+    monkeypatch.setattr(analyze, "timings", lambda *_: (1.0, 1.0, 1.0))
+    for kind in range(2):
+        for i in range(12):
+            (tmp_path / f"val/{kind}").mkdir(parents=True, exist_ok=True)
+            shutil.copy(files / f"images/class{kind}/{i % 10}.png", f"val/{kind}/{i}.png")
     for folder, name in (("pretrain", "a"), ("pretrain/teacher", "b")):
-        (tmp_path / "out/demo" / folder).mkdir(parents=True)
-        shutil.copy(files / f"{name}.pt", f"out/demo/{folder}/encoder.pt")
-        write_log(tmp_path / f"out/demo/{folder}/log.jsonl", 1.0)
-    here(analyze, "--demo")
-    names = sorted(path.name for path in (tmp_path / "out/demo/analyze").iterdir())
-    assert names == [f"{command}.{kind}" for command in sorted(analyze.COMMANDS)
-                     for kind in ("csv", "png")]
-    assert "$ python analyze.py probe teacher=" in capsys.readouterr().out
+        write_log(tmp_path / "demo" / folder, 1.0)
+        shutil.copy(files / f"{name}.pt", f"demo/{folder}/encoder.pt")
+    demo.analyze(tmp_path / "demo")
+    names = sorted(path.name for path in (tmp_path / "demo/analyze").iterdir())
+    assert names == [f"{command}.{kind}" for command in
+                     ("attention", "cka", "cost", "curves", "probe") for kind in ("csv", "png")]
 
 
 def test_bad_input(files, tmp_path):
@@ -440,48 +513,65 @@ def test_bad_input(files, tmp_path):
     (tmp_path / "bad").mkdir()
     for i in range(5):
         (tmp_path / f"bad/{i}.png").write_bytes(b"no picture")
-    (tmp_path / "wrong.csv").write_text("a,b\n1,2\n")
     (tmp_path / "wrong.jsonl").write_text("hello\n")
-    (tmp_path / "broken.jsonl").write_text("{hello}\n")
-    out = ["--device", "cpu", "--out", tmp_path / "out"]
-    images = ["--data", files / "images", *out]
+    (tmp_path / "empty.jsonl").write_text('{"epoch": 0, "args": {}}\n')
+    device = ["--device", "cpu", "--out", tmp_path / "out"]
+    images = ["--data", files / "images", *device]
+    out = ["--out", tmp_path / "out"]
     a = files / "a.pt"
     for argv, message in (
             (["cka", a, *images], "two models or more"),
             (["cka", a, a, *images], "two inputs are labelled"),
-            (["cka", "random", *images], "name one"),
-            (["cka", a, "nothing.pt", *images], "nothing.pt is no file"),
+            (["cka", a, "nothing.pt", *images], "nothing.pt does not exist"),
+            (["cka", a, tmp_path, *images], "is a folder: give a file"),
             (["cka", f"deit_tiny:{a}", *images], "choose the --model of the file|width|patch"),
-            (["cka", a, "random", "--data", tmp_path / "nowhere", *out], "not a folder"),
-            (["cka", a, "random", "--data", tmp_path / "one", *out], "needs 4 images or more"),
-            (["cka", a, "random", "--batch-size", 3, *images], "needs 4 images or more"),
-            (["attention", a, "--data", tmp_path / "bad", *out], "cannot read image .*bad/"),
-            (["attention", a, "--image-size", 50, *images], "multiple of the patch size"),
-            (["probe", a, "--data", files / "images/class0", *out], "one folder per class"),
+            (["cka", a, "random", "--data", tmp_path / "nowhere", *device], "not a folder"),
+            (["cka", a, "random", "--data", tmp_path / "one", *device], "4 images or more"),
+            (["cka", a, "random", "--batch-size", 3, *images], "4 images or more"),
+            (["attention", a, "--image-size", 50, *images], "multiple of 8, the patch size"),
+            (["probe", a, "--data", files / "images/class0", *device], "one folder per class"),
             (["probe", a, "--shots", "10", *images], "more images than --shots"),
-            (["curves", tmp_path / "wrong.csv", *out], "columns keep_blocks, data_fraction, top1"),
-            (["curves", tmp_path / "wrong.jsonl", *out], "nothing to draw"),
-            (["curves", tmp_path / "broken.jsonl", *out], "is not the log.jsonl of a run")):
+            (["curves", tmp_path / "wrong.jsonl", *out], "is not the log.jsonl of a run"),
+            (["curves", a, *out], "is not the log.jsonl of a run"),
+            (["curves", tmp_path / "empty.jsonl", *out], "nothing to draw"),
+            (["fig4", tmp_path, *out], "no finished fine-tuning run below")):
         with pytest.raises(InputError, match=message):
             here(analyze, *argv)
+    with pytest.raises(OSError, match="cannot read image .*bad/"):
+        here(analyze, "attention", a, "--data", tmp_path / "bad", *device)
 
 
-@pytest.mark.parametrize("argv", (["cka", "a", "--seed", "5000000000"], ["cka"], [],
-                                  ["probe", "a", "--shots", "0"], ["plot", "a"]))
+@pytest.mark.parametrize("argv", (["cka", "a", "--seed", "-1"], ["cka"], [], ["plot", "a"],
+                                  ["probe", "a", "--shots", "0"], ["curves", "a", "--images", "2"],
+                                  ["cost", "a", "--data", "b"]))
 def test_bad_options_end_in_a_usage_message(argv, capsys):
     with pytest.raises(SystemExit, match="2"):
         analyze.parse_args(argv)
     assert "error: " in capsys.readouterr().err
 
 
-def test_help_needs_no_data(capsys):
+def help_of(capsys, *argv):
     with pytest.raises(SystemExit, match="0"):
-        analyze.parse_args(["--help"])
-    assert "usage: " in capsys.readouterr().out
+        analyze.parse_args([*argv, "--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert "default: None" not in text
+    return text
+
+
+def test_each_command_has_its_own_help(capsys):
+    text = help_of(capsys)
+    for command in ("cka", "attention", "probe", "cost", "curves", "fig4"):
+        assert f" {command} " in text
+        own = help_of(capsys, command)
+        assert f" {command} [LABEL=]SOURCE ... [options]" in own
+        assert ": compares " in own
+        assert ("--shots" in own) == (command == "probe")
+        assert ("--data" in own) == (command in ("cka", "attention", "probe"))
+    assert "compares every input with the first" in help_of(capsys, "cka")
 
 
 def test_command_line_says_one_sentence(files, tmp_path):
     done = run("analyze.py", "attention", files / "a.pt", "--data", tmp_path / "no", "--out",
                tmp_path, check=False)
     assert done.returncode == 1 and "Traceback" not in done.stderr
-    assert done.stderr.strip().splitlines()[-1].endswith("give --data a folder of images")
+    assert done.stderr.strip().splitlines()[-1].endswith("give a folder of images")

@@ -1,6 +1,5 @@
 """Labels, metrics, sliding windows, network, augmentation and runs of segment.py."""
 import colorsys
-import json
 import re
 import shutil
 
@@ -32,6 +31,14 @@ def parsed(*options):
     return segment.parse_args([*map(str, options), "--workers", "0"])
 
 
+def scores(*options):
+    """What --eval prints, with all digits."""
+    args = parsed("--eval", *options)
+    model = segment.load_segmenter(args)
+    run = (0, 1, torch.device("cpu"), torch.float32)
+    return segment.evaluate(args, run, model, segment.open_set(args, 0, "validation"))
+
+
 def paper_model(*options):
     return segment.build_segmenter(segment.resolve(parsed(*options)))
 
@@ -50,7 +57,9 @@ SHIFTED = [[255, 0, 1, 149], [149, 255, 0, 255]]
 def read(image, path, num_classes=150, zero_is_class=False):
     """What the script reads from a label image that was saved to a path."""
     image.save(path)
-    return segment.read_labels(path, num_classes, zero_is_class).tolist()
+    args = parsed("--num-classes", num_classes)
+    args.zero_is_class = zero_is_class
+    return segment.read_labels(args, path).tolist()
 
 
 def test_labels_are_shifted_once(tmp_path):
@@ -106,8 +115,7 @@ def test_names_of_custom_data_are_a_line_each_and_empty_lines_are_none(tmp_path)
     (tmp_path / "objectInfo150.txt").write_text("road\n\nsky\n \n")
     options = ["--data", tmp_path, "--num-classes"]
     assert segment.class_names(parsed(*options, 2)) == ["road", "sky"]
-    with pytest.raises(InputError, match="has 2 names, --num-classes is 3"):
-        segment.class_names(parsed(*options, 3))
+    assert segment.class_names(parsed(*options, 3)) == ["class 1", "class 2", "class 3"]
 
 
 def test_classes_without_names_count_as_label_files_do():
@@ -132,8 +140,9 @@ def test_mean_iou_equals_a_double_loop():
     expected = [h / u for h, u in zip(hits, union) if u]
     assert iou[~iou.isnan()].tolist() == pytest.approx(expected)
     values = segment.summarize(confusion)
-    assert values["miou"] == pytest.approx(100 * sum(expected) / 4) and values["absent"] == 1
+    assert values["miou"] == pytest.approx(100 * sum(expected) / 4) and values["pixels"] == 13
     assert values["iou"][3] is None and values["iou"][4] == 0    # absent; only predicted
+    assert values["iou"].count(None) == 1
     assert values["pixel_accuracy"] == pytest.approx(100 * sum(hits) / 13)
 
 
@@ -359,14 +368,15 @@ def test_no_class_fills_three_quarters_of_a_crop():
     labels[:10] = IGNORE
     for seed in range(60):
         torch.manual_seed(seed)
-        rows, columns = segment.class_ratio_crop(labels, (40, 40), tries=200)
-        counts = labels[rows, columns].flatten().bincount(minlength=2)[:2]
+        top, left, h, w = segment.class_ratio_crop(labels, (40, 40), tries=200)
+        counts = labels[top:top + h, left:left + w].flatten().bincount(minlength=2)[:2]
+        assert (h, w) == (40, 40)
         assert counts.max() / counts.sum() < 0.75
 
 
 def test_a_crop_of_a_single_class_is_taken_in_the_end():
-    rows, _ = segment.class_ratio_crop(torch.zeros(30, 50, dtype=torch.uint8), (40, 40))
-    assert rows.start == 0
+    box = segment.class_ratio_crop(torch.zeros(30, 50, dtype=torch.uint8), (40, 40))
+    assert box[0] == 0 and box[2:] == (30, 40)
 
 
 def test_saturation_is_that_of_hsv():
@@ -479,24 +489,29 @@ def test_a_run_learns_and_logs_every_step(finished):
 
 
 def test_a_run_draws_what_it_predicts(finished):
-    assert np.asarray(Image.open(finished[0] / "overlay.png")).std() > 10
+    for k in (1, 2, 3):
+        sheet = Image.open(finished[0] / f"input_truth_prediction_{k}.png")
+        assert np.asarray(sheet).std() > 10
 
 
-def test_a_lost_best_model_is_replaced_by_the_next_evaluation(moved, capsys):
-    """Of a finished run, too: the same command says so, and writes what is missing."""
+def test_a_lost_best_model_is_replaced(moved, capsys):
+    """By the next evaluation; after the last one by the last model."""
     folder, command = moved
     weights = state_of(folder / "last.pt")
+    log = (folder / "log.jsonl").read_text()
     (folder / "best.pt").unlink()
     here(segment, *command)
     best = state_of(folder / "best.pt")
-    assert best["miou"] == scores_of(folder)[-1][2] and best["step"] == 23
+    assert best["step"] == 23 and best["epoch"] == weights["epoch"] == 8
+    assert all(torch.equal(w, best["model"][k]) for k, w in weights["model"].items())
     assert "finished 23 iterations" in capsys.readouterr().out
-    assert state_of(folder / "last.pt")["epoch"] == weights["epoch"]
+    assert (folder / "log.jsonl").read_text() == log    # no line twice
 
     (folder / "best.pt").unlink()    # in the middle of a run
     torch.save({**weights, "epoch": 7, "best": 99.0}, folder / "last.pt")
     here(segment, *command)
-    assert state_of(folder / "best.pt")["epoch"] == 8
+    best = state_of(folder / "best.pt")
+    assert best["epoch"] == 8 and best["miou"] == scores_of(folder)[-1][2]
 
 
 def test_resume_takes_remedies_and_refuses_another_run(moved, own_data, capsys):
@@ -507,6 +522,8 @@ def test_resume_takes_remedies_and_refuses_another_run(moved, own_data, capsys):
                            (["--drop-path", 0], "drop-path 0.1, not 0")):
         with pytest.raises(InputError, match=match):
             here(segment, *command, *options)
+    (own_data / "objectInfo150.txt").write_text("a\nb\nc\nd\ne")    # names are not compared
+    here(segment, *command, "--data", own_data)
     for kind in ("images", "annotations"):    # other data with the same classes
         (own_data / kind / "training" / "0.png").unlink()
     with pytest.raises(InputError, match="training-images 6, not 5"):
@@ -554,27 +571,27 @@ def test_two_processes_equal_one_with_accumulation(two_processes, tmp_path, monk
 def test_processes_share_the_evaluation(data, two_processes, tmp_path):
     """Two processes and three images: the scores that one process gives the same weights."""
     folder, _, done = two_processes
-    here(segment, "--data", data, "--workers", 0, "--eval", "--init", folder / "last.pt",
-         "--out", tmp_path)
-    one = json.loads((tmp_path / "eval.json").read_text())
+    one = scores("--data", data, "--init", folder / "last.pt", "--out", tmp_path)
     two = read_log(folder / "log.jsonl")[-1]
-    assert {**two, **one} == two and two["step"] == 12 and one["val_images"] == 3
+    assert {**two, **one} == two and two["step"] == 12
     assert sum(iou > 0 for iou in one["iou"] if iou is not None) > 1    # no constant
-    assert "3 images, windows of (32, 32), float32" in done.stdout + done.stderr
+    printed = f"on {one['pixels']} labelled pixels; windows of (32, 32), float32"
+    assert printed in done.stdout + done.stderr
 
 
-def test_eval_gives_the_score_of_training_again(data, finished, tmp_path):
-    here(segment, "--data", data, "--eval", "--workers", 0, "--out", tmp_path, "--init",
-         finished[0] / "best.pt")
-    values = json.loads((tmp_path / "eval.json").read_text())
-    assert values["miou"] == state_of(finished[0] / "best.pt")["miou"]
+def test_eval_gives_the_score_of_training_again(data, finished, tmp_path, capsys):
+    best = state_of(finished[0] / "best.pt")["miou"]
+    command = ["--data", data, "--out", tmp_path, "--init", finished[0] / "best.pt"]
+    assert scores(*command)["miou"] == best
+    here(segment, "--eval", "--workers", 0, *command)
+    assert f"mIoU {best:.2f}, pixel accuracy" in "".join(capsys.readouterr())
 
 
 def test_eval_takes_an_image_size_and_refuses_what_it_does_not_read(data, moved, capsys):
     folder, command = moved
     here(segment, *command, "--eval", "--image-size", 48)    # options of training may be repeated
     assert "windows of (48, 48)" in "".join(capsys.readouterr())
-    for options, match in ((["--num-classes", 7], "--num-classes 7 has no effect: .* with 5"),
+    for options, match in ((["--num-classes", 7], "--num-classes 7 has no effect on .* with 5"),
                            (["--dtype", "bf16"], "--dtype bf16 has no effect"),
                            (["--model", "vit_nano"], "embed_dim is 48 in the file, 96"),
                            (["--patch-size", 16], "patch_size is 8 in the file, 16")):
@@ -634,14 +651,13 @@ def test_a_segmentation_model_serves_as_encoder_here_and_elsewhere(finished):
 # ---- pictures and predictions ----------------------------------------------------------------
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory):
-    """Four pictures, two of which have the same stem; their sizes and the names of their labels."""
+    """Three pictures; their sizes and the names of their labels."""
     folder = tmp_path_factory.mktemp("photos")
     (folder / "sub").mkdir()
-    sizes = {"sub/a.png": (50, 37), "sub/a.jpg": (90, 40), "b.jpg": (33, 60), "wide.png": (900, 2)}
+    sizes = {"sub/a.png": (50, 37), "b.jpg": (33, 60), "wide.png": (900, 2)}
     for name, (w, h) in sizes.items():
         Image.fromarray(picture(7, (h, w))[0]).save(folder / name)
-    names = ["sub/a.png", "sub/a.jpg", "b", "wide"]    # a.jpg and a.png do not share a file
-    return folder, dict(zip(names, sizes.values()))
+    return folder, dict(zip(["sub/a", "b", "wide"], sizes.values()))
 
 
 def test_predict_labels_a_folder(photos, finished, tmp_path, capsys):
@@ -655,18 +671,20 @@ def test_predict_labels_a_folder(photos, finished, tmp_path, capsys):
         assert 1 <= np.asarray(labels).min() <= np.asarray(labels).max() <= 5
         assert labels.convert("RGB").getpixel((0, 0)) != (0, 0, 0)    # a viewer shows the class
         assert max(Image.open(tmp_path / "predict" / f"{name}_overlay.png").size) < 1300
-    assert len([*tmp_path.rglob("*.png")]) == 8
+    assert len([*tmp_path.rglob("*.png")]) == 6
 
 
 def test_pictures_have_a_bounded_size_and_a_legend(tmp_path):
     strip = torch.zeros(3, 2000, 2, dtype=torch.uint8)
     labels = torch.ones(2000, 2, dtype=torch.uint8)
-    rows = [(strip, labels, labels)] * 5
-    segment.draw_overlays(tmp_path / "a.png", ("a", "b", "c"), rows, ["class 1", "class 2"])
+    labels[:1000] = IGNORE
+    segment.draw_overlay(tmp_path / "a.png", ["class 1", "class 2"], strip, labels, labels)
     sheet = Image.open(tmp_path / "a.png")
-    assert sheet.size == (3 * 204 + 4 + 180, 5 * 204 + 4 + 24)
-    legend = {c for _, c in sheet.crop((620, 20, 796, 60)).getcolors()}
+    assert sheet.size == (3 * 1 + 200, 480)
+    legend = {c for _, c in sheet.crop((4, 0, 203, 480)).getcolors()}
     assert segment.class_colors(2)[1] in legend and segment.class_colors(2)[0] not in legend
+    pixels = np.asarray(sheet)
+    assert (pixels[:230, :3] == 0).all() and (pixels[250:, 1:3] > 0).any()    # ignored, coloured
 
 
 def test_predict_labels_a_photograph_as_it_stands(photos, finished, tmp_path):
@@ -705,7 +723,7 @@ def test_predict_names_a_broken_image_and_labels_the_others(photos, finished, tm
     (["--eval"], "best.pt does not exist"),
     (["--predict", "x.png", "--init", "ENCODER"], "encoder.pt is no segmentation model"),
     (["--eval", "--init", "ENCODER"], "encoder.pt is no segmentation model"),
-    (["--iters", 1000, "--warmup-iters", 1500], "--warmup-iters 1500 must be fewer than --iters"),
+    (["--iters", 1000, "--warmup-iters", 1500], "--warmup-iters must be fewer than --iters 1000"),
     (["--batch-size", 6, "--accum-steps", 4], "multiple of processes x --accum-steps = 4"),
     (["--device", "mps"], "--device mps is not available"),
 ])
@@ -750,19 +768,26 @@ def test_the_folder_above_the_images_is_named(data, monkeypatch):
     for given in (data / "images", "."):
         monkeypatch.chdir(data / "images")
         with pytest.raises(InputError, match=f"is {data} meant"):
-            segment.list_pairs(given, "training")
+            segment.open_set(parsed("--data", given), 0, "training")
 
 
 def test_an_image_without_labels(own_data):
     (own_data / "annotations/training/3.png").unlink()
-    with pytest.raises(InputError, match="cannot read labels .*3.png .*give a PNG of the image's"):
+    with pytest.raises(InputError, match="cannot read labels .*3.png: give a PNG of the image's"):
         segment.open_set(parsed("--data", own_data, "--num-classes", 5), 0, "training")
 
 
 def test_labels_of_another_size(own_data):
     Image.new("L", (30, 40)).save(own_data / "annotations/training/0.png")
-    with pytest.raises(InputError, match="0.png has 70 x 40 pixels, its labels .*0.png another"):
-        segment.open_set(parsed("--data", own_data, "--num-classes", 5), 0, "training")
+    args = parsed("--data", own_data, "--num-classes", 5)
+    args.image_size, args.mean = (32, 32), (0.5, 0.5, 0.5)
+    train_set = segment.open_set(args, 0, "training")
+    with pytest.raises(OSError, match="image .*images/training/0.png and its labels "
+                                      ".*annotations/training/0.png differ in size: replace it"):
+        train_set[0, 0]
+    args.skip_corrupt = True
+    train_set = segment.open_set(args, 0, "training")
+    assert train_set[0, 0][1].shape == (32, 32)    # of the next pair
 
 
 def test_labels_that_cannot_be_read(own_data):
@@ -820,7 +845,9 @@ def test_unreadable_images_are_named_or_left_out(own_data, tmp_path, capsys):
     here(segment, *command, "--skip-corrupt")
     printed = "".join(capsys.readouterr())
     assert printed.count("2.png") == 1 and printed.count("7.png") == 1
-    assert "2 images, windows of" in printed    # of three
+    labels = [np.array(Image.open(own_data / f"annotations/validation/{k}.png")) for k in (6, 8)]
+    scored = sum(int((numbers > 0).sum()) for numbers in labels)    # of two images of three
+    assert f"on {scored} labelled pixels" in printed
 
     for name in "68":
         spoil(own_data / f"images/validation/{name}.png")
