@@ -557,9 +557,8 @@ def parse_args(argv=None):
     add("--predict", nargs="+", metavar="PATH",
         help="print the likeliest classes of images, or of all images in folders, and exit")
 
-    add = parser.run_options("out/finetune", clip_grad=None)
+    add = parser.run_options("out/finetune", eval_every=1, clip_grad=None)
     add("--compile", action="store_true", help="torch.compile the model for training")
-    add("--eval-every", low=1, default=1, help="epochs between evaluations")
     return parser.parse_args(argv)
 
 

@@ -1228,7 +1228,7 @@ class Parser(argparse.ArgumentParser):
                 help="of pixels in [0, 1] (divide values of 0..255 by 255); default: that of the "
                      "checkpoint, or ImageNet's")
 
-    def run_options(self, out, clip_grad=0.0):
+    def run_options(self, out, eval_every, unit="epochs", clip_grad=0.0):
         """The options that all training scripts share -> a function that adds more of them."""
         add = self.group("run")
         add("--out", default=out,
@@ -1247,6 +1247,7 @@ class Parser(argparse.ArgumentParser):
             help="auto: bf16 on GPUs that have it, fp16 with loss scaling on others, else fp32")
         add("--seed", low=0, high=2 ** 32 - 1, default=0, help="of weights, order and crops")
         add("--log-every", low=1, default=20, help="updates per line of log.jsonl")
+        add("--eval-every", low=1, default=eval_every, help=f"{unit} between evaluations")
         add("--skip-corrupt", action="store_true",
             help="name unreadable files and go on without them; default: stop")
         return add

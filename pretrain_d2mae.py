@@ -673,9 +673,8 @@ def parse_args(argv=None):
     add("--base-lr", type=float, low=0, default=1.5e-4,
         help="per 256 images: lr = base_lr * batch_size / 256; paper: 1.5e-4")
 
-    add = parser.run_options("out/pretrain")
+    add = parser.run_options("out/pretrain", eval_every=10)
     add("--compile", action="store_true", help="torch.compile the student and the teacher")
-    add("--eval-every", low=1, default=10, help="epochs between evaluations with pictures")
     parser.set_defaults(**RECIPE)
     return parser.parse_args(argv)
 

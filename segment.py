@@ -600,10 +600,8 @@ def parse_args(argv=None):
     add("--eval", action="store_true", help="score a checkpoint instead of training")
     add("--predict", metavar="PATH", help="label an image, or all images below a folder")
 
-    add = parser.run_options("out/segment")
+    add = parser.run_options("out/segment", eval_every=16_000, unit="iterations")
     add("--compile", action="store_true", help="torch.compile the network for training")
-    add("--eval-every", low=1, default=16_000,
-        help="iterations between evaluations, each at the end of an epoch")
     parser.set_defaults(**RECIPE)
     return parser.parse_args(argv)
 

@@ -42,7 +42,7 @@ NOTES, departures from the authors' code:
 - A file that cannot be read stops a training; with --skip-corrupt it is named once, and another
   pair takes its place. The authors' code draws another pair without a word.
 - A frame whose true box has no extent fails in every metric, see `score_sequence`. Boxes are saved
-  with two decimals (--int truncates them, as the authors do).
+  with two decimals; the authors truncate them to whole pixels.
 - Evaluation is in float32, as theirs; GPUs from Ampere on multiply float32 matrices in
   TensorFloat-32. Training is in bfloat16 or float16 on a GPU; theirs is in float32 (--dtype fp32).
 - Results lie in a folder named by the weights, so an interrupted evaluation resumes, and results of
@@ -125,8 +125,8 @@ def position_table(encoder, size):
         raise InputError(f"crops of {size} pixels are no multiple of the patch size "
                          f"{encoder.patch_size}: change --template-size or --search-size")
     side = size // encoder.patch_size
-    patches = encoder.pos_embed.detach()[:, 1:]
-    return nn.Parameter(resize_grid(patches, encoder.grid, (side, side)).clone())
+    table = resize_grid(encoder.pos_embed.detach()[:, 1:], encoder.grid, (side, side))
+    return nn.Parameter(table.clone())
 
 
 class Tracker(nn.Module):
@@ -139,7 +139,6 @@ class Tracker(nn.Module):
     def __init__(self, encoder, **options):
         super().__init__()
         self.options = options = {**TRACKER, **options}
-        self.arch = {**encoder.arch, "tracker": options}
         self.encoder = encoder
         encoder.template_pos_embed = position_table(encoder, options["template_size"])
         encoder.search_pos_embed = position_table(encoder, options["search_size"])
@@ -263,7 +262,7 @@ def gaussian_radius(w, h, overlap=0.7):
 def gaussian_target(boxes, side):
     """Score map to learn (B, side, side) for boxes (B, 4), x, y, w, h in [0, 1]: 1 in the cell of
     the centre, around it a Gaussian of sigma = (2 r + 1) / 6, zero farther than r cells away."""
-    w, h = (boxes[:, 2:] * side).clamp(min=0).unbind(1)
+    w, h = (boxes[:, 2:] * side).unbind(1)
     radius = gaussian_radius(w, h)[:, None, None]
     sigma = (2 * radius + 1) / 6
     centres = (box_centre(boxes) * side).round()                                # (B, 2), x and y
@@ -396,7 +395,7 @@ def train(args):
     torch.manual_seed(args.seed)
     model = build_tracker(args).to(device)
     sets = open_sets(args.data)
-    args.sequences = [len(items) for items, _ in sets.values()]    # compared on resuming
+    args.sequences = [len(items) for items, _ in sets]    # compared on resuming
     train_set = Pairs(sets, args, args.pairs, args.seed)
     val_set = Pairs(sets, args, args.val_pairs, args.seed + 1)
     loader = train_loader(train_set, args, rank, world)
@@ -480,10 +479,9 @@ def build_tracker(args):
     checkpoint stores: args.arch, args.mean, args.std."""
     encoder = build_model(args.model, args.init, vit=dict(drop_path=args.drop_path))
     if encoder.arch["kind"] != "vit":
-        raise InputError("the tracker needs a plain ViT, not Hiera: choose another --model or "
-                         "--init")
+        raise InputError("the tracker needs a plain ViT: choose another --model or --init")
     model = Tracker(encoder, **{name: getattr(args, name) for name in TRACKER})
-    args.arch = model.arch
+    args.arch = {**encoder.arch, "tracker": model.options}
     args.mean = encoder.mean
     args.std = encoder.std
     return model
@@ -519,12 +517,12 @@ class Pairs(Dataset):
     """Item (epoch, index) -> template (3, z, z) and search crop (3, s, s) uint8 of a random pair of
     frames, and the target's box (4,) in the search crop.
 
-    sets: {name: (items, function that reads the sequence of an item)}, drawn in equal shares. All
-    randomness comes from (seed, epoch, index).
+    sets: see `open_sets`; they are drawn in equal shares. All randomness comes from (seed, epoch,
+    index).
     """
 
     def __init__(self, sets, args, count, seed):
-        self.sets = list(sets.values())
+        self.sets = sets
         self.args = args
         self.count = count
         self.seed = seed
@@ -576,14 +574,14 @@ def augment(rng, template, search, box):
 # --------------------------------------------------------------------------------------------------
 # Data: sequences. read_* return the files of N frames, boxes (N, 4), visible (N,)
 # --------------------------------------------------------------------------------------------------
-LAYOUTS = {    # where annotations lie, frame i beside an annotation, the first i, labels of hidden
-    "lasot": (("[!.]*/groundtruth.txt", "[!.]*/[!.]*/groundtruth.txt"),
+LAYOUTS = {    # annotations; frame i as seen from one of them; the first i; labels of hidden frames
+    "lasot": (["[!.]*/groundtruth.txt", "[!.]*/[!.]*/groundtruth.txt"],
               "{file.parent}/img/{i:08}.jpg", 1, {"full_occlusion.txt": 1, "out_of_view.txt": 1}),
-    "got10k": (("train/[!.]*/groundtruth.txt",),
+    "got10k": (["train/[!.]*/groundtruth.txt"],
                "{file.parent}/{i:08}.jpg", 1, {"absence.label": 1, "cover.label": 0}),
-    "trackingnet": (("TRAIN_*/anno/[!.]*.txt",),
+    "trackingnet": (["TRAIN_*/anno/[!.]*.txt"],
                     "{file.parents[1]}/frames/{file.stem}/{i}.jpg", 0, {}),
-    "coco": (("annotations/instances_train*.json",),),
+    "coco": [["annotations/instances_train*.json"]],
 }
 
 
@@ -621,7 +619,7 @@ def read_coco(file):
     year = file.stem.removeprefix("instances_")
     folder = file.parents[1] / year
     if not folder.exists():
-        folder = file.parents[1] / "images" / year    # OSTrack's layout
+        folder = folder.parent / "images" / year    # OSTrack's layout
     content = json.loads(file.read_text())
     names = {image["id"]: image["file_name"] for image in content["images"]}
     objects = [a for a in content["annotations"]
@@ -641,26 +639,24 @@ def find_annotations(text):
     for entry in text.split(","):
         name, _, folder = entry.partition("=")
         if name not in LAYOUTS:
-            raise InputError(f"--data {text}: give NAME=FOLDER,NAME=FOLDER,... with names among "
-                             f"{', '.join(LAYOUTS)}")
+            raise InputError(f"--data {text}: give NAME=FOLDER,... of {', '.join(LAYOUTS)}")
         patterns = LAYOUTS[name][0]
         found[name] = sorted(file for pattern in patterns for file in Path(folder).glob(pattern))
     return found
 
 
 def open_sets(text):
-    """--data -> {name: (items, function that reads the sequence of an item)}."""
-    sets = {}
+    """--data -> list of (items, function that reads the sequence of an item), one for each set."""
+    sets = []
     for name, files in find_annotations(text).items():
         if name == "lasot":
             files = [file for file in files if file.parent.name not in LASOT_TEST]
         if not files:
-            raise InputError(f"--data {text}: {name} has no training sequence in the layout that "
-                             "README, 'Data', shows")
+            raise InputError(f"--data {text}: {name} has no training sequence (README, 'Data')")
         if name == "coco":
-            sets[name] = read_coco(files[-1])    # of 2014 and 2017 the later
+            sets.append(read_coco(files[-1]))    # of 2014 and 2017 the later
         else:
-            sets[name] = files, functools.partial(read_video, name)
+            sets.append((files, functools.partial(read_video, name)))
     return sets
 
 
@@ -668,20 +664,20 @@ def open_sets(text):
 # One-pass evaluation
 # --------------------------------------------------------------------------------------------------
 def score_sequence(boxes, truth, visible):
-    """One-pass evaluation of one video, arrays (N, 4), (N, 4), (N,) -> success (21,), precision
-    (51,), normalised precision (51,): shares of frames with IoU > t, t = 0, 0.05 .. 1; centre error
-    <= t, t = 0, 1 .. 50 pixels; centre error over box size <= t, t = 0, 0.01 .. 0.5.
+    """One-pass evaluation of one video, float64 arrays (N, 4), (N, 4), bool (N,) -> success (21,),
+    precision (51,), normalised precision (51,): shares of frames with IoU > t, t = 0, 0.05 .. 1;
+    centre error <= t, t = 0, 1 .. 50 pixels; centre error over box size <= t, t = 0, 0.01 .. 0.5.
 
     As in the toolkits of LaSOT and OSTrack, the first box counts as the true one, a box without
     size is the one before it, and a frame without the target fails, but counts. Where the target
     counts as visible but its true box has no extent, the toolkits set some centre errors to -1,
     which is a hit: OSTrack's the normalised one, LaSOT's both. Here such a frame fails in all.
     """
-    boxes = torch.tensor(boxes, dtype=torch.float64)
-    truth = torch.tensor(truth, dtype=torch.float64)
+    boxes = torch.tensor(boxes)
+    truth = torch.tensor(truth)
     boxes[0] = truth[0]
-    valid = (boxes[:, 2:] > 0).all(dim=1)
-    boxes = boxes[torch.where(valid, torch.arange(len(boxes)), 0).cummax(dim=0).values]
+    has_size = (boxes[:, 2:] > 0).all(dim=1)
+    boxes = boxes[torch.where(has_size, torch.arange(len(boxes)), 0).cummax(dim=0).values]
     present = torch.from_numpy(visible) & (truth[:, 2:] > 0).all(dim=1)
     corners = [box_convert(x, "xywh", "xyxy")[:, None] for x in (boxes, truth)]
     iou = torch.vmap(box_iou)(*corners)[:, 0]                                   # (N, 1)
@@ -697,8 +693,8 @@ def evaluate(args):
     prints AUC, P and P_norm. Processes share the sequences; those with a text file are not tracked
     again. With --skip-corrupt, those with unreadable files are named and left out."""
     rank, world, device, _ = init_distributed(args, minutes=24 * 60)    # processes may differ
-    files = find_annotations(args.data).get("lasot", [])
-    files = [file for file in files if file.parent.name in LASOT_TEST]
+    files = [file for file in find_annotations(args.data).get("lasot", [])
+             if file.parent.name in LASOT_TEST]
     if args.results:
         folder = Path(args.results)
     else:
@@ -717,8 +713,7 @@ def evaluate(args):
             if path.exists():
                 boxes = read_numbers(path, len(truth))
                 success, precision, normed = score_sequence(boxes, truth, visible)
-                values = [success.mean(), precision[20], normed[20], 1]
-                sums += torch.tensor(values, device=device)
+                sums += torch.tensor([success.mean(), precision[20], normed[20], 1], device=device)
         except OSError as error:
             unreadable.skip(i, str(error).splitlines()[-1])    # a loader process adds others
     if world > 1:
@@ -743,7 +738,7 @@ def load_tracker(args, device):
     if "tracker" not in arch:
         raise InputError(f"checkpoint {args.init} is no tracker: give last.pt of a training")
     options = arch.pop("tracker")
-    arch.pop("kind")
+    del arch["kind"]
     model = Tracker(VisionTransformer(**arch), **options)
     model.load_state_dict(file["model"])
     return OnePassTracker(model, file["mean"], file["std"], device)
@@ -770,14 +765,13 @@ def track_frames(args):
     x, y, w, h = args.box or [0] * 4
     width, height = open_image(files[0]).size
     if not (0 <= x < x + w <= width and 0 <= y < y + h <= height):
-        raise InputError("--frames needs --box X Y W H within its first frame of "
-                         f"{width} x {height}; if yours is x1 y1 x2 y2, give --box {x:g} {y:g} "
-                         f"{w - x:g} {h - y:g}")
+        raise InputError(f"--frames needs --box X Y W H within a frame of {width} x {height}; if "
+                         f"yours is x1 y1 x2 y2, give --box {x:g} {y:g} {w - x:g} {h - y:g}")
     _, _, device, _ = init_distributed(args)
     tracker = load_tracker(args, device)
     boxes, scores = zip(*tqdm(tracker.follow(files, args.box, args.workers), total=len(files)))
     write_boxes(Path(args.out, "boxes.txt"), boxes)
-    draw_overlay(Path(args.out, "overlay.gif"), files, boxes, scores)
+    draw_overlay(f"{args.out}/overlay.gif", files, boxes, scores)
     folders = {Path(file).parent for file in files}
     print(f"{len(files)} frames of {len(folders)} folder(s); {args.out} has boxes.txt, overlay.gif")
 
@@ -843,14 +837,14 @@ def parse_args(argv=None):
     """Options of the command line, or of the list `argv`."""
     parser = Parser(__doc__)
     add = parser.group("method (OSTrack-256)")
-    add("--init", help="training: encoder to start from (README, 'Checkpoints'), else random "
-                       "weights; --eval, --frames: the tracker, else last.pt in --out")
+    add("--init", help="encoder to start from (README, 'Checkpoints'); default: random weights; "
+                       "with --eval or --frames the tracker; default: last.pt in --out")
     add("--model", help="encoder; default: that of --init, or the paper's vit_tiny (12 heads)")
     add("--template-size", low=1, help="pixels along the template crop; default: 128, the paper's")
     add("--search-size", low=1, help="pixels along the search crop; default: 256, the paper's")
     add("--keep-rate", type=float, low=0.01,
-        help="share of search tokens that blocks 4, 7 and 10 each keep; default: 0.7; it falls from "
-             "1 between 1/15 and 1/3 of the epochs, 20 and 100 of the paper's 300")
+        help="share of search tokens that blocks 4, 7 and 10 each keep; default: 0.7; it falls "
+             "from 1 between 1/15 and 1/3 of the epochs, 20 and 100 of the paper's 300")
     add("--head-channels", low=8, help="of the head's first layer; default: 256, the paper's")
     add("--drop-path", type=float, default=0.1,
         help="of the last block; the rates grow linearly from 0")
@@ -858,8 +852,7 @@ def parse_args(argv=None):
     add = parser.group("training (OSTrack-256), data")
     add("--data",
         default="lasot=data/lasot,got10k=data/got10k,coco=data/coco,trackingnet=data/trackingnet",
-        help="sets as NAME=FOLDER,..., of which --eval reads LaSOT's 280 test sequences and a "
-             "training all others")
+        help="sets as NAME=FOLDER,...; --eval reads LaSOT's test sequences, training all others")
     add("--pairs", low=1, default=60_000, help="pairs per epoch; paper: 60,000")
     add("--epochs", low=1, default=300, help="paper: 300")
     add("--batch-size", low=1, default=128,
@@ -870,15 +863,13 @@ def parse_args(argv=None):
 
     add = parser.group("use of a trained tracker")
     add("--eval", action="store_true", help="one-pass evaluation on the test sequences of --data")
-    add("--results", help="with --eval: the text files of this folder, NAME.txt with one x,y,w,h "
-                          "per frame, instead of a tracker")
+    add("--results", help="with --eval: folder of NAME.txt, x,y,w,h per frame, to score instead")
     add("--allow-partial", action="store_true",
         help="with --eval: evaluate although test sequences are missing")
     add("--frames", help="track the target of --box through the images of this folder")
     add("--box", type=float, nargs=4, help="x y w h of the target in the first frame, in pixels")
 
-    add = parser.run_options("out/track", clip_grad=0.1)
-    add("--eval-every", low=1, default=10, help="epochs between evaluations on fixed pairs")
+    parser.run_options("out/track", eval_every=10, clip_grad=0.1)
     parser.set_defaults(**TRACKER, **RECIPE)
     args = parser.parse_args(argv)
     if args.eval or args.frames:
