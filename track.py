@@ -42,7 +42,7 @@ NOTES, departures from the authors' code:
 - A file that cannot be read stops a training; with --skip-corrupt it is named once, and another
   pair takes its place. The authors' code draws another pair without a word.
 - A frame whose true box has no extent fails in every metric, see `score_sequence`. Boxes are saved
-  with two decimals; the authors truncate them to whole pixels.
+  with two decimals; --int cuts them off, as the authors do.
 - Evaluation is in float32, as theirs; GPUs from Ampere on multiply float32 matrices in
   TensorFloat-32. Training is in bfloat16 or float16 on a GPU; theirs is in float32 (--dtype fp32).
 - Results lie in a folder named by the weights, so an interrupted evaluation resumes, and results of
@@ -51,6 +51,7 @@ NOTES, departures from the authors' code:
 import functools
 import json
 import math
+import re
 import zlib
 from pathlib import Path
 
@@ -58,7 +59,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageOps
+from PIL import ImageDraw, ImageOps
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_
@@ -590,12 +591,15 @@ def read_frame(file):
     return pil_to_tensor(open_image(file))
 
 
-def read_numbers(path, lines=-1, columns=4):
-    """Text file of numbers divided by commas, tabs, spaces or lines -> (lines, columns) float64; by
-    default as many lines as they fill. Raises OSError."""
+def read_numbers(path, lines=None, columns=4):
+    """Text file of numbers divided by commas, tabs or spaces -> its first `lines`, all by default,
+    (lines, columns) float64; one column may be written as one line. Raises OSError."""
     try:
-        numbers = path.read_text().replace(",", " ").split()
-        return np.array(numbers, float).reshape(lines, columns)
+        numbers = np.loadtxt(path.read_text().replace(",", " ").splitlines(), ndmin=2)
+        numbers = (numbers.reshape(-1, 1) if columns == 1 else numbers)[:lines]
+        if numbers.shape != (lines or len(numbers), columns):
+            raise ValueError(f"{numbers.shape}, not {(lines, columns)}")
+        return numbers
     except (OSError, ValueError) as error:
         raise OSError(f"{path} is no table of {columns} numbers per frame ({error})") from None
 
@@ -700,7 +704,7 @@ def evaluate(args):
     else:
         tracker = load_tracker(args, device)
         weights = zlib.crc32(Path(args.init).read_bytes())    # others get another folder
-        folder = Path(args.out, "results", f"{weights:08x}")
+        folder = Path(args.out, "results", f"{weights:08x}{'-int' * args.int}")
     unreadable = Reader(files, args, train=False)
     sums = torch.zeros(4, device=device)    # AUC, P, P_norm, sequences
     for i in tqdm(range(rank, len(files), world), disable=rank > 0):
@@ -709,7 +713,7 @@ def evaluate(args):
             frames, truth, visible = read_video("lasot", files[i])
             if not args.results and not path.exists():
                 boxes, _ = zip(*tracker.follow(frames, truth[0], args.workers))
-                write_boxes(path, boxes)
+                write_boxes(path, boxes, args.int)
             if path.exists():
                 boxes = read_numbers(path, len(truth))
                 success, precision, normed = score_sequence(boxes, truth, visible)
@@ -744,11 +748,11 @@ def load_tracker(args, device):
     return OnePassTracker(model, file["mean"], file["std"], device)
 
 
-def write_boxes(path, boxes):
-    """One x,y,w,h per line and frame."""
+def write_boxes(path, boxes, whole):
+    """One x,y,w,h per line and frame, with two decimals or cut off to whole pixels."""
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch = path.with_suffix(".tmp")
-    np.savetxt(scratch, boxes, "%.2f", ",")
+    np.savetxt(scratch, boxes, "%d" if whole else "%.2f", ",")
     scratch.replace(path)
 
 
@@ -762,15 +766,16 @@ def track_frames(args):
                          f"{args.frames} frames/%08d.jpg")
     files = list_images(args.frames)
     files.sort(key=lambda file: len(Path(file).stem))    # 2.jpg before 10.jpg
-    x, y, w, h = args.box or [0] * 4
+    box = re.findall(r"[-+.\d]+", " ".join(args.box or []))    # 303 2 60 80 or 303,2,60,80
+    x, y, w, h = box = np.array(box if len(box) == 4 else [0] * 4, float)
     width, height = open_image(files[0]).size
     if not (0 <= x < x + w <= width and 0 <= y < y + h <= height):
         raise InputError(f"--frames needs --box X Y W H within a frame of {width} x {height}; if "
                          f"yours is x1 y1 x2 y2, give --box {x:g} {y:g} {w - x:g} {h - y:g}")
     _, _, device, _ = init_distributed(args)
     tracker = load_tracker(args, device)
-    boxes, scores = zip(*tqdm(tracker.follow(files, args.box, args.workers), total=len(files)))
-    write_boxes(Path(args.out, "boxes.txt"), boxes)
+    boxes, scores = zip(*tqdm(tracker.follow(files, box, args.workers), total=len(files)))
+    write_boxes(Path(args.out, "boxes.txt"), boxes, args.int)
     draw_overlay(f"{args.out}/overlay.gif", files, boxes, scores)
     folders = {Path(file).parent for file in files}
     print(f"{len(files)} frames of {len(folders)} folder(s); {args.out} has boxes.txt, overlay.gif")
@@ -830,7 +835,7 @@ volleyball-18 volleyball-19""".split()
 # --------------------------------------------------------------------------------------------------
 # Arguments: the defaults are the paper's
 # --------------------------------------------------------------------------------------------------
-USED = "eval frames box data init results allow_partial workers skip_corrupt out device".split()
+USED = "eval frames box int data init results allow_partial workers skip_corrupt out device".split()
 
 
 def parse_args(argv=None):
@@ -867,7 +872,8 @@ def parse_args(argv=None):
     add("--allow-partial", action="store_true",
         help="with --eval: evaluate although test sequences are missing")
     add("--frames", help="track the target of --box through the images of this folder")
-    add("--box", type=float, nargs=4, help="x y w h of the target in the first frame, in pixels")
+    add("--box", nargs="+", help="x y w h of the target in the first frame, in pixels")
+    add("--int", action="store_true", help="write boxes as whole pixels, cut off as OSTrack does")
 
     parser.run_options("out/track", eval_every=10, clip_grad=0.1)
     parser.set_defaults(**TRACKER, **RECIPE)
