@@ -216,7 +216,7 @@ def build_optimizer(model, args, lr):
     groups = param_groups(model, args.weight_decay, args.layer_decay, model.depth)
     if args.optimizer == "adamw":
         return AdamW(groups, lr, betas=(0.9, 0.999), fused=True)
-    return SGD(groups, lr, momentum=0.9, nesterov=True)
+    return SGD(groups, lr, momentum=0.9, nesterov=True)    # in fp16 the scaler syncs once a step
 
 
 # --------------------------------------------------------------------------------------------------
@@ -240,7 +240,7 @@ def train(args):
 
     network = torch.compile(model) if args.compile else model
     if world > 1:
-        network = DistributedDataParallel(network, broadcast_buffers=False)
+        network = DistributedDataParallel(network, gradient_as_bucket_view=True)
 
     for epoch in range(state["epoch"], args.epochs):
         loader.sampler.set_epoch(epoch)
@@ -514,6 +514,10 @@ def recipe_word(text):
     return key, bounded(float, 0, 10)(value)
 
 
+USED = "eval predict init out model image_size mean std device"    # by --eval and --predict
+EVALUATED = " dataset data download workers skip_corrupt"          # by --eval alone
+
+
 def parse_args(argv=None):
     """Options of the command line, or of the list `argv`."""
     parser = Parser(__doc__)
@@ -559,7 +563,10 @@ def parse_args(argv=None):
 
     add = parser.run_options("out/finetune", eval_every=1, clip_grad=None)
     add("--compile", action="store_true", help="torch.compile the model for training")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.eval or args.predict:
+        parser.check_unread(args, "a trained classifier", USED + EVALUATED * args.eval)
+    return args
 
 
 def resolve(args):
@@ -590,17 +597,6 @@ def resolve(args):
     return args
 
 
-def check_unused(args):
-    """Raise InputError for options that --eval or --predict does not read."""
-    read = {"eval", "predict", "init", "out", "model", "image_size", "mean", "std", "device"}
-    if args.eval:
-        read |= {"dataset", "data", "download", "workers", "skip_corrupt"}
-    unused = [f"--{key.replace('_', '-')}" for key, value in vars(parse_args([])).items()
-              if getattr(args, key) != value and key not in read]
-    if unused:
-        raise InputError(f"{', '.join(unused)}: no effect with --eval or --predict, leave it out")
-
-
 # --------------------------------------------------------------------------------------------------
 # Main
 # --------------------------------------------------------------------------------------------------
@@ -609,7 +605,6 @@ def main(args):
     if not (args.eval or args.predict):
         train(resolve(args))
         return
-    check_unused(args)
     run = init_distributed(args)
     device = run[2]
     model = load_classifier(args).to(device)

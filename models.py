@@ -1205,8 +1205,8 @@ def bounded(convert, low, high):
 class Parser(argparse.ArgumentParser):
     """Options in groups. An option shows its default where it has one, and may be bounded."""
 
-    def __init__(self, doc):
-        super().__init__(usage="%(prog)s [options]", description=doc.split("\n\n")[0])
+    def __init__(self, doc, **options):
+        super().__init__(usage="%(prog)s [options]", description=doc.split("\n\n")[0], **options)
 
     def group(self, title):
         """Begin a group -> a function that adds an option to it; numbers may have bounds."""
@@ -1220,6 +1220,12 @@ class Parser(argparse.ArgumentParser):
             group.add_argument(name, help=help, **options)
 
         return add
+
+    def check_unread(self, args, mode, read):
+        """Exit with a usage error if an option was given that a mode does not read."""
+        for name, value in vars(args).items():
+            if value != self.get_default(name) and name not in read.split():
+                self.error(f"{mode} does not read --{name.replace('_', '-')}: leave it out")
 
     def pixel_options(self, add):
         """Statistics of the pixels, stored with the encoder."""

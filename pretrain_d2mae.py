@@ -304,7 +304,7 @@ def train(args):
     student = torch.compile(model) if args.compile else model
     teacher_maps = torch.compile(model.teacher_maps) if args.compile else model.teacher_maps
     if world > 1:
-        student = DistributedDataParallel(student, broadcast_buffers=False)
+        student = DistributedDataParallel(student, gradient_as_bucket_view=True)
     if not first_epoch:
         report(args, run, model, teacher, val_set, epoch=0, step=0)
 
@@ -521,8 +521,7 @@ def report(args, run, model, teacher, val_set, epoch, step):
     tqdm.write(text)
     if epoch == 0:
         return
-    shown = range(0, len(val_set), max(1, len(val_set) // 9))[:8]
-    shown = [item for item in (val_set[0, i] for i in shown) if item is not None]
+    shown = [item for item in (val_set[0, i] for i in range(min(8, len(val_set)))) if item]
     images, noise = (torch.stack(column).to(device) for column in zip(*shown))
     images = normalize(images, args.mean, args.std)
     masked, filled = reconstruct(model, images, *random_masking(noise, args.mask_ratio))

@@ -160,8 +160,8 @@ def train(args):
     best = state.get("best", -1.0)
     args.classes = class_names(args)    # stored for --predict, not compared on resuming
     network = torch.compile(model) if args.compile else model
-    if world > 1:    # running statistics are broadcast where they are read, in `evaluate`
-        network = DistributedDataParallel(network, broadcast_buffers=False)
+    if world > 1:
+        network = DistributedDataParallel(network, gradient_as_bucket_view=True)
 
     for epoch in range(state["epoch"], epochs):
         loader.sampler.set_epoch(epoch)
@@ -562,6 +562,9 @@ def predict(args, model, device):
 # --------------------------------------------------------------------------------------------------
 # Arguments: the defaults are the paper's
 # --------------------------------------------------------------------------------------------------
+USED = "eval predict init out model image_size patch_size data device workers skip_corrupt"
+
+
 def parse_args(argv=None):
     """Options of the command line, or of the list `argv`."""
     parser = Parser(__doc__)
@@ -603,7 +606,10 @@ def parse_args(argv=None):
     add = parser.run_options("out/segment", eval_every=16_000, unit="iterations")
     add("--compile", action="store_true", help="torch.compile the network for training")
     parser.set_defaults(**RECIPE)
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.eval or args.predict:
+        parser.check_unread(args, "a trained model", USED)
+    return args
 
 
 def resolve(args):
@@ -617,21 +623,14 @@ def resolve(args):
 
 
 def load_segmenter(args):
-    """The trained model for --eval and --predict. Raises InputError for a file of another script,
-    and for options that are not read, unless they repeat those of training."""
+    """The trained model for --eval and --predict. Raises InputError for a file of another script.
+    """
     args.init = args.init or f"{args.out}/best.pt"
     file = read_file(args.init)
     stored = file.get("args", {})
     if "zero_is_class" not in stored:
         raise InputError(f"{args.init} is no segmentation model: give best.pt of this script")
-    read = {"init", "model", "image_size", "patch_size", "out", "device", "workers", "eval",
-            "predict", "data", "skip_corrupt"}
-    defaults = vars(parse_args([]))
-    for name in stored.keys() - read:
-        value = getattr(args, name, None)
-        if value not in (defaults.get(name), stored[name]):
-            raise InputError(f"--{name.replace('_', '-')} {value} has no effect on {args.init}, "
-                             f"which was trained with {stored[name]}: leave it out")
+    for name in stored.keys() - USED.split():
         setattr(args, name, stored[name])
     model = build_segmenter(args)
     heads = {k: v for k, v in file["model"].items() if not k.startswith("encoder.")}

@@ -404,7 +404,9 @@ def train(args):
     optimizer = AdamW(optimizer_groups(model, args), args.lr, fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     first_epoch = resume(args, rank, world, model, optimizer, scaler)["epoch"]
-    tracker = DistributedDataParallel(model) if world > 1 else model
+    tracker = model
+    if world > 1:
+        tracker = DistributedDataParallel(tracker, gradient_as_bucket_view=True)
 
     for epoch in range(first_epoch, args.epochs):
         loader.sampler.set_epoch(epoch)
@@ -835,7 +837,7 @@ volleyball-18 volleyball-19""".split()
 # --------------------------------------------------------------------------------------------------
 # Arguments: the defaults are the paper's
 # --------------------------------------------------------------------------------------------------
-USED = "eval frames box int data init results allow_partial workers skip_corrupt out device".split()
+USED = "eval frames box int data init results allow_partial workers skip_corrupt out device"
 
 
 def parse_args(argv=None):
@@ -880,10 +882,7 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     if args.eval or args.frames:
         args.init = args.init or f"{args.out}/last.pt"
-        unread = [name for name, value in vars(args).items()
-                  if value != parser.get_default(name) and name not in USED]
-        if unread:
-            parser.error(f"a trained tracker does not read --{unread[0]}".replace("_", "-"))
+        parser.check_unread(args, "a trained tracker", USED)
     return args
 
 

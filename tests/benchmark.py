@@ -4,12 +4,12 @@
     python tests/benchmark.py --device cpu pretrain    # the rows named
     python tests/benchmark.py --json result.json       # the tables as JSON, too
 
-It needs neither data nor checkpoints: images are drawn, weights are random. On a GPU (rows numerics,
-steps, loading, hours) it takes about six minutes: errors against the CPU, images/s of training
-steps, eager and compiled, crops/s of the loader, and the hours of the paper's runs that follow. On a
-CPU (pretrain, finetune, loading, segment, track, analyze) it compares with plain versions of the
-same computation. Sides that are compared take turns, and each figure is a median over the rounds: a
-machine that drifts favours neither.
+It needs neither data nor checkpoints: images are drawn, weights are random. On a GPU it takes about
+six minutes: errors against the CPU (numerics); images/s of training steps, eager and compiled
+(steps); crops/s of the loader (loading); and the hours of the paper's runs that follow (hours). On
+a CPU it compares with plain versions of the same computation (pretrain, finetune, loading, segment,
+track, analyze). Sides that are compared take turns, and each figure is a median over the rounds, so
+that a machine that drifts favours neither.
 """
 import argparse
 import functools
@@ -214,7 +214,8 @@ def errors(name, device, dtype):
         with torch.autocast(torch.device(where).type, precision, precision != torch.float32):
             loss = loss_of(model, *(x.to(where) for x in inputs))
         (1024 * loss).backward()    # as under a loss scaler
-        gradients = {k: p.grad.cpu() for k, p in model.named_parameters() if p.grad is not None}
+        gradients = {k: p.grad.to("cpu", copy=True) for k, p in model.named_parameters()
+                     if p.grad is not None}
         results.append((loss.item(), gradients))
     (loss, gradients), (other_loss, others) = results
     largest = max(g.norm() for g in gradients.values())
@@ -564,11 +565,11 @@ def bench_hours(args):
             fastest[row["step"]] = max(fastest.get(row["step"], 0), row["images_per_s"])
     for method, speed in fastest.items():
         kind, epochs = ("finetune", 300) if method == "fine-tuning" else ("pretrain", 400)
-        loading = {f"loading {row['format']}": f"{epochs * IMAGENET / row[f'loader_{kind}'] / 3600:.1f}"
+        total = epochs * IMAGENET / 3600    # images per second of a run of one hour
+        loading = {f"loading {row['format']}": f"{total / row[f'loader_{kind}']:.1f}"
                    for row in RESULTS.get("loading", [])}
-        record("hours", run=f"{method}, {epochs} epochs",
-               one_GPU=f"{epochs * IMAGENET / speed / 3600:.1f}",
-               eight_GPUs=f"{epochs * IMAGENET / speed / 3600 / 8:.1f}", **loading)
+        record("hours", run=f"{method}, {epochs} epochs", one_GPU=f"{total / speed:.1f}",
+               eight_GPUs=f"{total / speed / 8:.1f}", **loading)
 
 
 # --------------------------------------------------------------------------------------------------

@@ -50,15 +50,11 @@ SEGMENT_SEEDS = range(6)
 # --------------------------------------------------------------------------------------------------
 def pretrain(out):
     """Train a teacher of width 96 by MAE, then its student of width 48 by D2-MAE."""
-    unfinished = out / "pretrain" / "unfinished"    # encoder.pt exists from the first epoch on
-    unfinished.parent.mkdir(parents=True, exist_ok=True)
-    unfinished.touch()
     data = data_folder(out, "images", toy.write_images)
     teacher = out / "pretrain" / "teacher"
     run("pretrain_d2mae.py", "--data", data, *settings("teacher", "pretrain"), "--out", teacher)
     run("pretrain_d2mae.py", "--data", data, "--teacher", teacher / "encoder.pt",
         *settings("student", "pretrain"), "--out", out / "pretrain")
-    unfinished.unlink()
 
 
 def finetune(out):
@@ -204,8 +200,7 @@ def parse_args(argv=None):
 def main(args):
     names = list(DEMOS) if args.demo == "all" else [args.demo]
     encoder = args.out / "pretrain" / "encoder.pt"
-    unfinished = encoder.with_name("unfinished").exists()
-    if "pretrain" not in names and (unfinished or not encoder.exists()):
+    if "pretrain" not in names and not encoder.exists():
         names.insert(0, "pretrain")
     for name in names:
         DEMOS[name](args.out)

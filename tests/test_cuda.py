@@ -1,9 +1,9 @@
-"""What only a GPU can show: the numbers of the CPU in every precision, whole runs of all scripts, no
-wait of the host, several processes, memory that runs out. Skipped where there is no GPU, but
+"""What only a GPU can show: the numbers of the CPU in every precision, whole runs of all scripts,
+steps without a host sync, several processes, memory that runs out. Skipped without a GPU, but
 
     CUDA_TEST_DEVICE=cpu python -m pytest tests/test_cuda.py
 
-checks on the CPU whatever needs the device's name alone.
+runs everything on the CPU in which the device is only a name.
 """
 import contextlib
 import copy

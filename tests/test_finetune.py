@@ -655,10 +655,12 @@ def test_eval_reads_its_options_and_refuses_others(folder, trained, capsys, monk
     here(finetune, *job, "--image-size", 96)
     assert "6 classes, images of (96, 96) pixels" in capsys.readouterr().out
     for words, values in (("embed_dim is 48 in the file", ["--model", "vit_nano"]),
-                          ("--rpe, --epochs: no effect", ["--rpe", "--epochs", 3]),
                           ("data/cifar10", ["--dataset", "cifar10"])):
         with pytest.raises(InputError, match=words):
             here(finetune, *job, *values)
+    with pytest.raises(SystemExit):
+        here(finetune, *job, "--rpe")
+    assert "a trained classifier does not read --rpe: leave it out" in capsys.readouterr().err
 
 
 def test_eval_refuses_data_of_other_classes(copied, trained):

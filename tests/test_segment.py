@@ -589,14 +589,17 @@ def test_eval_gives_the_score_of_training_again(data, finished, tmp_path, capsys
 
 def test_eval_takes_an_image_size_and_refuses_what_it_does_not_read(data, moved, capsys):
     folder, command = moved
-    here(segment, *command, "--eval", "--image-size", 48)    # options of training may be repeated
+    job = ["--eval", "--data", data, "--out", folder, "--workers", 0]
+    here(segment, *job, "--image-size", 48)
     assert "windows of (48, 48)" in "".join(capsys.readouterr())
-    for options, match in ((["--num-classes", 7], "--num-classes 7 has no effect on .* with 5"),
-                           (["--dtype", "bf16"], "--dtype bf16 has no effect"),
-                           (["--model", "vit_nano"], "embed_dim is 48 in the file, 96"),
+    for options, match in ((["--model", "vit_nano"], "embed_dim is 48 in the file, 96"),
                            (["--patch-size", 16], "patch_size is 8 in the file, 16")):
         with pytest.raises(InputError, match=match):
-            here(segment, "--eval", "--data", data, "--out", folder, "--workers", 0, *options)
+            here(segment, *job, *options)
+    for options in (["--num-classes", 7], ["--dtype", "bf16"]):
+        with pytest.raises(SystemExit):
+            here(segment, *job, *options)
+        assert f"a trained model does not read {options[0]}: leave it" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("options", [
