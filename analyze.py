@@ -36,16 +36,14 @@ NOTES, departures from the authors' code:
 """
 import csv
 import math
-import time
 from collections import defaultdict
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from timeit import Timer
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont, ImageOps
-from PIL.ImageColor import getrgb
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.transforms.v2.functional import pil_to_tensor
@@ -88,8 +86,8 @@ def centred_gram(features):
     first, which saves digits. On the host: float64 does not exist on every device.
     """
     n = len(features)
-    x = features.flatten(1).cpu().to(torch.float64, copy=True)
-    x -= x.mean(dim=0)
+    x = features.flatten(1).cpu().double()
+    x = x - x.mean(dim=0)
     gram = (x @ x.T).fill_diagonal_(0)
     rows = gram.sum(dim=1) / (n - 2)
     centred = gram - rows[:, None] - rows + rows.sum() / (n - 1)
@@ -108,15 +106,15 @@ def minibatch_cka(batches):
     own = defaultdict(float)      # HSIC of each layer of model m with itself
     for models in batches:
         n = len(models[0][0])
+        pairs = n * (n - 3)
         grams = [torch.stack([centred_gram(x) for x in layers]) for layers in models]
         for m, gram in enumerate(grams):                                    # gram (layers, n * n)
-            cross[m] += grams[0] @ gram.T / (n * (n - 3))
-            own[m] += gram.square().sum(dim=1) / (n * (n - 3))
+            cross[m] += grams[0] @ gram.T / pairs
+            own[m] += gram.square().sum(dim=1) / pairs
     return [cross[m] / (own[0][:, None] * own[m]).sqrt().clamp(min=1e-300)
             for m in range(1, len(own))]
 
 
-@torch.no_grad()
 def cka(args):
     """Layer similarity, CKA (Fig. 3): compares every input with the first, each layer of the one
     with each layer of the other."""
@@ -137,10 +135,11 @@ def cka(args):
         ys, xs = map(range, matrix.shape)
         panel = Panel(f"layer of {other}", f"layer of {reference}", xs, ys)
         for (i, j), value in np.ndenumerate(matrix):
-            panel.rectangle(j - 0.5, i - 0.5, j + 0.5, i + 0.5, magma(value))
+            corners = panel.place(j - 0.5, i + 0.5), panel.place(j + 0.5, i - 0.5)
+            panel.draw.rectangle(corners, shade(value))
             rows.append((reference, i, other, j, value))
         panels.append(panel)
-    scale = {f"CKA {v:g}": magma(v) for v in (0, 0.25, 0.5, 0.75, 1)}
+    scale = {f"CKA {v:g}": shade(v) for v in (0, 0.25, 0.5, 0.75, 1)}
     write(args, "cka", "reference,layer_of_reference,model,layer_of_model,cka", rows, panels, scale,
           f"layer 0: patch embedding; {len(files)} images in batches of {n}")
 
@@ -149,7 +148,7 @@ def cka(args):
 # Attention distance and entropy (Fig. 5)
 # --------------------------------------------------------------------------------------------------
 def attention_statistics(logits, distance):
-    """Attention distance and entropy of every image and head -> two (B, H), means over queries i of
+    """Attention distance and entropy of every image and head -> (2, B, H), means over queries i of
 
         sum_j p_ij |x_i - x_j|   and   -sum_j p_ij log p_ij (nats),   p = softmax of logits over j.
 
@@ -160,7 +159,7 @@ def attention_statistics(logits, distance):
     p = log_p.exp()
     distances = (p * distance.to(p.device)).sum(dim=-1)
     entropies = -(p * log_p).sum(dim=-1)                                    # (B, H, Q)
-    return distances.mean(dim=-1), entropies.mean(dim=-1)
+    return torch.stack([distances, entropies]).mean(dim=-1)
 
 
 def token_distances(model):
@@ -171,8 +170,8 @@ def token_distances(model):
     """
     vit = isinstance(model, VisionTransformer)
     side = model.patch_size if vit else model.patch_stride
-    y, x = (side * torch.arange(float(n)) for n in model.grid)
-    keys = torch.cartesian_prod(y, x)                                       # (N, 2), raster
+    raster = torch.cartesian_prod(*map(torch.arange, model.grid))           # (N, 2)
+    keys = side * raster.float()
     if vit:
         return dict.fromkeys(range(1, model.depth + 1), torch.cdist(keys, keys))
     keys = unroll(keys[None], model.grid)                                   # (1, N, 2)
@@ -185,36 +184,35 @@ def token_distances(model):
     return distances
 
 
-@torch.no_grad()
 def attention(args):
     """Attention distance and entropy (Fig. 5): compares the heads of every block of all inputs.
     Blocks of Hiera that attend within mask units, which bounds both, are left out."""
     models = load_models(args)
     files = draw_files(args)
-    distances = {label: token_distances(model) for label, model in models.items()}
     means = defaultdict(float)                                              # (label, block): (2, H)
     for batch in batches(models, files, args.batch_size):
         for label, model, images in batch:
             features = model.forward_features(images, range(model.depth))
-            for k, distance in distances[label].items():
+            for k, distance in token_distances(model).items():
                 queries, keys = distance.shape
                 logits = model.attention_map(features[k - 1], k)
                 logits = logits[:, :, -queries:, -keys:]                    # no class token
-                values = torch.stack(attention_statistics(logits, distance))    # (2, B, H)
+                values = attention_statistics(logits, distance)             # (2, B, H)
                 means[label, k] += values.sum(dim=1).cpu() / len(files)
 
     rows = [(*key, head, *pair) for key, values in means.items()
             for head, pair in enumerate(values.T.tolist(), start=1)]
+    _, blocks, _, *columns = zip(*rows)
     colors = dict(zip(models, COLORS))
     panels = []
     for i, name in enumerate(("attention distance (pixels)", "attention entropy (nats)")):
-        panel = Panel("block", name, [row[1] for row in rows], [row[3 + i] for row in rows])
+        panel = Panel("block", name, blocks, columns[i])
         for (label, block), values in means.items():
-            place = (list(models).index(label) + 0.5) / len(models) - 0.5
-            panel.box(block + 0.8 * place, values[i], 0.6 / len(models), colors[label])
+            shift = (list(models).index(label) + 1) / (len(models) + 1) - 0.5
+            panel.box(block + shift, values[i], colors[label])
         panels.append(panel)
     write(args, "attention", "model,block,head,distance_px,entropy_nats", rows, panels, colors,
-          f"{len(files)} images; a box: median, quartiles and extremes of the heads of a block")
+          f"{len(files)} images; of the heads of a block: extremes, quartiles (thick) and median")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -236,8 +234,8 @@ def ridge_scores(train, onehot, test, strength=0.01):
     onehot (t, C), test (s, D) -> (s, C).
     """
     gram = train @ train.T
-    penalty = (strength * gram.diagonal().mean()).clamp(min=1e-12) * torch.eye(len(gram)).to(gram)
-    return test @ train.T @ torch.linalg.solve(gram + penalty, onehot)
+    gram.diagonal().add_((strength * gram.diagonal().mean()).clamp(min=1e-12))
+    return test @ train.T @ torch.linalg.solve(gram, onehot)
 
 
 def draw_shots(labels, shots, seed):
@@ -275,7 +273,6 @@ def mean_and_error(values):
     return np.mean(values), np.std(values, ddof=min(1, n - 1)) / n ** 0.5
 
 
-@torch.no_grad()
 def probe(args):
     """Few-shot probes: compares the accuracy of the frozen features of every layer of all inputs,
     by nearest neighbours and by ridge regression. --data holds one folder per class."""
@@ -299,59 +296,21 @@ def probe(args):
                 accuracies = probe_accuracy(torch.cat(parts), labels, classifier, shots, DRAWS,
                                             args.seed)
                 lines[quantity, label].append((layer, *mean_and_error(accuracies)))
-            chance = 100 / len(names)
-            lines[quantity, "chance"] = [(0, chance, 0.0), (layer, chance, 0.0)]
     draw_lines(args, "probe", lines, "layer",
-               f"{len(files)} images; mean and standard error over {DRAWS} choices of the shots")
+               f"{len(files)} images; mean and standard error over {DRAWS} choices of the shots; "
+               f"chance: {100 / len(names):.3g}%")
 
 
 # --------------------------------------------------------------------------------------------------
 # Cost (Fig. 1)
 # --------------------------------------------------------------------------------------------------
-def timings(model, images, seconds):
-    """Forward passes for `seconds`, eight at least, of which the first quarter is warm-up ->
-    median, 10th and 90th percentile in milliseconds."""
-    times = []
-    end = time.perf_counter() + seconds
-    while len(times) < 8 or time.perf_counter() < end:
-        start = time.perf_counter()
-        model(images)
-        if not images.is_cpu:
-            torch.accelerator.synchronize()
-        times.append(1000 * (time.perf_counter() - start))
-    return np.quantile(times[len(times) // 4:], (0.5, 0.1, 0.9)).tolist()
-
-
-def multiply_adds(model, images):
-    """Multiply-adds of a forward pass, the "FLOPs" of papers (ViT-Tiny: 1.25e9). Attention counts
-    as its two products."""
-    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-        model(images)
-    return counter.get_total_flops() // 2
-
-
-def read_points(path, models):
-    """CSV with the columns label, model and top1 -> [(label, model, top1)]. Raises InputError for
-    another file, or for a model that is not among `models`."""
-    try:
-        with open(path, newline="") as file:
-            points = [(row["label"], row["model"], float(row["top1"]))
-                      for row in csv.DictReader(file)]
-    except (LookupError, TypeError, ValueError) as error:
-        raise InputError(f"--points {path} needs the columns label, model and top1 in each row: "
-                         f"{error}") from None
-    for label, model, _ in points:
-        if model not in models:
-            raise InputError(f"--points {path}: model {model} of {label} is not among those to be "
-                             f"measured, {', '.join(models)}")
-    return points
-
-
-@torch.no_grad()
 def cost(args):
     """Cost (Fig. 1): compares latency at batch size 1, parameters and multiply-adds of all inputs
-    with 1000 classes; with --points, top-1 accuracy against latency."""
-    points = read_points(args.points, named(args.inputs)) if args.points else []
+    with 1000 classes; with --points, top-1 accuracy against latency.
+
+    Multiply-adds are the "FLOPs" of papers (ViT-Tiny: 1.25e9); attention counts as its two
+    products.
+    """
     models = load_models(args, num_classes=1000)
     where = torch.cuda.get_device_name() if args.device.type == "cuda" else args.device.type
     where += f", {torch.get_num_threads()} CPU thread(s), float32"
@@ -360,16 +319,27 @@ def cost(args):
     latency = {}
     for label, model in models.items():
         image = torch.zeros(1, 3, *model.img_size, device=args.device)
-        ms, low, high = timings(model, image, args.seconds)
+        with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+            model(image)
+        timer = Timer(lambda: model(image).cpu())               # .cpu() waits for the device
+        number, seconds = timer.autorange()                     # 0.2 s or more: the warm-up
+        times = timer.repeat(8 + int(args.seconds * number / seconds), number=1)
+        low, ms, high = 1000 * np.quantile(times, (0.1, 0.5, 0.9))
         parameters = sum(p.numel() for p in model.parameters()) / 1e6
-        operations = multiply_adds(model, image) / 1e9
+        operations = counter.get_total_flops() / 2e9
         print(f"{label}: {parameters:.2f}M parameters, {operations:.2f}G multiply-adds, "
               f"{ms:.2f} ms [{low:.2f}-{high:.2f}]")
+        latency[label] = ms
         lines["parameters (M)", label] = [(ms, parameters, 0.0)]
         lines["multiply-adds (G)", label] = [(ms, operations, 0.0)]
-        latency[label] = ms
-    for label, model, top1 in points:
-        lines["top-1 (%)", label].append((latency[model], top1, 0.0))
+    try:
+        rows = Path(args.points).read_text().splitlines() if args.points else []
+        for row in csv.DictReader(rows):
+            point = latency[row["model"]], float(row["top1"]), 0.0
+            lines["top-1 (%)", row["label"]].append(point)
+    except (LookupError, TypeError, ValueError) as error:
+        raise InputError(f"--points {args.points} needs label, model (the label of an input) and "
+                         f"top1 in each row: {error}") from None
     draw_lines(args, "cost", lines, "latency (ms)", where)
 
 
@@ -396,39 +366,33 @@ def curves(args):
             for key, value in line.items():
                 if isinstance(value, float):    # counts are whole
                     lines[key, label].append((line["step"], value, 0.0))
-    if not lines:
-        raise InputError("nothing to draw: these runs have logged nothing yet")
     for (key, label), points in lines.items():
-        values = [value for _, value, _ in points]
+        _, values, _ = zip(*points)
         print(f"{key}, {label}: {values[0]:.4g} at the start, {values[-1]:.4g} at the end, lowest "
               f"{min(values):.4g}, highest {max(values):.4g}")
-    draw_lines(args, "curves", lines, "step")
+    draw_lines(args, "curves", lines, "step", "what the runs logged")
 
 
 def fig4(args):
     """Top-1 accuracy by the number of pre-trained blocks kept (Fig. 4): compares folders of
     fine-tuning runs. Runs with the same --keep-blocks and amount of data, such as several seeds,
     make one point, with their mean and standard error."""
-    runs = defaultdict(list)    # (name of the line, blocks kept): last top-1 of each run
+    runs = defaultdict(list)    # (blocks kept, name of the line): last top-1 of each run
     for label, folder in named(args.inputs).items():
         for path in sorted(Path(folder).rglob("log.jsonl")):
             options, lines = read_run(path)
-            last = lines[-1] if lines else {}
+            last = (lines or [{}])[-1]
             if "top1" not in last or last["epoch"] < options["epochs"]:
                 print(f"{path}: left out, not of a finished fine-tuning run")
                 continue
-            data = f"{100 * options['data_fraction']:g}% of the images"
-            if options["shots"]:
-                data = f"{options['shots']} images per class"
+            data = (f"{options['shots']} images per class" if options["shots"] else
+                    f"{100 * options['data_fraction']:g}% of the images")
             blocks = options["keep_blocks"]
             if blocks is None:
                 blocks = options["arch"]["depth"] if options["init"] else 0
-            runs[f"{label}, {data}", blocks].append(last["top1"])
-    if not runs:
-        raise InputError(f"no finished fine-tuning run below {', '.join(args.inputs)}")
+            runs[blocks, f"{label}, {data}"].append(last["top1"])
     lines = defaultdict(list)
-    for name, blocks in sorted(runs, key=lambda run: run[1]):
-        top1 = runs[name, blocks]
+    for (blocks, name), top1 in sorted(runs.items()):
         mean, error = mean_and_error(top1)
         print(f"{name}, {blocks} blocks kept: {mean:.2f} +- {error:.2f} of {len(top1)} run(s)")
         lines["top-1 (%)", name].append((blocks, mean, error))
@@ -460,41 +424,36 @@ def model_options(source, num_classes):
     if name not in MODELS:    # a path, which may have a colon of its own
         name = None
         file = source
-    state = arch = {}
-    if file:
-        state, arch, _ = read_encoder(file)
-    rpe = rpe or "blocks.0.attn.relative_position_bias_table" in state
+    state, arch, _ = read_encoder(file) if file else ({}, {}, {})
+    rpe = bool(rpe) or "blocks.0.attn.relative_position_bias_table" in state
     pooled = num_classes or arch.get("supervised")    # other encoders as they were pre-trained
     return dict(name=name or model_name(arch, file), init=file, img_size=arch.get("img_size"),
                 patch_size=arch.get("patch_size"), num_classes=num_classes,
-                vit=dict(rel_pos_bias=bool(rpe)), hiera=dict(q_pool=3 if pooled else 2))
+                vit=dict(rel_pos_bias=rpe), hiera=dict(q_pool=3 if pooled else 2))
 
 
 def load_models(args, num_classes=0):
     """The models of the command line, on the device -> {label: model}. All get one image size, by
-    default the largest of the files, else 224."""
+    default that of the first that is not `random`. None is trained: no gradients are kept."""
     args.device = init_distributed(args)[2]
     torch.set_float32_matmul_precision("highest")
     sources = named(args.inputs)
-    options = {source: model_options(source, num_classes) for source in sources.values()
-               if source != "random"}
-    sizes = [values["img_size"] for values in options.values() if values["img_size"]]
-    first = next(iter(options.values()), {})
-    options["random"] = {**first, "init": None}
+    first = next((s for s in sources.values() if s != "random"), "vit_tiny")
+    random = {**model_options(first, num_classes), "init": None}
     models = {}
     for label, source in sources.items():
+        options = random if source == "random" else model_options(source, num_classes)
+        options["img_size"] = args.image_size or random["img_size"]
         torch.manual_seed(args.seed)
-        options[source]["img_size"] = args.image_size or max(sizes, default=None)
-        model = build_model(**options[source])
+        model = build_model(**options)
         models[label] = model.eval().requires_grad_(False).to(args.device)
     return models
 
 
 def draw_files(args):
     """At most --images image files of --data, drawn at random."""
-    files = list_images(args.data)
-    order = np.random.default_rng(args.seed).permutation(len(files))
-    return [files[i] for i in order[:args.images]]
+    files = np.random.default_rng(args.seed).permutation(list_images(args.data))
+    return files[:args.images].tolist()
 
 
 def batches(models, files, n):
@@ -505,24 +464,27 @@ def batches(models, files, n):
     and antialiased. Raises OSError naming a file that cannot be read.
     """
     first = next(iter(models.values()))
-
-    def read(file):
-        size = first.img_size[::-1]
-        return pil_to_tensor(ImageOps.fit(open_image(file), size, Image.BICUBIC, bleed=1 / 16))
-
-    with ThreadPoolExecutor() as pool:
-        for start in tqdm(range(0, len(files), n), leave=False):
-            images = torch.stack(list(pool.map(read, files[start:start + n])))
-            images = images.to(first.pos_embed.device)
-            yield [(label, model, normalize(images, model.mean, model.std))
-                   for label, model in models.items()]
+    size = first.img_size[::-1]
+    for start in tqdm(range(0, len(files), n), leave=False):
+        images = torch.stack([
+            pil_to_tensor(ImageOps.fit(open_image(file), size, bleed=1 / 16))
+            for file in files[start:start + n]]).to(first.pos_embed.device)
+        yield [(label, model, normalize(images, model.mean, model.std))
+               for label, model in models.items()]
 
 
 # --------------------------------------------------------------------------------------------------
 # Tables and pictures. Lengths are in half pixels: pictures are drawn at twice their size and then
 # reduced, which smooths lines and letters
 # --------------------------------------------------------------------------------------------------
-def write(args, name, header, rows, panels, legend, note=""):
+def blank(width, height):
+    image = Image.new("RGB", (width, height), "white")
+    draw = ImageDraw.Draw(image)
+    draw.font = ImageFont.load_default(26)
+    return image, draw
+
+
+def write(args, name, header, rows, panels, legend, note):
     """Write the table NAME.csv and the picture NAME.png to --out: a legend {label: color} and a
     note, a line each, above the panels."""
     path = Path(args.out, name)
@@ -530,45 +492,42 @@ def write(args, name, header, rows, panels, legend, note=""):
     with open(f"{path}.csv", "w", newline="") as file:
         csv.writer(file).writerows([header.split(","), *rows])
 
-    columns = min(len(panels), 2)
     top = 40 * len(legend) + 60
-    height = top + 560 * math.ceil(len(panels) / columns)
-    sheet = Image.new("RGB", (1080 * columns, height), "white")
-    draw = ImageDraw.Draw(sheet)
-    draw.font = ImageFont.load_default(26)
+    sheet, draw = blank(1080, top + 560 * len(panels))
     for i, (label, color) in enumerate([*legend.items(), (note, "white")]):
         draw.rectangle((32, 40 * i + 18, 60, 40 * i + 42), color)
         draw.text((72, 40 * i + 16), label, "black")
     for i, panel in enumerate(panels):
-        sheet.paste(panel.image, (1080 * (i % columns), top + 560 * (i // columns)))
+        sheet.paste(panel.image, (0, top + 560 * i))
     sheet.reduce(2).save(f"{path}.png")
     print(f"{path}.png and .csv")
 
 
-def draw_lines(args, name, lines, xlabel, note=""):
+def draw_lines(args, name, lines, xlabel, note):
     """{(quantity, label): [(x, y, standard error)]} -> a panel a quantity, a colour a label."""
+    if not lines:
+        raise InputError(f"nothing to draw: {name} found no results of finished epochs or runs")
     colors = dict(zip(dict.fromkeys(label for _, label in lines), COLORS))
-    panels = []
+    panels = {}
     for quantity in dict.fromkeys(quantity for quantity, _ in lines):
-        shown = {label: points for (key, label), points in lines.items() if key == quantity}
-        xs, ys, errors = np.concatenate(list(shown.values())).T
-        ends = [*(ys - errors), *(ys + errors)]
-        panel = Panel(xlabel, quantity, xs, ends)
-        for label, points in shown.items():
-            panel.line(points, colors[label])
-        panels.append(panel)
+        points = [v for key, values in lines.items() if key[0] == quantity for v in values]
+        xs, ys, errors = np.transpose(points)
+        panels[quantity] = Panel(xlabel, quantity, xs, [*(ys - errors), *(ys + errors)])
+    for (quantity, label), points in lines.items():
+        panels[quantity].line(points, colors[label])
     rows = [(*key, *point) for key, points in lines.items() for point in points]
-    write(args, name, f"quantity,label,{xlabel},value,standard_error", rows, panels, colors, note)
+    header = f"quantity,label,{xlabel},value,standard_error"
+    write(args, name, header, rows, panels.values(), colors, note)
 
 
 COLORS = 4 * ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000",
               "#8c564b", "#999999", "#7f3c8d", "#7fb800")    # seven for the colour-blind
 
 
-def magma(value):
-    """Colour of a value 0 .. 1: black over purple and orange to pale yellow -> (r, g, b)."""
-    anchors = [getrgb(c) for c in ("#000004", "#4f127b", "#b5367a", "#fb8761", "#fcfdbf")]
-    return tuple(int(np.interp(4 * value, range(5), channel)) for channel in zip(*anchors))
+def shade(value):
+    """Colour of a value 0 .. 1: dark purple over blue and green to pale yellow."""
+    value = max(value, 0)
+    return f"hsl({280 - 220 * value:.0f}, 65%, {15 + 70 * value:.0f}%)"
 
 
 def axis(values):
@@ -584,33 +543,25 @@ def axis(values):
 
 
 class Panel:
-    """Frame, grid and labels for data within xs and ys, 1080 x 560; the label of the y axis stands
-    above it."""
+    """Axes for data within xs and ys, 1080 x 560; the label of the y axis stands above it."""
 
     def __init__(self, xlabel, ylabel, xs, ys):
+        self.image, self.draw = blank(1080, 560)
         xticks, self.xlim = axis(xs)
         yticks, self.ylim = axis(ys)
-        self.image = Image.new("RGB", (1080, 560), "white")
-        self.draw = ImageDraw.Draw(self.image)
-        self.draw.font = ImageFont.load_default(26)
         self.draw.text((110, 50), ylabel, "black", anchor="ld")
         self.draw.text((579, 510), xlabel, "black", anchor="ma")
         for value in xticks:
             x, _ = self.place(value, 0)
-            self.draw.line((x, 60, x, 468), "#e0e0e0", 2)
             self.draw.text((x, 476), f"{value:g}", "black", anchor="ma")
         for value in yticks:
             _, y = self.place(0, value)
-            self.draw.line((110, y, 1048, y), "#e0e0e0", 2)
+            self.draw.line((110, y, 1048, y), "#d0d0d0", 2)
             self.draw.text((98, y), f"{value:g}", "black", anchor="rm")
-        self.draw.rectangle((110, 60, 1048, 468), None, "black", 2)
 
     def place(self, x, y):
         """Data -> half pixels."""
         return np.interp(x, self.xlim, (110, 1048)), np.interp(y, self.ylim, (468, 60))
-
-    def rectangle(self, left, low, right, high, *style):
-        self.draw.rectangle((self.place(left, high), self.place(right, low)), *style)
 
     def line(self, points, color):
         """Polyline of [(x, y, error)], with bars of +- error and dots where the points are few."""
@@ -619,45 +570,36 @@ class Panel:
             self.draw.line((self.place(x, y - error), self.place(x, y + error)), color, 2)
             self.draw.circle(self.place(x, y), 7, color)
 
-    def box(self, x, values, width, color):
-        """Box and whiskers: quartiles, median, lowest and highest value."""
-        lowest, low, median, high, highest = np.quantile(values, (0, 0.25, 0.5, 0.75, 1))
-        left = x - width / 2
-        right = x + width / 2
-        self.draw.line((self.place(x, lowest), self.place(x, highest)), color, 2)
-        self.rectangle(left, low, right, high, "white", color, 3)
-        self.draw.line((self.place(left, median), self.place(right, median)), color, 6)
+    def box(self, x, values, color):
+        """Thin line between the extremes of the values, thick between the quartiles, median."""
+        quantiles = np.quantile(values, (0, 0.25, 0.5, 0.75, 1))
+        points = [self.place(x, value) for value in quantiles]
+        self.draw.line(points, color, 2)
+        self.draw.line(points[1:4], color, 12)
+        self.draw.circle(points[2], 7, "white", color, 3)
 
 
 # --------------------------------------------------------------------------------------------------
 # Arguments
 # --------------------------------------------------------------------------------------------------
-def command_parser(prog, doc):
-    parser = Parser(doc)
-    parser.prog = prog
-    parser.usage = "%(prog)s [LABEL=]SOURCE ... [options]"
-    return parser
-
-
 def parse_args(argv=None):
     """Options of the command line, or of the list `argv`."""
     parser = Parser(__doc__)
-    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True,
-                                     prog=parser.prog, parser_class=command_parser)
+    commands = parser.add_subparsers(metavar="COMMAND", required=True, prog=parser.prog)
     for command in (cka, attention, probe, cost, curves, fig4):
         doc = command.__doc__
         sub = commands.add_parser(command.__name__, doc=doc, help=doc.split(":")[0])
+        sub.usage = "%(prog)s [LABEL=]SOURCE ... [options]"
         sub.set_defaults(command=command, dtype="fp32")
         add = sub.group("inputs and outputs")
-        reads_logs = command in (curves, fig4)
-        add("inputs", nargs="+", help="folders of runs" if reads_logs else
-            "a checkpoint, MODEL:FILE (see the head of analyze.py), the name of an untrained model "
-            f"({', '.join(MODELS)}, vit_tiny+rpe), or random")
+        add("inputs", nargs="+", help="of curves and fig4: folders of runs; of the others: "
+            "checkpoints, MODEL:FILE, names of untrained models such as vit_tiny or vit_tiny+rpe, "
+            "or random (see the head of analyze.py)")
         add("--out", default="out/analyze", help="folder for picture and table")
-        if reads_logs:
+        if command in (curves, fig4):
             continue
         add("--image-size", low=1, nargs="+",
-            help="side, or height and width; pixels; default: the largest of the files, else 224")
+            help="side, or height and width; pixels; default: that of the first model but random")
         add("--device", choices=("auto", "cuda", "mps", "cpu"), default="auto",
             help="auto: cuda, mps or cpu, the first that is there")
         add("--seed", low=0, default=0,

@@ -113,7 +113,7 @@ def test_cka_command(files, tmp_path):
     assert same == pytest.approx([1] * 13, abs=1e-6)
     random, other = ([r["cka"] for r in rows if r["model"] == m] for m in ("random", "A"))
     assert random != other
-    assert Image.open(tmp_path / "cka.png").size == (1080, 690)    # 2 x 280 and 6 lines of text
+    assert Image.open(tmp_path / "cka.png").size == (540, 1250)    # 4 x 280 and 6 lines of text
 
 
 # -------------------------------------------------------------------------------------- attention
@@ -182,7 +182,7 @@ def test_attention_command(files, tmp_path):
             assert float(one[key]) == pytest.approx(float(other[key]), rel=1e-4)
         assert float(one["distance_px"]) < 64 * math.sqrt(2)
         assert 0 < float(one["entropy_nats"]) <= math.log(64)
-    assert Image.open(tmp_path / "3/attention.png").width == 1080
+    assert Image.open(tmp_path / "3/attention.png").size == (540, 650)
 
 
 # ----------------------------------------------------------------------------------------- probes
@@ -238,7 +238,7 @@ def test_probe_command(files, tmp_path):
     here(analyze, "probe", "random", f"A={files}/a.pt", f"hiera={files}/hiera.pt", "--data",
          files / "images", "--shots", 1, 3, "--image-size", 64, "--device", "cpu",
          "--out", tmp_path)
-    rows = [r for r in table(tmp_path / "probe.csv") if r["label"] != "chance"]
+    rows = table(tmp_path / "probe.csv")
     assert len(rows) == 3 * 13 * 2 * 2
     assert {r["quantity"][:5] for r in rows} == {"5-NN ", "ridge"}
     easy = [float(r["value"]) for r in rows if r["layer"] == "1" and "3 per" in r["quantity"]]
@@ -269,6 +269,8 @@ def test_hiera_is_analysed_as_it_was_trained(files, tmp_path):
     assert pre_trained.q_pool == 2
     small_encoder("hiera_tiny", tmp_path / "classifier.pt", 0, img_size=64, num_classes=5)
     assert loaded(tmp_path / "classifier.pt").popitem()[1].q_pool == 3
+
+
 def test_heads_of_a_public_file_are_named(files, tmp_path):
     model = build_model("vit_tiny", img_size=32)
     public = {f"module.base_encoder.{k}": v for k, v in model.state_dict().items()}
@@ -333,15 +335,20 @@ def test_cost_command(files, tmp_path, capsys):
     assert one["value"] == "75.8"
     assert one["latency (ms)"] == rows["parameters (M)", "vit_tiny"]["latency (ms)"]
     assert "cpu, 1 CPU thread(s), float32" in capsys.readouterr().out
-    assert Image.open(tmp_path / "cost.png").width == 1080
+    assert Image.open(tmp_path / "cost.png").size == (540, 950)
+
+
+def measure_at_once(monkeypatch):
+    monkeypatch.setattr(analyze.Timer, "autorange", lambda *_: (1, 1.0))
+    monkeypatch.setattr(analyze.Timer, "repeat", lambda *_, **__: [1.0])
 
 
 @pytest.mark.parametrize("row, message", (
     ("one,vit_tiny,,", "could not convert string to float: ''"),
     ("one,vit_tiny,good,", "could not convert string to float: 'good'"),
-    ("one,hiera_tiny,70,", "model hiera_tiny of one is not among those")))
-def test_points_are_checked_before_anything_is_measured(row, message, tmp_path, monkeypatch):
-    monkeypatch.delattr(analyze, "timings")
+    ("one,hiera_tiny,70,", "points.csv needs label, model .* in each row: 'hiera_tiny'")))
+def test_bad_points_end_in_one_sentence(row, message, tmp_path, monkeypatch):
+    measure_at_once(monkeypatch)
     (tmp_path / "points.csv").write_text(f"label,model,top1,source\n{row}\n")
     with pytest.raises(InputError, match=message):
         here(analyze, "cost", "vit_tiny", "--points", tmp_path / "points.csv", "--out", tmp_path)
@@ -372,7 +379,7 @@ def test_curves_of_folders_and_files(tmp_path, capsys):
     assert [(r["step"], r["value"]) for r in losses] == [("0", "2.0"), ("8", "1.0")]    # the start
     text = capsys.readouterr().out
     assert "loss, A: 1 at the start, 0.125 at the end, lowest 0.125, highest 1" in text
-    assert Image.open(tmp_path / "curves.png").width == 1080
+    assert Image.open(tmp_path / "curves.png").size == (540, 1190)
 
 
 def fine_tuning_run(folder, keep, fraction, seed, top1, init="encoder.pt", epochs=2, shots=None):
@@ -419,12 +426,12 @@ def test_several_seeds_give_mean_and_error(tmp_path, capsys):
 # --------------------------------------------------------------------------------------- pictures
 @pytest.fixture(scope="module")
 def panels():
-    """Panels with a line, two boxes and a heatmap."""
+    """Panels with a line and two boxes."""
     line = analyze.Panel("x", "line", (0, 10), (0, 1.1))
     line.line([(0, 0, 0), (10, 1, 0.1)], "#0072b2")
     box = analyze.Panel("x", "box", (0, 2), (0, 30))
-    box.box(1, [1, 8, 9, 10, 11, 12, 28], 0.5, "#d55e00")
-    box.box(1.7, [0.1 + 0.2] * 5, 0.2, "#0072b2")         # all heads alike
+    box.box(1, [1, 8, 9, 10, 15, 16, 28], "#d55e00")
+    box.box(1.7, [0.1 + 0.2] * 5, "#0072b2")              # all heads alike
     return line, box
 
 
@@ -442,8 +449,9 @@ def test_a_line_runs_through_its_points(panels):
 
 def test_a_box_shows_median_and_extremes(panels):
     _, box = panels
-    assert near(box, 1, 10, "#d55e00") and near(box, 1.05, 9.2, "white")
-    assert near(box, 1, 25, "#d55e00") and near(box, 1.7, 0.3, "#0072b2")
+    assert near(box, 1, 10, "white") and near(box, 1.01, 14, "#d55e00")    # median, quartiles
+    assert near(box, 1, 25, "#d55e00") and not near(box, 1.01, 25, "#d55e00")    # extremes
+    assert near(box, 1.7 + 6 / 380, 0.3, "#0072b2")       # the ring around the median
 
 
 def test_a_heatmap_has_row_0_at_the_bottom(files, tmp_path):
@@ -457,7 +465,7 @@ def test_a_heatmap_has_row_0_at_the_bottom(files, tmp_path):
     for (i, j), value in values.items():
         x, y = axes.place(j, i)
         pixel = picture.getpixel((int(x / 2), int(y / 2) + 130))
-        assert max(abs(a - b) for a, b in zip(pixel, analyze.magma(value))) <= 2
+        assert max(abs(a - b) for a, b in zip(pixel, getrgb(analyze.shade(value)))) <= 2
 
 
 @pytest.mark.parametrize("labels", (1, 2, 11))
@@ -493,7 +501,7 @@ def test_the_demo_runs_every_analysis(files, tmp_path, monkeypatch):
     monkeypatch.setattr(analyze, "DRAWS", 1)
     monkeypatch.setattr(demo, "run", lambda script, *options: here(analyze, *options))
     monkeypatch.setattr(demo, "data_folder", lambda *_: tmp_path)
-    monkeypatch.setattr(analyze, "timings", lambda *_: (1.0, 1.0, 1.0))
+    measure_at_once(monkeypatch)
     for kind in range(2):
         for i in range(12):
             (tmp_path / f"val/{kind}").mkdir(parents=True, exist_ok=True)
@@ -534,7 +542,7 @@ def test_bad_input(files, tmp_path):
             (["curves", tmp_path / "wrong.jsonl", *out], "is not the log.jsonl of a run"),
             (["curves", a, *out], "is not the log.jsonl of a run"),
             (["curves", tmp_path / "empty.jsonl", *out], "nothing to draw"),
-            (["fig4", tmp_path, *out], "no finished fine-tuning run below")):
+            (["fig4", tmp_path, *out], "nothing to draw")):
         with pytest.raises(InputError, match=message):
             here(analyze, *argv)
     with pytest.raises(OSError, match="cannot read image .*bad/"):
