@@ -1096,7 +1096,8 @@ def resume(args, rank, world, model, optimizer, scaler):
         raise InputError(f"--out {out} is a file: give a folder")
     out.mkdir(parents=True, exist_ok=True)
     for source in filter(None, (getattr(args, "init", None), getattr(args, "teacher", None))):
-        if Path(source).resolve().parent == out.resolve():
+        written = [(out / name).resolve() for name in ("last.pt", "best.pt", "encoder.pt")]
+        if Path(source).resolve() in written:
             raise InputError(f"--out {out} holds {source}, which this run starts from and would "
                              "overwrite: give another --out")
     holder = [{"epoch": 0}]

@@ -32,6 +32,7 @@ NOTES, departures from the authors' code:
   float32 matrices in TensorFloat-32.
 """
 import math
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -123,7 +124,7 @@ def attention_loss(student, teacher, adapter):
 # Method: student, decoder, distillation
 # --------------------------------------------------------------------------------------------------
 class MaskedAutoencoder(nn.Module):
-    """Student of MAE, D-MAE and D2-MAE on a ViT: encoder, decoder and, with a teacher, distillation.
+    """Student of MAE, D-MAE and D2-MAE on a ViT: encoder, decoder and, with a teacher, L_attn.
 
     encoder: VisionTransformer without a head. decoder_tap: block whose normalised output the
     decoder reads. distillation: `Distillation` or None. HieraMaskedAutoencoder overrides
@@ -139,7 +140,7 @@ class MaskedAutoencoder(nn.Module):
         self.alpha = alpha
         self.taps = {decoder_tap}    # blocks whose outputs the losses read
         self.build_decoder(decoder_dim, decoder_depth, decoder_heads)
-        init_mae(self)               # the encoder too: Hiera's own initialisation is for classifiers
+        init_mae(self)    # the encoder too: Hiera's own initialisation is for classifiers
         self.distillation = distillation
         if distillation:
             self.taps |= distillation.taps
@@ -261,8 +262,8 @@ class Distillation(nn.Module):
         return loss
 
     def student_map(self, encoder, features, k):
-        """A_S: pre-softmax map (B, H_S, T, T), or hidden states (B, T, D), of the student's block k;
-        of the 13th attention in place of block 12 (D2-MAE)."""
+        """A_S: pre-softmax map (B, H_S, T, T), or hidden states (B, T, D), of the student's block
+        k; of the 13th attention in place of block 12 (D2-MAE)."""
         if k == self.extra:
             x = self.extra_norm(features[k])
             if self.signal == "hidden":
@@ -418,7 +419,7 @@ def load_teacher(args, device):
         raise InputError("--mean and --std are those of --teacher: leave them out")
     args.mean, args.std = teacher.mean, teacher.std
     if args.distill == "hidden" and "norm.weight" not in teacher.loaded:
-        raise InputError(f"--teacher {args.teacher} has no final norm, which --distill hidden needs")
+        raise InputError(f"--teacher {args.teacher} lacks the final norm of --distill hidden")
     return teacher.to(device).eval().requires_grad_(False)
 
 
@@ -518,10 +519,13 @@ def report(args, run, model, teacher, val_set, epoch, step):
            f"each patch gives {values['val_base']:.4f})"
     if teacher:
         text += f", {args.distill} loss {values['val_attn']:.4g}"
+    if epoch == args.epochs and values["val_rec"] >= values["val_base"]:
+        text += "; no better than that mean: README, 'Your own images', tells what helps"
     tqdm.write(text)
     if epoch == 0:
         return
-    shown = [item for item in (val_set[0, i] for i in range(min(8, len(val_set)))) if item]
+    spread = range(0, len(val_set), max(1, len(val_set) // 9))    # over all folders
+    shown = islice(filter(None, (val_set[0, i] for i in spread)), 8)
     images, noise = (torch.stack(column).to(device) for column in zip(*shown))
     images = normalize(images, args.mean, args.std)
     masked, filled = reconstruct(model, images, *random_masking(noise, args.mask_ratio))

@@ -497,9 +497,9 @@ def sample_pair(rng, visible, max_gap):
     """Causal sampling: a visible template frame, then a visible search frame at most max_gap later
     -> two frame numbers. A still image is paired with itself. None if there is no such pair, or in
     a video of fewer than 20 frames or 5 visible ones, as in OSTrack."""
-    if len(visible) == 1:
-        return 0, 0
     ids = np.flatnonzero(visible)
+    if len(visible) == len(ids) == 1:
+        return 0, 0
     followed = ids[:-1][np.diff(ids) <= max_gap]    # by a visible frame within max_gap
     if len(visible) < 20 or len(ids) < 5 or not len(followed):
         return None
