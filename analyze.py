@@ -525,9 +525,9 @@ COLORS = 4 * ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", 
 
 
 def shade(value):
-    """Colour of a value 0 .. 1: dark purple over blue and green to pale yellow."""
+    """Colour of a value 0 .. 1, like magma: black over purple and orange to pale yellow."""
     value = max(value, 0)
-    return f"hsl({280 - 220 * value:.0f}, 65%, {15 + 70 * value:.0f}%)"
+    return f"hsl({(260 + 150 * value) % 360:.0f}, 75%, {6 + 82 * value:.0f}%)"
 
 
 def axis(values):

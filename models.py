@@ -1126,7 +1126,7 @@ def check_same_run(path, state, options):
                          "start again")
     before = state["args"]
     changed = [k for k in options if options[k] != before.get(k)]
-    refused = [f"{k.replace('_', '-')} {str(before.get(k))[:40]}, not {str(options[k])[:40]}"
+    refused = [f"{k.replace('_', '-')} {str(before.get(k))[:160]}, not {str(options[k])[:160]}"
                for k in changed if k not in MAY_CHANGE]
     if refused:
         raise InputError(f"{path} was written with {'; '.join(refused[:5])}: give the same options "

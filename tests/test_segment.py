@@ -723,19 +723,22 @@ def test_predict_names_a_broken_image_and_labels_the_others(photos, finished, tm
     (["--num-classes", 4], "hold the number 5, which is no class"),
     (["--data", "nowhere"], "nowhere/images/training is not a folder"),
     (["--init", "nowhere.pt"], "nowhere.pt does not exist"),
-    (["--eval"], "best.pt does not exist"),
-    (["--predict", "x.png", "--init", "ENCODER"], "encoder.pt is no segmentation model"),
-    (["--eval", "--init", "ENCODER"], "encoder.pt is no segmentation model"),
     (["--iters", 1000, "--warmup-iters", 1500], "--warmup-iters must be fewer than --iters 1000"),
     (["--batch-size", 6, "--accum-steps", 4], "multiple of processes x --accum-steps = 4"),
     (["--device", "mps"], "--device mps is not available"),
 ])
-def test_bad_options_end_in_one_sentence(options, match, data, encoders, tmp_path):
-    shutil.copy(encoders[0] / "plain.pt", tmp_path / "encoder.pt")
-    options = [tmp_path / "encoder.pt" if o == "ENCODER" else o for o in options]
+def test_bad_options_end_in_one_sentence(options, match, data, tmp_path):
     with pytest.raises(InputError, match=match) as error:
         here(segment, *QUICK, "--data", data, "--out", tmp_path / "out", *options)
     assert "\n" not in str(error.value)
+
+
+def test_a_file_that_is_no_segmentation_model_is_refused(encoders, tmp_path):
+    for mode in (["--eval"], ["--predict", "x.png"]):
+        with pytest.raises(InputError, match="best.pt does not exist"):
+            here(segment, *mode, "--out", tmp_path, "--device", "cpu")
+        with pytest.raises(InputError, match="plain.pt is no segmentation model"):
+            here(segment, *mode, "--init", encoders[0] / "plain.pt", "--device", "cpu")
 
 
 @pytest.mark.parametrize("options, match", [
