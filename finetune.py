@@ -117,7 +117,7 @@ def solarize_add(image, value):
 
 
 def posterize(image, bits):
-    """Keep so many bits of all values; 0, which ImageOps refuses, is black."""
+    """Keep the upper `bits` bits of all values; 0, which ImageOps refuses, gives black."""
     return image.point([i & (256 - 2 ** (8 - bits)) for i in range(256)] * 3)
 
 

@@ -1256,7 +1256,7 @@ class Parser(argparse.ArgumentParser):
         add("--log-every", low=1, default=20, help="updates per line of log.jsonl")
         add("--eval-every", low=1, default=eval_every, help=f"{unit} between evaluations")
         add("--skip-corrupt", action="store_true",
-            help="name unreadable files and go on without them; default: stop")
+            help="name unreadable files and leave them out; default: stop")
         return add
 
 
@@ -1343,8 +1343,8 @@ class Reader:
 
     def skip(self, i, error):
         if not self.skip_corrupt:
-            raise OSError(f"{error}: replace it by a good copy, or give --skip-corrupt to go on "
-                          "without it") from None
+            raise OSError(f"{error}: replace it by a good copy, or give --skip-corrupt to leave "
+                          "it out") from None
         if not self.named[i]:
             tqdm.write(f"{error}: left out", sys.stderr)
         self.named[i] = True

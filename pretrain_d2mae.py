@@ -500,8 +500,8 @@ def make_data(args, cells):
     if not train:
         raise InputError(f"--data {args.data} holds a single image: give more")
     args.train_images = len(train)    # compared on resuming
-    spread = max(1, len(val) // args.val_images)    # over all folders
-    val = val[::spread][:args.val_images]
+    count = min(len(val), args.val_images)
+    val = [val[i * len(val) // count] for i in range(count)]    # from all folders
     return Images(train, args, cells), Images(val, args, cells, train=False)
 
 
@@ -520,7 +520,7 @@ def report(args, run, model, teacher, val_set, epoch, step):
     if teacher:
         text += f", {args.distill} loss {values['val_attn']:.4g}"
     if epoch == args.epochs and values["val_rec"] >= values["val_base"]:
-        text += "; no better than that mean: README, 'Your own images', tells what helps"
+        text += "; that is no better than the mean, see 'Your own images' in the README"
     tqdm.write(text)
     if epoch == 0:
         return

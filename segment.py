@@ -343,7 +343,7 @@ class SegmentationSet(Dataset):
 
 def open_set(args, rank, split):
     """The "training" or "validation" set of --data, images and labels matched by name. All label
-    files are read first, by the loader processes: else a wrong number would show hours later.
+    files are read first, by the loader processes: a wrong number would otherwise show hours later.
     Raises InputError."""
     folder = Path(args.data, "images", split)
     if not folder.is_dir():
