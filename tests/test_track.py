@@ -597,7 +597,8 @@ def test_a_missing_frame_stops_training_or_is_named_once(tmp_path, capfd):
     here(track, *options, "--skip-corrupt", "--workers", 2)
     named = [line for line in capfd.readouterr().err.splitlines() if line.endswith("left out")]
     assert "bear-1/img" in named[0] and len(set(named)) > 5
-    assert max(map(named.count, named)) <= 2    # by the training, and by the evaluation at its end
+    # by the training, where both loader processes may meet it at once, and by the evaluation
+    assert max(map(named.count, named)) <= 3
 
 
 def test_a_sequence_without_its_annotation_is_named_or_replaced(tmp_path, capfd):
