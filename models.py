@@ -1305,7 +1305,8 @@ def open_image(path):
             grey = np.nan_to_num(np.asarray(image, dtype=np.float64)).clip(0, white) / white
             image = Image.fromarray((255 * grey).round().astype(np.uint8))
         image.info.pop("transparency", None)    # of a palette: dropped like any other
-        return image.convert("RGB")
+        image.load()
+        return image if image.mode == "RGB" else image.convert("RGB")    # which always copies
     except (OSError, RuntimeError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         reason = re.sub("^cannot identify image file.*", "not an image", str(error))
         raise OSError(f"cannot read image {path} ({reason or type(error).__name__})") from None
