@@ -966,7 +966,14 @@ class EpochSampler(DistributedSampler):
 
 def train_loader(dataset, args, rank, world):
     """Micro-batches of this process, read ahead by --workers processes that live as long as it.
-    `loader.sampler.set_epoch` shuffles; `loader.sampler.batch_size` is the total batch."""
+    `loader.sampler.set_epoch` shuffles; `loader.sampler.batch_size` is the total batch. Raises
+    InputError if processes, such as those of two machines, hold data sets of different sizes."""
+    if world > 1:
+        sizes = [None] * world
+        dist.all_gather_object(sizes, len(dataset))
+        if min(sizes) < max(sizes):    # each would wait for gradients that another never sends
+            raise InputError(f"the processes found {sizes} training items: give every machine the "
+                             "same --data")
     sampler = EpochSampler(dataset, args.batch_size, args.accum_steps, rank, world, args.seed)
     steps = len(dataset) // sampler.batch_size
     if rank == 0:
@@ -1068,6 +1075,8 @@ def save(args, rank, name, model, **state):
     weights = model.state_dict()
     total = torch.stack([w.float().sum() for w in weights.values()]).sum().item()
     check_finite(total, "the sum of the weights", args)
+    scale = state.get("scaler", {}).get("scale", 1)    # 65536, halved by every skipped update
+    check_finite(scale if scale > 2 ** -4 else math.inf, "the gradient of 20 updates in fp16", args)
     if rank > 0:
         return
     path = Path(args.out, name)
@@ -1176,10 +1185,14 @@ def plain_errors():
         message = "interrupted; rerun a training command to resume after its last saved epoch"
         alone = False
     except RuntimeError as error:
-        if "by peer" not in str(error):
+        if re.search(r"worker \(pid|shared memory|/torch_", str(error)):
+            message = ("a loader process ended, most often for lack of memory: give fewer --workers "
+                       "or, in a container, more shared memory (docker run --shm-size=16g)")
+        elif "by peer" in str(error):
+            message = "the connection to another process broke: its own message, if any, says why"
+            alone = False
+        else:
             raise
-        message = "the connection to another process broke: its own message, if any, says why"
-        alone = False
     if alone or os.environ.get("LOCAL_RANK", "0") == "0":
         message = re.sub(r"^[\w.]*Error: ", "", message.splitlines()[-1])    # of a loader process
         tqdm.write(f"error: {message}", sys.stderr)

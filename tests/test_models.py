@@ -4,12 +4,13 @@ import io
 import os
 import re
 import struct
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import rel_error, run, seed_weights, seeded
+from conftest import rel_error, run, seed_weights, seeded, state_of
 from PIL import Image
 from torch import nn
 
@@ -536,6 +537,24 @@ def test_a_checkpoint_with_nan_is_never_written(tmp_path):
     assert (tmp_path / "last.pt").read_bytes() == before
 
 
+def test_updates_that_are_skipped_for_ever_end_a_run(tmp_path):
+    """20 in a row: the scaler halves its scale each time."""
+    model = nn.Linear(2, 2)
+    scaler = torch.amp.GradScaler("cpu")
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    for update in range(1, 21):
+        for p in model.parameters():
+            p.grad = torch.full_like(p, torch.nan)
+        scaler.scale(torch.ones(()))
+        scaler.step(optimizer)
+        scaler.update()
+        if update < 20:
+            saved(tmp_path, model, scaler=scaler.state_dict())
+    with pytest.raises(FloatingPointError, match="gradient of 20 updates in fp16 is not finite"):
+        saved(tmp_path, model, scaler=scaler.state_dict())
+    assert state_of(tmp_path / "last.pt")["scaler"]["scale"] == 2 ** -3
+
+
 def test_a_full_disk_leaves_the_old_checkpoint_and_no_scratch_file(tmp_path):
     saved(tmp_path, nn.Linear(8, 8))
     before = (tmp_path / "last.pt").read_bytes()
@@ -639,6 +658,9 @@ def test_photographs_stand_upright(tmp_path):
     (OSError("Caught OSError in DataLoader worker\nOSError: it broke"), 1, "error: it broke"),
     (OSError(), 0, "error: OSError()"), (InputError("all say so"), 1, ""),
     (torch.OutOfMemoryError("CUDA out of memory"), 1, "error: out of memory on the device: in"),
+    (RuntimeError("DataLoader worker (pid 7) is killed by signal: Bus error. It is possible"), 1,
+     "error: a loader process ended, most often for lack of memory: give fewer --workers"),
+    (RuntimeError("[gloo] Connection closed by peer"), 0, "error: the connection to another"),
     (KeyboardInterrupt(), 0, "error: interrupted; rerun")])
 def test_an_error_becomes_one_sentence(error, rank, printed, monkeypatch, capsys):
     class Exit(Exception):
@@ -653,6 +675,27 @@ def test_an_error_becomes_one_sentence(error, rank, printed, monkeypatch, capsys
         raise error
     text = capsys.readouterr().err
     assert text.startswith(printed) and text.count("\n") == bool(printed)
+
+
+def test_an_error_of_the_code_keeps_its_traceback():
+    with pytest.raises(RuntimeError, match="in DataLoader worker"), models.plain_errors():
+        raise RuntimeError("Caught RuntimeError in DataLoader worker process 0.\nmat1 and mat2")
+
+
+def test_processes_with_different_data_stop_at_once_and_say_so():
+    code = f"""
+import sys
+sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
+import models, test_models
+with models.plain_errors():
+    args = test_models.options(device="cpu", dtype="fp32", batch_size=2, accum_steps=1, workers=0)
+    rank, world, _, _ = models.init_distributed(args)
+    print(len(models.train_loader(range(8), args, rank, world)))
+    models.train_loader(range(8 + rank), args, rank, world)
+"""
+    done = run("--no-python", sys.executable, "-c", code, torchrun=2, check=False, timeout=60)
+    assert done.returncode and "8 items\n4" in done.stdout
+    assert done.stderr.count("error: the processes found [8, 9] training items: give every") == 1
 
 
 def test_emulated_bf16_is_not_chosen(monkeypatch):
