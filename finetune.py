@@ -52,16 +52,15 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_
 from torch.optim import SGD, AdamW
-from torch.utils.data import Dataset
 from torchvision import datasets
 from torchvision.transforms import RandomErasing, v2
 from torchvision.transforms.v2.functional import (center_crop, pil_to_tensor, resize,
                                                   to_pil_image)
 from tqdm import tqdm
 
-from models import (InputError, Parser, Reader, bounded, build_model, eval_loader, init_distributed,
-                    list_images, log, lr_at, mix_seed, normalize, open_image, param_groups,
-                    plain_errors, random_crop, read_file, resume, save, train_loader)
+from models import (ImageDataset, InputError, Parser, bounded, build_model, eval_loader,
+                    init_distributed, list_images, log, lr_at, mix_seed, normalize, open_image,
+                    param_groups, plain_errors, random_crop, read_file, resume, save, train_loader)
 
 BICUBIC = Image.Resampling.BICUBIC
 IMPROVED = dict(    # the paper's: light augmentation suits a small model
@@ -292,7 +291,7 @@ def centre_crop(image, size):
     return center_crop(resize(image, [int(max(size) / 0.875)], BICUBIC), size)
 
 
-class LabelledImages(Dataset):
+class LabelledImages(ImageDataset):
     """Item (epoch, index) -> image (3, h, w) uint8, label. All randomness comes from (seed, epoch,
     index).
 
@@ -302,19 +301,12 @@ class LabelledImages(Dataset):
 
     def __init__(self, items, args, train=True):
         pictures, self.labels = zip(*items)
-        self.args = args
-        self.read = Reader(pictures, args, train)
+        super().__init__(pictures, args, train)
 
-    def __len__(self):
-        return len(self.labels)
-
-    def __getitem__(self, key):
-        return self.read(key, self.crop)
-
-    def crop(self, image, index):
+    def transform(self, image, index):
         args = self.args
         label = self.labels[index]
-        if not self.read.train:
+        if not self.train:
             return pil_to_tensor(centre_crop(image, args.image_size)), label
         pixels = random_crop(image, args.image_size, (args.min_crop, 1))
         if args.rand_augment:
@@ -350,8 +342,7 @@ def list_items(args, split):
         except (ImportError, OSError, RuntimeError, ValueError) as error:
             raise InputError(f"--dataset {args.dataset} cannot be read from {args.data} "
                              f"({str(error).splitlines()[0]}): add --download, or give its folder "
-                             "by --data; the cars must be fetched by hand, as told in "
-                             "github.com/pytorch/vision/issues/7545") from None
+                             "as --data; the cars: github.com/pytorch/vision/issues/7545") from None
         items += [(picture, int(label)) for picture, label in pairs]
     return items, list(classes)
 
@@ -526,7 +517,7 @@ def parse_args(argv=None):
                        "with --eval, --predict the classifier, by default best.pt of --out")
     add("--keep-blocks", low=0,
         help="load only the embedding and the first KEEP_BLOCKS blocks of --init (Fig. 4)")
-    add("--model", help="default: that of --init, else vit_tiny, the paper's; for small tests "
+    add("--model", help="default: that of --init, else vit_tiny, the paper's; for small images "
                         "vit_nano (1.4M parameters), vit_pico (0.4M)")
     add("--rpe", action="store_true",
         help="relative position bias in every block, zero where --init has none")
@@ -588,8 +579,7 @@ def resolve(args):
             setattr(args, key, value)
 
     if args.warmup_epochs >= args.epochs:
-        raise InputError(f"--warmup-epochs {args.warmup_epochs:g} must be fewer than --epochs "
-                         f"{args.epochs}")
+        raise InputError(f"--warmup-epochs must be fewer than --epochs {args.epochs}")
     if args.keep_blocks is not None and not args.init:
         raise InputError("--keep-blocks takes blocks of a pre-trained encoder: give --init FILE")
     if args.download and args.dataset == "folder":

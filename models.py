@@ -38,7 +38,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch import nn
-from torch.utils.data import DataLoader, DistributedSampler, default_collate
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, default_collate
 from torchvision.ops import StochasticDepth
 from torchvision.transforms import InterpolationMode, RandomResizedCrop
 from torchvision.transforms.v2.functional import pil_to_tensor, resize
@@ -514,6 +514,7 @@ class Hiera(nn.Module):
     """
     unit = 8
     patch_stride = 4
+    patch_size = 16    # in pre-training: the pixels that a token predicts, after two poolings
 
     def __init__(self, img_size=224, embed_dim=46, num_heads=1, stages=(1, 2, 7, 2), q_pool=3,
                  num_classes=0, drop_path=0.0):
@@ -719,15 +720,12 @@ def read_file(path):
     """The object in a checkpoint file, on the CPU. Never unpickles code. Raises InputError."""
     path = Path(path)
     if path.is_dir():
-        raise InputError(f"checkpoint {path} is a folder: give a file, such as its encoder.pt or "
-                         "best.pt")
+        raise InputError(f"checkpoint {path} is a folder: give a file in it, such as encoder.pt")
     if not path.is_file():
-        raise InputError(f"checkpoint {path} does not exist: give the path of a file, or leave the "
-                         "option out")
+        raise InputError(f"checkpoint {path} does not exist: check the path")
     head = path.open("rb").read(64)
     if head.startswith(b"version https://git-lfs") or head.lstrip().startswith(b"<"):
-        raise InputError(f"checkpoint {path} is a Git LFS pointer or HTML page, not weights: "
-                         "download the real file")
+        raise InputError(f"checkpoint {path} is a Git LFS pointer or HTML page: download the file")
     try:
         if path.suffix.lower() == ".safetensors":
             return importlib.import_module("safetensors.torch").load_file(path)
@@ -770,8 +768,7 @@ def read_encoder(path):
     prefix = prefixes.pop()
     state = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
     if "dist_token" in state:
-        raise InputError(f"checkpoint {path} is a distilled DeiT, with a distillation token that "
-                         "the models here lack: give the plain DeiT")
+        raise InputError(f"checkpoint {path} is a distilled DeiT (dist_token): give the plain DeiT")
     supervised = bool({"head.weight", "head.projection.weight"} & state.keys())
 
     # names, and one qkv
@@ -834,8 +831,7 @@ def infer_arch(state, file, path):
     elif math.isqrt(patches) ** 2 == patches:
         arch["img_size"] = [math.isqrt(patches) * arch.get("patch_size", Hiera.patch_stride)] * 2
     else:
-        raise InputError(f"checkpoint {path}: pos_embed of {patches} patches is of no square "
-                         "image, and the file does not store the image size")
+        raise InputError(f"checkpoint {path} has {patches} patches, no square, and no image size")
     return arch
 
 
@@ -929,8 +925,7 @@ def init_distributed(args, minutes=10):
     dtype = args.dtype
     if name == "cuda":
         if local_rank >= torch.cuda.device_count():
-            raise InputError(f"process {local_rank} of this machine has no GPU of its own: start "
-                             f"at most {torch.cuda.device_count()}")
+            raise InputError(f"process {local_rank} of this machine has no GPU: start fewer")
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")
@@ -955,8 +950,7 @@ class EpochSampler(DistributedSampler):
         self.batch_size = self.micro_batch * parts
         if batch_size % parts or not self.batch_size:
             raise InputError(f"--batch-size {batch_size}, for {len(dataset)} items, must be a "
-                             f"multiple of processes x --accum-steps = {parts}, and there must be "
-                             "at least that many items")
+                             f"multiple of processes x --accum-steps = {parts}, and no less")
         self.num_samples = len(dataset) // self.batch_size * self.batch_size // world
         self.total_size = self.num_samples * world
 
@@ -968,21 +962,22 @@ def train_loader(dataset, args, rank, world):
     """Micro-batches of this process, read ahead by --workers processes that live as long as it.
     `loader.sampler.set_epoch` shuffles; `loader.sampler.batch_size` is the total batch. Raises
     InputError if processes, such as those of two machines, hold data sets of different sizes."""
-    if world > 1:
+    if dist.is_initialized():
         sizes = [None] * world
         dist.all_gather_object(sizes, len(dataset))
         if min(sizes) < max(sizes):    # each would wait for gradients that another never sends
             raise InputError(f"the processes found {sizes} training items: give every machine the "
                              "same --data")
     sampler = EpochSampler(dataset, args.batch_size, args.accum_steps, rank, world, args.seed)
-    steps = len(dataset) // sampler.batch_size
+    batch = sampler.batch_size
+    steps = len(dataset) // batch
     if rank == 0:
-        print(f"batch {sampler.batch_size} = {sampler.micro_batch} x {world} process(es) x "
-              f"{args.accum_steps} micro-batches; {steps} steps per "
-              f"epoch of {len(dataset)} items")
-        if steps * getattr(args, "epochs", math.inf) < 1000:
-            print(f"only {steps * args.epochs} steps in all: a model learns little in fewer than "
-                  "1,000; README, 'Your own images', has settings for small folders")
+        print(f"batch {batch} = {sampler.micro_batch} x {world} process(es) x {args.accum_steps} "
+              f"micro-batches; {steps} steps per epoch of {len(dataset)} items")
+        if "base_lr" in args and (steps * args.epochs < 1000 or args.base_lr * batch < 0.06):
+            print(f"{steps * args.epochs} steps, lr up to {args.base_lr * batch / 256:.2g}: in "
+                  "fewer than 1,000, or below 2.4e-4, a tenth of the paper's pre-training rate, a "
+                  "model learns little; see 'Your own images' in the README")
     return DataLoader(dataset, sampler.micro_batch, sampler=sampler, num_workers=args.workers,
                       persistent_workers=args.workers > 0, pin_memory=torch.cuda.is_available(),
                       generator=torch.Generator())    # else it draws from the global one
@@ -1107,8 +1102,7 @@ def resume(args, rank, world, model, optimizer, scaler):
     for source in filter(None, (getattr(args, "init", None), getattr(args, "teacher", None))):
         written = [(out / name).resolve() for name in ("last.pt", "best.pt", "encoder.pt")]
         if Path(source).resolve() in written:
-            raise InputError(f"--out {out} holds {source}, which this run starts from and would "
-                             "overwrite: give another --out")
+            raise InputError(f"--out {out} would overwrite {source}, its own start: give another")
     holder = [{"epoch": 0}]
     if rank == 0 and (out / "last.pt").exists() and not args.no_resume:
         holder = [read_file(out / "last.pt")]
@@ -1131,8 +1125,7 @@ def resume(args, rank, world, model, optimizer, scaler):
 def check_same_run(path, state, options):
     """Raise InputError if a checkpoint is of another run; print which options have changed."""
     if not isinstance(state, dict) or not {"args", "optimizer", "epoch"} <= state.keys():
-        raise InputError(f"{path} cannot be resumed from: give another --out, or --no-resume to "
-                         "start again")
+        raise InputError(f"{path} cannot be resumed from: give another --out, or --no-resume")
     before = state["args"]
     changed = [k for k in options if options[k] != before.get(k)]
     refused = [f"{k.replace('_', '-')} {str(before.get(k))[:160]}, not {str(options[k])[:160]}"
@@ -1186,8 +1179,8 @@ def plain_errors():
         alone = False
     except RuntimeError as error:
         if re.search(r"worker \(pid|shared memory|/torch_", str(error)):
-            message = ("a loader process ended, most often for lack of memory: give fewer --workers "
-                       "or, in a container, more shared memory (docker run --shm-size=16g)")
+            message = ("a loader process ended, most often for lack of memory: give fewer "
+                       "--workers or, in a container, more memory (docker run --shm-size=16g)")
         elif "by peer" in str(error):
             message = "the connection to another process broke: its own message, if any, says why"
             alone = False
@@ -1295,8 +1288,7 @@ def list_images(folder):
                   and real not in seen]                     # a link may lead to a folder above
         seen.add(real)
     if not files:
-        raise InputError(f"{folder} holds no image ({', '.join(sorted(IMAGE_TYPES))}), directly or "
-                         "in its folders")
+        raise InputError(f"{folder} holds no image ({', '.join(sorted(IMAGE_TYPES))})")
     return sorted(files)
 
 
@@ -1325,43 +1317,52 @@ def open_image(path):
         raise OSError(f"cannot read image {path} ({reason or type(error).__name__})") from None
 
 
-class Reader:
-    """Reads the pictures (files or pixels) of a data set, for keys (epoch, index).
+class SkipCorrupt:
+    """Files that cannot be read: an OSError, or with --skip-corrupt a line on stderr, once."""
 
-    All randomness of an item comes from (seed, epoch, index). An unreadable picture raises OSError;
-    with --skip-corrupt it is named once on stderr, and the next readable one takes its place in
-    training; in an evaluation the item is None.
-    """
+    def __init__(self, count, args):
+        self.allowed = args.skip_corrupt
+        self.named = torch.zeros(count, dtype=torch.bool).share_memory_()    # by all loaders
 
-    def __init__(self, pictures, args, train):
-        self.pictures = pictures
-        self.seed = args.seed
-        self.skip_corrupt = args.skip_corrupt
-        self.train = train
-        self.named = torch.zeros(len(pictures), dtype=torch.bool).share_memory_()    # by loaders
-
-    def __call__(self, key, transform):
-        """transform(Pillow image, index) of the picture; it may draw from torch's generator."""
-        epoch, index = key
-        with torch.random.fork_rng(devices=[]):    # the process's own generator is left alone
-            torch.default_generator.manual_seed(mix_seed(self.seed, epoch, index))
-            for i in range(index, index + min(100, len(self.pictures))):
-                i %= len(self.pictures)
-                try:
-                    return transform(open_image(self.pictures[i]), i)
-                except OSError as error:
-                    self.skip(i, error)
-                if not self.train:
-                    return None
-        raise OSError("100 unreadable images in a row, or all of them: is --data complete?")
-
-    def skip(self, i, error):
-        if not self.skip_corrupt:
+    def __call__(self, i, error):
+        if not self.allowed:
             raise OSError(f"{error}: replace it by a good copy, or give --skip-corrupt to leave "
                           "it out") from None
         if not self.named[i]:
             tqdm.write(f"{error}: left out", sys.stderr)
         self.named[i] = True
+
+
+class ImageDataset(Dataset):
+    """Pictures (files or pixels), for keys (epoch, index). A subclass has `transform(image, index)`
+    of a Pillow image; it may draw from torch's generator, which is seeded by (seed, epoch, index).
+
+    An unreadable picture raises OSError; with --skip-corrupt it is named, and the next readable one
+    takes its place in training; in an evaluation the item is None.
+    """
+
+    def __init__(self, pictures, args, train):
+        self.pictures = pictures
+        self.args = args
+        self.train = train
+        self.skip = SkipCorrupt(len(pictures), args)
+
+    def __len__(self):
+        return len(self.pictures)
+
+    def __getitem__(self, key):
+        epoch, index = key
+        with torch.random.fork_rng(devices=[]):    # the process's own generator is left alone
+            torch.default_generator.manual_seed(mix_seed(self.args.seed, epoch, index))
+            for i in range(index, index + min(100, len(self))):
+                i %= len(self)
+                try:
+                    return self.transform(open_image(self.pictures[i]), i)
+                except OSError as error:
+                    self.skip(i, error)
+                if not self.train:
+                    return None
+        raise OSError("100 unreadable images in a row, or all of them: is --data complete?")
 
 
 def random_crop(image, size, scale):

@@ -43,14 +43,13 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_
 from torch.optim import AdamW
-from torch.utils.data import Dataset
 from torchvision.transforms.v2.functional import pil_to_tensor
 from torchvision.utils import draw_bounding_boxes, make_grid
 from tqdm import tqdm
 
-from models import (Block, InputError, Parser, Reader, attention_logits, build_model, eval_loader,
-                    init_distributed, init_mae, list_images, log, lr_at, normalize, param_groups,
-                    plain_errors, random_crop, resume, save, sincos_2d, train_loader)
+from models import (Block, ImageDataset, InputError, Parser, attention_logits, build_model,
+                    eval_loader, init_distributed, init_mae, list_images, log, lr_at, normalize,
+                    param_groups, plain_errors, random_crop, resume, save, sincos_2d, train_loader)
 
 RECIPE = dict(    # Sec. 4; settings without an option. All others: `parse_args`
     betas=(0.9, 0.95), weight_decay=0.05,   # AdamW; no decay of biases, norms and tokens
@@ -360,10 +359,14 @@ class HieraMaskedAutoencoder(MaskedAutoencoder):
     """
 
     def build_decoder(self, dim, depth, heads):
-        """Fusion heads, then MAE's decoder without a class token and with learned positions."""
+        """MAE's decoder with learned positions, and the heads that fuse the stages for it."""
+        super().build_decoder(dim, depth, heads)
         encoder = self.encoder
         h, w = encoder.unit_grid
         self.cells = h * w
+        self.decoder_pos_embed = nn.Parameter(torch.zeros(1, 4 * h * w, dim))    # raster
+        nn.init.trunc_normal_(self.decoder_pos_embed, std=0.02)
+        nn.init.trunc_normal_(self.mask_token, std=0.02)
         width = encoder.embed_dim
         first, second, _, last = encoder.stage_ends
         self.taps = {first, second, last}
@@ -372,14 +375,6 @@ class HieraMaskedAutoencoder(MaskedAutoencoder):
             nn.Conv2d(widths[0], width, 4, 4),      # stage 1: 8x8 tokens of a unit -> 2x2
             nn.Conv2d(widths[1], width, 2, 2)])     # stage 2: 4x4 tokens of a unit -> 2x2
         self.encoder_norm = nn.LayerNorm(width, eps=1e-6)
-        self.decoder_embed = nn.Linear(width, dim)
-        self.mask_token = nn.Parameter(torch.zeros(1, 1, dim))
-        self.decoder_pos_embed = nn.Parameter(torch.zeros(1, 4 * h * w, dim))    # raster, learned
-        self.decoder_blocks = nn.ModuleList([Block(dim, heads) for _ in range(depth)])
-        self.decoder_norm = nn.LayerNorm(dim, eps=1e-6)
-        self.decoder_pred = nn.Linear(dim, 3 * 16 * 16)
-        nn.init.trunc_normal_(self.mask_token, std=0.02)
-        nn.init.trunc_normal_(self.decoder_pos_embed, std=0.02)
         raster = torch.arange(4 * h * w).view(h, 2, w, 2).transpose(1, 2).reshape(h * w, 4)
         self.register_buffer("unit_tokens", raster, persistent=False)            # of each unit
 
@@ -446,40 +441,30 @@ def build_student(args, teacher):
             raise InputError(f"--decoder-tap {args.decoder_tap} and --distill-layers "
                              f"{args.distill_layers} must be among the blocks 1..{depth}")
         if decoupled and depth not in args.distill_layers:
-            raise InputError(f"--method d2-mae needs block {depth} among --distill-layers: nothing "
-                             f"else trains the blocks above --decoder-tap {args.decoder_tap}")
+            raise InputError(f"--method d2-mae needs the last block, {depth}, in --distill-layers")
         distillation = Distillation(encoder, teacher, decoupled, args.distill_layers, args.distill)
     kind = HieraMaskedAutoencoder if hiera else MaskedAutoencoder
     dim = 96 if hiera else max(96, encoder.embed_dim // 2)    # of the decoder; heads of 32
     model = kind(encoder, args.decoder_tap, dim, 1, dim // 32, args.norm_pix, distillation,
                  args.alpha)
     if not 0 < int(model.cells * (1 - args.mask_ratio)) < model.cells:
-        raise InputError(f"--mask-ratio {args.mask_ratio} of {model.cells} patches or mask units "
-                         "must leave at least one visible and one masked")
+        raise InputError(f"--mask-ratio {args.mask_ratio} must leave visible and masked patches")
     return model
 
 
 # --------------------------------------------------------------------------------------------------
 # Data
 # --------------------------------------------------------------------------------------------------
-class Images(Dataset):
+class Images(ImageDataset):
     """Item (epoch, index) -> image (3, h, w) uint8, and the noise (N,) that decides its mask. All
     randomness comes from (seed, epoch, index). train=False (keys of epoch 0): the resized centre
     crop, always the same noise."""
 
     def __init__(self, files, args, cells, train=True):
-        self.args = args
+        super().__init__(files, args, train)
         self.cells = cells
-        self.train = train
-        self.read = Reader(files, args, train)
 
-    def __len__(self):
-        return len(self.read.pictures)
-
-    def __getitem__(self, key):
-        return self.read(key, self.crop)
-
-    def crop(self, image, index):
+    def transform(self, image, index):
         noise = torch.rand(self.cells)
         size = self.args.image_size
         if self.train:
@@ -519,6 +504,9 @@ def report(args, run, model, teacher, val_set, epoch, step):
            f"each patch gives {values['val_base']:.4f})"
     if teacher:
         text += f", {args.distill} loss {values['val_attn']:.4g}"
+    if epoch == 0:
+        visible = int(model.cells * (1 - args.mask_ratio))
+        text += f"; an image has {model.cells} patches or mask units, {visible} of them visible"
     if epoch == args.epochs and values["val_rec"] >= values["val_base"]:
         text += "; that is no better than the mean, see 'Your own images' in the README"
     tqdm.write(text)
@@ -643,7 +631,8 @@ def parse_args(argv=None):
         help="d2-mae: decoder on an inner block, distillation on a 13th attention; d-mae: both on "
              "the last block; mae: no teacher")
     add("--model", default="vit_tiny", help="student; the paper's are vit_tiny (12 heads) and "
-                                            "hiera_tiny; for small tests vit_nano, vit_pico")
+                                            "hiera_tiny; for small images vit_nano (1.4M "
+                                            "parameters) and vit_pico (0.4M)")
     add("--teacher", help="checkpoint of the frozen teacher (README, 'Checkpoints'); paper: MAE "
                           "ViT-Base, 1600 epochs")
     add("--alpha", type=float, low=0, default=1.0, help="weight in L = L_rec + alpha * L_attn")
@@ -688,20 +677,15 @@ def resolve(args):
     hiera = args.model.startswith("hiera")
     if args.method == "mae" and (args.teacher or args.distill_layers
                                  or args.distill != "attention"):
-        raise InputError("--method mae has no teacher: leave out --teacher, --distill and "
-                         "--distill-layers, or choose another method")
+        raise InputError("--method mae has no teacher: leave out --teacher and --distill options")
     if args.method != "mae" and not args.teacher:
-        raise InputError(f"--method {args.method} distils from a teacher: give --teacher FILE "
-                         "(README, 'Checkpoints'), or choose --method mae")
+        raise InputError(f"--method {args.method} needs --teacher FILE (README, 'Checkpoints')")
     if hiera and args.method == "d2-mae":
-        raise InputError("--method d2-mae is defined for plain ViTs: Hiera's decoder fuses stages "
-                         "1, 2 and 4, so there is no inner block to tap; choose d-mae or mae")
+        raise InputError("--method d2-mae is for ViT: Hiera's decoder reads all stages; give d-mae")
     if hiera and (args.distill != "attention" or args.distill_layers):
-        raise InputError("--distill and --distill-layers are ablations on ViT and have no "
-                         "counterpart on Hiera")
+        raise InputError("--distill and --distill-layers are ablations on ViT, not on Hiera")
     if args.decoder_tap and args.method != "d2-mae":
-        raise InputError(f"--decoder-tap belongs to --method d2-mae; {args.method} decodes the "
-                         "last block")
+        raise InputError(f"--decoder-tap is for d2-mae alone: {args.method} decodes the last block")
     if args.crop_scale[0] > args.crop_scale[1]:
         raise InputError(f"--crop-scale {args.crop_scale[0]} {args.crop_scale[1]} must be a range")
     if args.mask_ratio is None:
@@ -709,8 +693,7 @@ def resolve(args):
     if args.warmup_epochs is None:
         args.warmup_epochs = args.epochs / 10
     if args.warmup_epochs >= args.epochs:
-        raise InputError(f"--warmup-epochs {args.warmup_epochs:g} must be fewer than --epochs "
-                         f"{args.epochs}")
+        raise InputError(f"--warmup-epochs must be fewer than --epochs {args.epochs}")
     return args
 
 

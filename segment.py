@@ -47,14 +47,14 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_
 from torch.optim import AdamW
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 from torchvision.transforms import InterpolationMode, RandomCrop
 from torchvision.transforms.v2.functional import (adjust_hue, crop, pad, pil_to_tensor, resize,
                                                   to_pil_image)
 from torchvision.utils import draw_segmentation_masks
 from tqdm import tqdm
 
-from models import (InputError, Parser, Reader, build_model, check_size, eval_loader,
+from models import (ImageDataset, InputError, Parser, build_model, check_size, eval_loader,
                     init_distributed, list_images, log, mix_seed, normalize, open_image,
                     param_groups, plain_errors, read_file, resume, save, train_loader)
 
@@ -223,8 +223,7 @@ def build_segmenter(args):
     args.image_size = encoder.img_size
     args.mean = encoder.mean
     args.std = encoder.std
-    cell = 32 if encoder.arch["kind"] == "hiera" else 2 * encoder.patch_size
-    check_size(encoder.img_size, cell, "stride of the coarsest map")
+    check_size(encoder.img_size, 2 * encoder.patch_size, "stride of the coarsest map")
     model = SemanticFPN(encoder, args.num_classes, dropout=args.dropout)
     if dist.is_initialized() and dist.get_backend() == "nccl":
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
@@ -310,7 +309,7 @@ def augment(image, labels, size, fill):
     return pad(image, missing, fill), pad(labels[None], missing, IGNORE)[0]
 
 
-class SegmentationSet(Dataset):
+class SegmentationSet(ImageDataset):
     """Item (epoch, index) -> image (3, H, W) uint8, labels (H, W) uint8, of a pair of files.
 
     train=True: augmented crops; all randomness comes from (seed, epoch, index). train=False: the
@@ -318,24 +317,17 @@ class SegmentationSet(Dataset):
     """
 
     def __init__(self, images, labels, args, train):
+        super().__init__(images, args, train)
         self.label_files = labels
-        self.args = args
-        self.read = Reader(images, args, train)
 
-    def __len__(self):
-        return len(self.label_files)
-
-    def __getitem__(self, key):
-        return self.read(key, self.load)
-
-    def load(self, image, index):
+    def transform(self, image, index):
         args = self.args
         image = pil_to_tensor(image)
         labels = read_labels(args, self.label_files[index])
         if labels.shape != image.shape[1:]:    # an OSError: --skip-corrupt leaves the pair out
-            raise OSError(f"image {self.read.pictures[index]} and its labels "
+            raise OSError(f"image {self.pictures[index]} and its labels "
                           f"{self.label_files[index]} differ in size")
-        if self.read.train:
+        if self.train:
             fill = [round(255 * c) for c in args.mean]
             return augment(image, labels, args.image_size, fill)
         return resize_for_test(image, args.image_size), labels
@@ -378,8 +370,7 @@ def read_labels(args, path):
     except (OSError, SyntaxError, ValueError):
         bands = ()
     if len(bands) not in (1, 2):
-        raise InputError(f"cannot read labels {path}: give a PNG of the image's name that holds "
-                         "one class number per pixel, grey or palette")
+        raise InputError(f"cannot read labels {path}: give a grey or palette PNG of class numbers")
     numbers = np.asarray(bands[0]).astype(np.int64)    # a one-bit image has booleans
     first = 1 - args.zero_is_class
     classes = np.where(numbers == IGNORE, -1, numbers - first)
@@ -456,8 +447,7 @@ def summarize(confusion):
     the classes that occur in labels or predictions; that of the others is None."""
     pixels = int(confusion.sum())
     if not pixels:
-        raise InputError("no validation image with a labelled pixel can be read: nothing is left "
-                         "to evaluate on")
+        raise InputError("no validation image has a labelled pixel: nothing is left to evaluate on")
     iou = class_iou(confusion.cpu().double())
     return {"miou": 100 * iou.nanmean().item(),
             "pixel_accuracy": 100 * int(confusion.trace()) / pixels,
@@ -589,13 +579,14 @@ def parse_args(argv=None):
         help="label files hold 0 .. num-classes - 1, and 255 for ignored pixels")
 
     add = parser.group("recipe (Sec. 'transfer', ADE20K)")
-    add("--iters", low=1, default=160_000, help="optimizer steps; paper: 160000")
+    add("--iters", low=1, default=160_000, 
+        help="optimizer steps, which this recipe counts instead of epochs; paper: 160000")
     add("--warmup-iters", low=0,
         help="linear from a millionth of --lr; default: 1500 of 160000, as the paper's")
     add("--batch-size", low=1, default=16,
         help="images per optimizer step over all processes; paper: 16")
     add("--lr", type=float, low=0, default=1e-4,
-        help="of pyramid and head; falls to 0 linearly; paper: 1e-4")
+        help="of pyramid and head for the whole batch; falls to 0 linearly; paper: 1e-4")
     add("--layer-decay", type=float, low=0, high=1, default=0.8,
         help="factor on the rate for every block towards the input; paper: 0.8")
 

@@ -70,10 +70,10 @@ from torchvision.transforms.v2.functional import (adjust_brightness, pil_to_tens
                                                   rgb_to_grayscale)
 from tqdm import tqdm
 
-from models import (InputError, Parser, Reader, VisionTransformer, attention_logits, build_model,
-                    eval_loader, init_distributed, list_images, log, mix_seed, normalize,
-                    open_image, param_groups, plain_errors, read_file, resize_grid, resume, save,
-                    train_loader)
+from models import (InputError, Parser, SkipCorrupt, VisionTransformer, attention_logits,
+                    build_model, eval_loader, init_distributed, list_images, log, mix_seed,
+                    normalize, open_image, param_groups, plain_errors, read_file, resize_grid,
+                    resume, save, train_loader)
 
 TRACKER = dict(    # OSTrack-256; stored beside the weights
     template_size=128, search_size=256,         # pixels along the crops
@@ -529,7 +529,7 @@ class Pairs(Dataset):
         self.args = args
         self.count = count
         self.seed = seed
-        self.unreadable = Reader(range(2 ** 20), args, train=True)    # by hashes of messages
+        self.skip = SkipCorrupt(2 ** 20, args)    # by hashes of messages
 
     def __len__(self):
         return self.count
@@ -556,7 +556,7 @@ class Pairs(Dataset):
                 if pair:
                     return [read_frame(frames[i]) for i in pair], boxes[list(pair)]
             except OSError as error:
-                self.unreadable.skip(hash(str(error)) % 2 ** 20, error)
+                self.skip(hash(str(error)) % 2 ** 20, error)
         raise OSError("of 100 sequences of --data none had two readable frames with a visible box")
 
 
@@ -707,7 +707,7 @@ def evaluate(args):
         tracker = load_tracker(args, device)
         weights = zlib.crc32(Path(args.init).read_bytes())    # others get another folder
         folder = Path(args.out, "results", f"{weights:08x}{'-int' * args.int}")
-    unreadable = Reader(files, args, train=False)
+    skip = SkipCorrupt(len(files), args)
     sums = torch.zeros(4, device=device)    # AUC, P, P_norm, sequences
     for i in tqdm(range(rank, len(files), world), disable=rank > 0):
         path = folder / f"{files[i].parent.name}.txt"
@@ -721,7 +721,7 @@ def evaluate(args):
                 success, precision, normed = score_sequence(boxes, truth, visible)
                 sums += torch.tensor([success.mean(), precision[20], normed[20], 1], device=device)
         except OSError as error:
-            unreadable.skip(i, str(error).splitlines()[-1])    # a loader process adds others
+            skip(i, str(error).splitlines()[-1])    # a loader process adds others
     if world > 1:
         dist.all_reduce(sums)
 
@@ -865,7 +865,7 @@ def parse_args(argv=None):
     add("--batch-size", low=1, default=128,
         help="pairs per optimizer step over all processes; paper: 128")
     add("--lr", type=float, default=4e-4,
-        help="of the head; it falls to a tenth after 4/5 of the epochs")
+        help="of the head for the whole batch; falls to a tenth after 4/5 of the epochs")
     add("--encoder-lr", type=float, default=0.1, help="rate of the encoder over --lr")
 
     add = parser.group("use of a trained tracker")

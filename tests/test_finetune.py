@@ -407,7 +407,7 @@ def splits_of(name, root):
     args.mean = models.IMAGENET_MEAN
     assert train[0, 1][0].shape == test[0, 1][0].shape == (3, 32, 32)
     if name != "cifar10":    # an unreadable file is named by its path
-        assert train.read.pictures[0].startswith(str(root))
+        assert train.pictures[0].startswith(str(root))
     return args.classes, list(train.labels), list(test.labels)
 
 
@@ -520,7 +520,7 @@ def test_warmup_not_given_shrinks_with_the_run():
 
 
 BAD_OPTIONS = [
-    ("fewer than --epochs", ["--warmup-epochs", 5, "--epochs", 5]),
+    ("fewer than --epochs 5", ["--warmup-epochs", 5, "--epochs", 5]),
     ("height and width", ["--image-size", 32, 32, 32]),
     ("not a multiple of 16", ["--image-size", 40]),
     ("does not exist", ["--init", "none.pt"]),
@@ -589,7 +589,7 @@ def test_an_encoder_that_does_not_fit_is_refused(encoder, folder, tmp_path):
     torch.save(file, tmp_path / "one.pt")
     refused("num_heads is 1 in the file", "--init", tmp_path / "one.pt", "--data", folder, "--out",
             tmp_path)
-    refused("--out .* holds", "--init", encoder, "--data", folder, "--out", encoder.parent)
+    refused("--out .* would overwrite .*, its own start", "--init", encoder, "--data", folder, "--out", encoder.parent)
 
 
 def test_names_are_those_of_timm(trained):

@@ -344,11 +344,11 @@ def test_files_that_must_be_refused(tmp_path):
     refused({**state, "cls_token": torch.zeros(1, 1, 32)}, r"cls_token is \(1, 1, 32\) in the file")
     refused(VisionTransformer(**{**SMALL, "depth": 6}).state_dict(), "depth is 6 in the file, 3 in the model")
     refused(small_vit(rel_pos_bias=True).state_dict(), "relative_position_bias_table")
-    refused({**state, "pos_embed": torch.zeros(1, 18, 24)}, "pos_embed")
+    refused({**state, "pos_embed": torch.zeros(1, 18, 24)}, "has 17 patches, no square")
     refused({**prefixed(state, "a."), **prefixed(state, "b.")}, "several encoders")
     refused({**state, "dist_token": torch.zeros(1, 1, 24)}, "distilled DeiT")
     refused({**state, "patch_embed.proj.weight": torch.zeros(24, 3, 2, 8, 8)}, "video model")
-    refused({**state, "pos_embed": torch.zeros(1, 16, 24)}, "no square image")
+    refused({**state, "pos_embed": torch.zeros(1, 16, 24)}, "has 15 patches, no square")
     refused({**state, lost: torch.full_like(state[lost], torch.nan)}, f"{lost} holds NaN")
 
 
@@ -527,6 +527,18 @@ def saved(tmp_path, model, **state):
     models.save(args, 0, "last.pt", model, epoch=1, **state)
 
 
+@pytest.mark.parametrize("recipe, hint", [
+    (dict(epochs=100, base_lr=0.1), "800 steps, lr up to 0.1: in"),
+    (dict(epochs=400, base_lr=1.5e-4), "3200 steps, lr up to 0.00015: in"),
+    (dict(epochs=400, base_lr=1e-3), ""), (dict(epochs=1), "")])    # track.py has --lr
+def test_a_short_or_slow_recipe_is_said_at_the_start(recipe, hint, capsys):
+    args = options(batch_size=256, accum_steps=1, workers=0, **recipe)
+    models.train_loader(range(2100), args, 0, 1)
+    first, *rest = capsys.readouterr().out.splitlines()
+    assert first.endswith("8 steps per epoch of 2100 items")
+    assert len(rest) == bool(hint) and "".join(rest).startswith(hint)
+
+
 def test_a_checkpoint_with_nan_is_never_written(tmp_path):
     model = nn.Linear(2, 2)
     saved(tmp_path, model)
@@ -577,7 +589,7 @@ with models.plain_errors():
 
 def test_a_run_never_overwrites_what_it_starts_from(tmp_path):
     args = options(out=tmp_path / "a", init=f"{tmp_path}/a/best.pt")
-    with pytest.raises(InputError, match="which this run starts from and would overwrite"):
+    with pytest.raises(InputError, match="would overwrite .*best.pt, its own start"):
         models.resume(args, 0, 1, None, None, None)
     (tmp_path / "file").touch()
     with pytest.raises(InputError, match="file is a file: give a folder"):
@@ -710,7 +722,7 @@ def test_emulated_bf16_is_not_chosen(monkeypatch):
     assert models.init_distributed(args)[3] == torch.float16
     torch.set_float32_matmul_precision(precision)
     monkeypatch.setenv("LOCAL_RANK", "1")
-    with pytest.raises(InputError, match="process 1 of this machine has no GPU of its own"):
+    with pytest.raises(InputError, match="process 1 of this machine has no GPU: start fewer"):
         models.init_distributed(args)
 
 
@@ -749,16 +761,18 @@ def test_a_file_that_cannot_be_read_is_named_once_or_stops(tmp_path, capsys):
         Image.new("RGB", (4, 4), (10 * i,) * 3).save(path)
     paths[1].write_text("no image")
 
-    def level(image, index):
-        return image.getpixel((0, 0))[0], index
+    class Levels(models.ImageDataset):
+        def transform(self, image, index):
+            return image.getpixel((0, 0))[0], index
+
     with pytest.raises(OSError, match="1.png .not an image.: replace it by a good copy, or give"):
-        models.Reader(paths, options(), True)((0, 1), level)
-    read = models.Reader(paths, options(skip_corrupt=True), True)
-    assert read((0, 1), level) == read((1, 1), level) == (20, 2)    # the next one stands in
-    assert models.Reader(paths, options(skip_corrupt=True), False)((0, 1), level) is None
+        Levels(paths, options(), True)[0, 1]
+    train = Levels(paths, options(skip_corrupt=True), True)
+    assert train[0, 1] == train[1, 1] == (20, 2)    # the next one stands in
+    assert Levels(paths, options(skip_corrupt=True), False)[0, 1] is None
     assert capsys.readouterr().err.count("1.png") == 2    # each reader named it once
     with pytest.raises(OSError, match="or all of them"):
-        models.Reader(paths[1:2], options(skip_corrupt=True), True)((0, 0), level)
+        Levels(paths[1:2], options(skip_corrupt=True), True)[0, 0]
 
 
 def test_a_crop_is_that_of_pillow(tmp_path):

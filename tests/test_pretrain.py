@@ -586,6 +586,15 @@ def test_other_ways_to_train(tmp_path, options, pictures, capsys):
     assert file["norm_pix"] is ("--no-norm-pix" not in options)
 
 
+def test_a_run_that_learns_nothing_says_so_at_its_start_and_end(tmp_path, pictures, capsys):
+    here(P, *QUICK, *MAE, "--data", pictures, "--epochs", 1, "--batch-size", 8, "--base-lr", 0,
+         "--out", tmp_path)
+    said = capsys.readouterr().out
+    assert "5 steps, lr up to 0: in fewer than 1,000" in said
+    assert "; an image has 16 patches or mask units, 4 of them visible" in said
+    assert said.count("that is no better than the mean, see 'Your own images'") == 1
+
+
 def test_a_compiled_run_saves_names_without_a_prefix(tmp_path, pictures):
     with torch.compiler.set_stance("force_eager"):    # its names, not its compilation
         here(P, *QUICK, "--method", "mae", "--data", pictures, "--epochs", 1, "--batch-size", 40,
@@ -624,23 +633,23 @@ MAE = ["--method", "mae"]
 
 @pytest.mark.parametrize("options, match", [
     (["--teacher", "nothing.pth"], "nothing.pth does not exist"),
-    ([], "distils from a teacher"),
+    ([], "--method d2-mae needs --teacher FILE"),
     ([*MAE, "--teacher", "T"], "mae has no teacher"),
     ([*MAE, "--data", "no/such/folder"], "no/such/folder is not a folder"),
     ([*MAE, "--data", ".ci"], "holds no image"),
-    (["--teacher", "T", "--model", "hiera_tiny", "--image-size", 64], "defined for plain ViTs"),
+    (["--teacher", "T", "--model", "hiera_tiny", "--image-size", 64], "d2-mae is for ViT"),
     (["--teacher", "T", "--model", "hiera_tiny", "--method", "d-mae", "--image-size", 64],
      "--patch-size has no effect on hiera_tiny"),
     ([*MAE, "--model", "hiera_tiny", "--image-size", 100], "--patch-size has no effect on hiera"),
     ([*MAE, "--image-size", 100], r"not a multiple of 8, .* nearest valid size is \(96, 96\)"),
     (["--teacher", "T", "--patch-size", 16], r"has \(4, 4\) tokens, the student \(2, 2\)"),
     (["--teacher", "T", "--decoder-tap", 13], r"among the blocks 1..12"),
-    (["--teacher", "T", "--distill-layers", 6], "needs block 12"),
+    (["--teacher", "T", "--distill-layers", 6], "needs the last block, 12, in"),
     (["--teacher", "N", "--method", "d-mae", "--distill", "hidden"], "lacks the final norm"),
     ([*MAE, "--batch-size", 6, "--accum-steps", 4], "must be a multiple of .* = 4"),
-    ([*MAE, "--distill", "hidden"], "leave out --teacher, --distill"),
+    ([*MAE, "--distill", "hidden"], "leave out --teacher and --distill"),
     ([*MAE, "--device", "mps"], "--device mps is not available"),
-    ([*MAE, "--mask-ratio", 0.99], "at least one visible"),
+    ([*MAE, "--mask-ratio", 0.99], "must leave visible and masked"),
     ([*MAE, "--crop-scale", 1, 0.5], "must be a range"),
     ([*MAE, "--image-size", 32, 32, 32], "a side, or height and width"),
     ([*MAE, "--epochs", 20, "--warmup-epochs", 20], "fewer than --epochs 20"),

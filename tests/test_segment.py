@@ -99,7 +99,7 @@ def test_numbers_beyond_a_byte_are_refused(tmp_path):
 
 
 def test_colour_images_are_no_labels(tmp_path):
-    with pytest.raises(InputError, match="one class number per pixel"):
+    with pytest.raises(InputError, match="grey or palette PNG of class numbers"):
         read(Image.new("RGB", (4, 4)), tmp_path / "colour.png")
 
 
@@ -779,7 +779,7 @@ def test_the_folder_above_the_images_is_named(data, monkeypatch):
 
 def test_an_image_without_labels(own_data):
     (own_data / "annotations/training/3.png").unlink()
-    with pytest.raises(InputError, match="cannot read labels .*3.png: give a PNG of the image's"):
+    with pytest.raises(InputError, match="cannot read labels .*3.png: give a grey or palette PNG"):
         segment.open_set(parsed("--data", own_data, "--num-classes", 5), 0, "training")
 
 

@@ -690,7 +690,7 @@ def test_remedies_may_change_on_resume_but_not_the_method(trained, tmp_path, cap
     other = write_lasot(tmp_path / "lasot", names=("airplane-2", "bear-1"))
     with pytest.raises(InputError, match=r"sequences \[1\], not \[2\]"):
         here(track, *options, "--data", f"lasot={other}")
-    with pytest.raises(InputError, match="which this run starts from and would overwrite"):
+    with pytest.raises(InputError, match="would overwrite"):
         here(track, *options, "--init", tmp_path / "last.pt", "--no-resume")
     capsys.readouterr()
     here(track, *options, "--lr", 1e-4, "--clip-grad", 1, "--accum-steps", 2)    # is finished
