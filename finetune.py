@@ -228,7 +228,7 @@ def train(args):
     train_set, test_set = make_data(args, rank, world)
     model = build_classifier(args).to(device)
     mixing = build_mixing(args)
-    loader = train_loader(train_set, args, rank, world)
+    loader = train_loader(train_set, args, run)
     steps = len(loader) // args.accum_steps    # optimizer steps per epoch
     peak_lr = args.base_lr * loader.sampler.batch_size / 256
     optimizer = build_optimizer(model, args, peak_lr)
@@ -249,9 +249,9 @@ def train(args):
         for i, (images, labels) in enumerate(bar):
             step = epoch * steps + i // args.accum_steps
             update = (i + 1) % args.accum_steps == 0
-            images = normalize(images.to(device, non_blocking=True), args.mean, args.std)
+            images = normalize(images, args.mean, args.std)
             random_erasing(images, args.erasing)
-            images, targets = mixing(images, labels.to(device, non_blocking=True))
+            images, targets = mixing(images, labels)
             network.require_backward_grad_sync = update    # DistributedDataParallel reads it
             with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
                 logits = network(images)                                        # (B, K)
@@ -425,9 +425,8 @@ def evaluate(args, run, model, test_set):
     rank, world, device, _ = run
     model.eval()
     sums = torch.zeros(len(args.classes), 4, device=device)    # images, right, in five, loss
-    for images, labels in eval_loader(test_set, 128, args, rank, world):
-        labels = labels.to(device)
-        logits = model(normalize(images.to(device), args.mean, args.std))       # (B, K)
+    for images, labels in eval_loader(test_set, 128, args, run):
+        logits = model(normalize(images, args.mean, args.std))                  # (B, K)
         guesses = logits.topk(min(5, len(args.classes))).indices                # best first
         right = guesses == labels[:, None]                                      # (B, 5)
         loss = F.cross_entropy(logits, labels, reduction="none")

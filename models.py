@@ -958,10 +958,42 @@ class EpochSampler(DistributedSampler):
         return ((self.epoch, index) for index in super().__iter__())
 
 
-def train_loader(dataset, args, rank, world):
+class DeviceLoader(DataLoader):
+    """A DataLoader whose batches are on the device. To a GPU, each is copied from pinned memory, in
+    a stream of its own, while the step before it runs."""
+
+    def __init__(self, *args, device, **options):
+        super().__init__(*args, pin_memory=device.type == "cuda", **options)
+        self.device = device
+
+    def __iter__(self):
+        if self.device.type != "cuda":
+            yield from ([x.to(self.device) for x in batch] for batch in super().__iter__())
+            return
+        main = torch.cuda.current_stream(self.device)
+        copies = copy_stream(self.device)
+        ahead = None
+        for batch in super().__iter__():
+            copies.wait_stream(main)    # which may still read the memory that is used again
+            with torch.cuda.stream(copies):
+                batch = [x.to(self.device, non_blocking=True) for x in batch]
+            if ahead:
+                yield ahead
+            main.wait_stream(copies)
+            ahead = batch
+        yield ahead
+
+
+@functools.cache    # memory is cached for each stream: one for all loaders
+def copy_stream(device):
+    return torch.cuda.Stream(device)
+
+
+def train_loader(dataset, args, run):
     """Micro-batches of this process, read ahead by --workers processes that live as long as it.
     `loader.sampler.set_epoch` shuffles; `loader.sampler.batch_size` is the total batch. Raises
     InputError if processes, such as those of two machines, hold data sets of different sizes."""
+    rank, world, device, _ = run
     if dist.is_initialized():
         sizes = [None] * world
         dist.all_gather_object(sizes, len(dataset))
@@ -978,24 +1010,24 @@ def train_loader(dataset, args, rank, world):
             print(f"{steps * args.epochs} steps, lr up to {args.base_lr * batch / 256:.2g}: in "
                   "fewer than 1,000, or below 2.4e-4, a tenth of the paper's pre-training rate, a "
                   "model learns little; see 'Your own images' in the README")
-    return DataLoader(dataset, sampler.micro_batch, sampler=sampler, num_workers=args.workers,
-                      persistent_workers=args.workers > 0, pin_memory=torch.cuda.is_available(),
-                      generator=torch.Generator())    # else it draws from the global one
+    return DeviceLoader(dataset, sampler.micro_batch, sampler=sampler, num_workers=args.workers,
+                        persistent_workers=args.workers > 0, device=device,
+                        generator=torch.Generator())    # else it draws from the global one
 
 
-def eval_loader(dataset, batch_size, args, rank, world):
+def eval_loader(dataset, batch_size, args, run):
     """Batches of an evaluation: every item once, dealt out to the processes. Items that are None
     (unreadable, with --skip-corrupt) are left out."""
+    rank, world, device, _ = run
     own = [(0, index) for index in range(rank, len(dataset), world)]
-    loader = DataLoader(dataset, batch_size, sampler=own, num_workers=args.workers,
-                        collate_fn=collate_readable)
-    bar = tqdm(loader, "evaluation", leave=False, disable=rank > 0)
-    return (batch for batch in bar if batch is not None)
+    loader = DeviceLoader(dataset, batch_size, sampler=own, num_workers=args.workers,
+                          collate_fn=collate_readable, device=device)
+    return filter(None, tqdm(loader, "evaluation", leave=False, disable=rank > 0))
 
 
 def collate_readable(items):
     items = [item for item in items if item is not None]
-    return default_collate(items) if items else None
+    return default_collate(items) if items else []
 
 
 def mix_seed(*numbers):

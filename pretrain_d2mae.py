@@ -294,7 +294,7 @@ def train(args):
     torch.manual_seed(args.seed)    # after the teacher: every method starts from one encoder
     model = build_student(args, teacher).to(device)
     train_set, val_set = make_data(args, model.cells)
-    loader = train_loader(train_set, args, rank, world)
+    loader = train_loader(train_set, args, run)
     steps = len(loader) // args.accum_steps    # optimizer steps per epoch
     peak_lr = args.base_lr * loader.sampler.batch_size / 256
     optimizer = AdamW(param_groups(model, args.weight_decay), peak_lr, args.betas, fused=True)
@@ -315,8 +315,7 @@ def train(args):
         for i, (images, noise) in enumerate(bar):
             step = epoch * steps + i // args.accum_steps
             update = (i + 1) % args.accum_steps == 0
-            images = normalize(images.to(device, non_blocking=True), args.mean, args.std)
-            noise = noise.to(device, non_blocking=True)
+            images = normalize(images, args.mean, args.std)
             ids_keep, ids_masked = random_masking(noise, args.mask_ratio)
             student.require_backward_grad_sync = update    # DistributedDataParallel reads it
             with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
@@ -537,9 +536,9 @@ def evaluate(args, run, model, teacher, val_set):
     rank, world, device, dtype = run
     model.eval()
     sums = torch.zeros(4, device=device)
-    for images, noise in eval_loader(val_set, 64, args, rank, world):
-        images = normalize(images.to(device), args.mean, args.std)
-        ids_keep, ids_masked = random_masking(noise.to(device), args.mask_ratio)
+    for images, noise in eval_loader(val_set, 64, args, run):
+        images = normalize(images, args.mean, args.std)
+        ids_keep, ids_masked = random_masking(noise, args.mask_ratio)
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             maps = model.teacher_maps(teacher, images, ids_keep)
             losses = model(images, ids_keep, ids_masked, maps)

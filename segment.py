@@ -150,7 +150,7 @@ def train(args):
     torch.manual_seed(args.seed)
     model = build_segmenter(args).to(device)
     train_set, val_set = (open_set(args, rank, split) for split in ("training", "validation"))
-    loader = train_loader(train_set, args, rank, world)
+    loader = train_loader(train_set, args, run)
     steps = len(loader) // args.accum_steps    # optimizer steps per epoch
     epochs = math.ceil(args.iters / steps)     # the last one may be cut short
     groups = param_groups(model, args.weight_decay, args.layer_decay, model.encoder.depth)
@@ -171,8 +171,7 @@ def train(args):
         for i, (images, labels) in enumerate(bar):
             step = epoch * steps + i // args.accum_steps
             update = (i + 1) % args.accum_steps == 0
-            images = normalize(images.to(device, non_blocking=True), args.mean, args.std)
-            labels = labels.to(device, non_blocking=True)
+            images = normalize(images, args.mean, args.std)
             network.require_backward_grad_sync = update    # DistributedDataParallel reads it
             with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
                 loss = segmentation_loss(network(images), labels)
@@ -464,12 +463,12 @@ def evaluate(args, run, model, val_set):
         for buffer in model.buffers():
             dist.broadcast(buffer, 0)
     counts = torch.zeros(args.num_classes, args.num_classes, dtype=torch.long, device=device)
-    for i, (images, labels) in enumerate(eval_loader(val_set, 1, args, rank, world)):
-        predicted = label_image(args, model, images[0].to(device), labels.shape[1:])
-        counts += confusion_matrix(predicted, labels[0].to(device), args.num_classes)
+    for i, (images, labels) in enumerate(eval_loader(val_set, 1, args, run)):
+        predicted = label_image(args, model, images[0], labels.shape[1:])
+        counts += confusion_matrix(predicted, labels[0], args.num_classes)
         if rank == 0 and i < 5:
-            draw_overlay(f"{args.out}/input_truth_prediction_{i + 1}.png", args.classes, images[0],
-                         labels[0], predicted.cpu())
+            draw_overlay(f"{args.out}/input_truth_prediction_{i + 1}.png", args.classes,
+                         images[0].cpu(), labels[0].cpu(), predicted.cpu())
     if world > 1:
         dist.all_reduce(counts)
     values = summarize(counts)

@@ -399,7 +399,7 @@ def train(args):
     args.sequences = [len(items) for items, _ in sets]    # compared on resuming
     train_set = Pairs(sets, args, args.pairs, args.seed)
     val_set = Pairs(sets, args, args.val_pairs, args.seed + 1)
-    loader = train_loader(train_set, args, rank, world)
+    loader = train_loader(train_set, args, run)
     steps = len(loader) // args.accum_steps    # optimizer steps per epoch
     optimizer = AdamW(optimizer_groups(model, args), args.lr, fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
@@ -420,7 +420,7 @@ def train(args):
         for i, batch in enumerate(bar):
             step = epoch * steps + i // args.accum_steps
             update = (i + 1) % args.accum_steps == 0
-            template, search, boxes = to_device(batch, args, device)
+            template, search, boxes = normalize_pair(batch, args)
             tracker.require_backward_grad_sync = update    # DistributedDataParallel reads it
             with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
                 maps = tracker(template, search, keep_rate)
@@ -451,10 +451,10 @@ def train(args):
 @torch.no_grad()
 def report(args, run, model, val_set, epoch, step):
     """Log and print mean loss and IoU on fixed pairs, in float32 and at the final keep rate."""
-    rank, world, device, _ = run
+    rank, world, _, _ = run
     model.eval()
-    [batch] = eval_loader(val_set, len(val_set), args, rank, world)
-    template, search, boxes = to_device(batch, args, device)
+    [batch] = eval_loader(val_set, len(val_set), args, run)
+    template, search, boxes = normalize_pair(batch, args)
     losses = tracking_losses(*model(template, search, args.keep_rate), boxes)
     values = log(args, rank, world, epoch=epoch, step=step, val_loss=losses["loss"],
                  val_iou=losses["iou"])
@@ -462,9 +462,9 @@ def report(args, run, model, val_set, epoch, step):
         tqdm.write(f"epoch {epoch}: IoU {values['val_iou']:.3f} on fixed pairs")
 
 
-def to_device(batch, args, device):
-    """Batch of `Pairs` -> normalised template and search crops, boxes, on the device."""
-    template, search, boxes = (x.to(device, non_blocking=True) for x in batch)
+def normalize_pair(batch, args):
+    """Batch of `Pairs` -> normalised template and search crops, boxes."""
+    template, search, boxes = batch
     template = normalize(template, args.mean, args.std)
     return template, normalize(search, args.mean, args.std), boxes
 

@@ -548,7 +548,8 @@ def loader_speed(args, make, files, batch=64):
     workers = min(16, os.cpu_count())
     count = (1 + args.rounds) * workers
     options = pretrain_d2mae.parse_args(["--workers", str(workers), "--batch-size", str(batch)])
-    loader = iter(train_loader(make(files * math.ceil(count * batch / len(files))), options, 1, 2))
+    dataset = make(files * math.ceil(count * batch / len(files)))
+    loader = iter(train_loader(dataset, options, (1, 2, torch.device("cpu"), None)))
     for _ in range(workers):
         next(loader)
     begun = time.perf_counter()

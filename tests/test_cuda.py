@@ -5,6 +5,7 @@ steps without a host sync, several processes, memory that runs out. Skipped with
 
 runs everything on the CPU in which the device is only a name.
 """
+import argparse
 import contextlib
 import copy
 import itertools
@@ -21,6 +22,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import finetune
+import models
 import pretrain_d2mae
 import segment
 import track
@@ -180,6 +182,30 @@ def test_a_step_that_does_not_log_never_waits_for_the_device(module, dtype, tmp_
             torch.ones(1, device=DEVICE).item()    # or the test would prove nothing
     finally:
         watch("default")
+
+
+class Levels(torch.utils.data.Dataset):
+    """Item (epoch, index) -> an image of the value `index`, index."""
+
+    def __len__(self):
+        return 200
+
+    def __getitem__(self, key):
+        return torch.full((3, 256, 256), key[1], dtype=torch.uint8), key[1]
+
+
+def test_batches_that_are_copied_beside_a_step_arrive_whole():
+    args = argparse.Namespace(batch_size=20, accum_steps=1, seed=0, workers=1)
+    loader = models.train_loader(Levels(), args, (0, 1, torch.device(DEVICE), None))
+    matrix = torch.randn(4096 if ON_GPU else 64, 64, device=DEVICE)
+    errors = []
+    for _ in range(2):
+        for images, levels in loader:
+            assert images.device.type == levels.device.type == DEVICE
+            for _ in range(100):    # the next batch arrives before this one is read
+                matrix @ matrix.T
+            errors.append((images.float().mean(dim=(1, 2, 3)) - levels).abs().amax())
+    assert len(errors) == 20 and torch.stack(errors).amax().item() == 0
 
 
 def watch(mode):

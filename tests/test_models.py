@@ -533,7 +533,7 @@ def saved(tmp_path, model, **state):
     (dict(epochs=400, base_lr=1e-3), ""), (dict(epochs=1), "")])    # track.py has --lr
 def test_a_short_or_slow_recipe_is_said_at_the_start(recipe, hint, capsys):
     args = options(batch_size=256, accum_steps=1, workers=0, **recipe)
-    models.train_loader(range(2100), args, 0, 1)
+    models.train_loader(range(2100), args, (0, 1, torch.device("cpu"), None))
     first, *rest = capsys.readouterr().out.splitlines()
     assert first.endswith("8 steps per epoch of 2100 items")
     assert len(rest) == bool(hint) and "".join(rest).startswith(hint)
@@ -701,9 +701,9 @@ sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
 import models, test_models
 with models.plain_errors():
     args = test_models.options(device="cpu", dtype="fp32", batch_size=2, accum_steps=1, workers=0)
-    rank, world, _, _ = models.init_distributed(args)
-    print(len(models.train_loader(range(8), args, rank, world)))
-    models.train_loader(range(8 + rank), args, rank, world)
+    run = models.init_distributed(args)
+    print(len(models.train_loader(range(8), args, run)))
+    models.train_loader(range(8 + run[0]), args, run)
 """
     done = run("--no-python", sys.executable, "-c", code, torchrun=2, check=False, timeout=60)
     assert done.returncode and "8 items\n4" in done.stdout
