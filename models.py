@@ -1007,9 +1007,9 @@ def train_loader(dataset, args, run):
         print(f"batch {batch} = {sampler.micro_batch} x {world} process(es) x {args.accum_steps} "
               f"micro-batches; {steps} steps per epoch of {len(dataset)} items")
         if "base_lr" in args and (steps * args.epochs < 1000 or args.base_lr * batch < 0.06):
-            print(f"{steps * args.epochs} steps, lr up to {args.base_lr * batch / 256:.2g}: in "
-                  "fewer than 1,000, or below 2.4e-4, a tenth of the paper's pre-training rate, a "
-                  "model learns little; see 'Your own images' in the README")
+            print(f"{steps * args.epochs} steps, peak lr {args.base_lr * batch / 256:.2g}: a model "
+                  "learns little in fewer than 1,000 steps, or below 2.4e-4, a tenth of the paper's "
+                  "rate in pre-training; see 'Your own images' in the README")
     return DeviceLoader(dataset, sampler.micro_batch, sampler=sampler, num_workers=args.workers,
                         persistent_workers=args.workers > 0, device=device,
                         generator=torch.Generator())    # else it draws from the global one

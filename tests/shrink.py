@@ -43,6 +43,7 @@ class Shrink(Dataset):
             data = shrink(source, self.args.side, self.args.raw)
         except OSError as error:
             return str(error)
+        target = Path(target)
         target.parent.mkdir(parents=True, exist_ok=True)
         scratch = target.with_name(f".{target.name}.tmp")    # hidden: never taken for an image
         try:
@@ -69,14 +70,16 @@ def shrink(source, side, raw):
 
 
 def list_pairs(args):
-    """-> [(source, target)]. Sources that differ in their ending alone keep it: a.png.jpg."""
-    sources = [Path(file) for file in list_images(args.src)]
-    uses = collections.Counter(file.with_suffix("") for file in sources)
+    """-> [(source, target)], as strings, since there may be millions. Sources that differ in their
+    ending alone keep it: a.png.jpg."""
+    sources = list_images(args.src)
+    uses = collections.Counter(os.path.splitext(file)[0] for file in sources)
     pairs = []
     for file in sources:
-        name = file.stem if uses[file.with_suffix("")] == 1 else file.name
-        folder = args.dst / file.parent.relative_to(args.src)
-        pairs.append((file, folder / f"{name}{'.ppm' if args.raw else '.jpg'}"))
+        stem, ending = os.path.splitext(file)
+        name = stem if uses[stem] == 1 else stem + ending
+        target = os.path.join(args.dst, os.path.relpath(name, args.src))
+        pairs.append((file, target + (".ppm" if args.raw else ".jpg")))
     return pairs
 
 
@@ -131,7 +134,7 @@ def parse_args(argv=None):
 def main(args):
     pairs = list_pairs(args)
     check(args)
-    left = [(source, target) for source, target in pairs if not target.exists()]
+    left = [(source, target) for source, target in pairs if not os.path.exists(target)]
     needed, free = estimate(left, args), shutil.disk_usage(args.dst).free
     print(f"{len(pairs)} images, {len(left)} of them to write: about {needed / 1e9:.2g} GB in "
           f"{args.dst}, where {free / 1e9:.3g} GB are free", flush=True)

@@ -528,8 +528,8 @@ def saved(tmp_path, model, **state):
 
 
 @pytest.mark.parametrize("recipe, hint", [
-    (dict(epochs=100, base_lr=0.1), "800 steps, lr up to 0.1: in"),
-    (dict(epochs=400, base_lr=1.5e-4), "3200 steps, lr up to 0.00015: in"),
+    (dict(epochs=100, base_lr=0.1), "800 steps, peak lr 0.1: a model learns little"),
+    (dict(epochs=400, base_lr=1.5e-4), "3200 steps, peak lr 0.00015: a model learns little"),
     (dict(epochs=400, base_lr=1e-3), ""), (dict(epochs=1), "")])    # track.py has --lr
 def test_a_short_or_slow_recipe_is_said_at_the_start(recipe, hint, capsys):
     args = options(batch_size=256, accum_steps=1, workers=0, **recipe)

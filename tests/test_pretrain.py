@@ -590,7 +590,7 @@ def test_a_run_that_learns_nothing_says_so_at_its_start_and_end(tmp_path, pictur
     here(P, *QUICK, *MAE, "--data", pictures, "--epochs", 1, "--batch-size", 8, "--base-lr", 0,
          "--out", tmp_path)
     said = capsys.readouterr().out
-    assert "5 steps, lr up to 0: in fewer than 1,000" in said
+    assert "5 steps, peak lr 0: a model learns little in fewer than 1,000 steps" in said
     assert "; an image has 16 patches or mask units, 4 of them visible" in said
     assert said.count("that is no better than the mean, see 'Your own images'") == 1
 
