@@ -540,8 +540,6 @@ def parse_args(argv=None):
     add("--epochs", low=1, help="paper: improved 300 (1000 with --rpe), mae 100, CIFAR-100 50")
     add("--warmup-epochs", type=float, low=0,
         help="linear from 0; default: the recipe's, scaled down for shorter runs")
-    add("--batch-size", low=1,
-        help="images per optimizer step over all processes; paper: 1024, transfer 512")
     add("--base-lr", type=float, low=0,
         help="per 256 images: lr = base_lr * batch_size / 256; paper: 1e-3, CIFAR-100 0.05")
     add("--lr", choices=["--base-lr"], help=argparse.SUPPRESS)    # argparse then names --base-lr
@@ -551,7 +549,7 @@ def parse_args(argv=None):
     add("--predict", nargs="+", metavar="PATH",
         help="print the likeliest classes of images, or of all images in folders, and exit")
 
-    add = parser.run_options("out/finetune", eval_every=1, clip_grad=None)
+    add = parser.run_options("out/finetune", batch_size=None, eval_every=1, clip_grad=None)
     add("--compile", action="store_true", help="torch.compile the model for training")
     args = parser.parse_args(argv)
     if args.eval or args.predict:

@@ -961,6 +961,7 @@ class EpochSampler(DistributedSampler):
 class DeviceLoader(DataLoader):
     """A DataLoader whose batches are on the device. To a GPU, each is copied from pinned memory, in
     a stream of its own, while the step before it runs."""
+    stream = staticmethod(functools.cache(torch.cuda.Stream))    # one for all loaders
 
     def __init__(self, *args, device, **options):
         super().__init__(*args, pin_memory=device.type == "cuda", **options)
@@ -971,7 +972,7 @@ class DeviceLoader(DataLoader):
             yield from ([x.to(self.device) for x in batch] for batch in super().__iter__())
             return
         main = torch.cuda.current_stream(self.device)
-        copies = copy_stream(self.device)
+        copies = self.stream(self.device)
         ahead = None
         for batch in super().__iter__():
             copies.wait_stream(main)    # which may still read the memory that is used again
@@ -982,11 +983,6 @@ class DeviceLoader(DataLoader):
             main.wait_stream(copies)
             ahead = batch
         yield ahead
-
-
-@functools.cache    # memory is cached for each stream: one for all loaders
-def copy_stream(device):
-    return torch.cuda.Stream(device)
 
 
 def train_loader(dataset, args, run):
@@ -1008,8 +1004,8 @@ def train_loader(dataset, args, run):
               f"micro-batches; {steps} steps per epoch of {len(dataset)} items")
         if "base_lr" in args and (steps * args.epochs < 1000 or args.base_lr * batch < 0.06):
             print(f"{steps * args.epochs} steps, peak lr {args.base_lr * batch / 256:.2g}: a model "
-                  "learns little in fewer than 1,000 steps, or below 2.4e-4, a tenth of the paper's "
-                  "rate in pre-training; see 'Your own images' in the README")
+                  "learns little in fewer than 1,000 steps, or below 2.4e-4, a tenth of the "
+                  "paper's; see 'Your own images' in the README")
     return DeviceLoader(dataset, sampler.micro_batch, sampler=sampler, num_workers=args.workers,
                         persistent_workers=args.workers > 0, device=device,
                         generator=torch.Generator())    # else it draws from the global one
@@ -1273,12 +1269,14 @@ class Parser(argparse.ArgumentParser):
                 help="of pixels in [0, 1] (divide values of 0..255 by 255); default: that of the "
                      "checkpoint, or ImageNet's")
 
-    def run_options(self, out, eval_every, unit="epochs", clip_grad=0.0):
+    def run_options(self, out, batch_size, eval_every, unit="epochs", clip_grad=0.0):
         """The options that all training scripts share -> a function that adds more of them."""
         add = self.group("run")
         add("--out", default=out,
             help="folder for checkpoints, log and pictures; rerun the command to resume")
         add("--no-resume", action="store_true", help="ignore an existing checkpoint in --out")
+        add("--batch-size", low=1, default=batch_size,
+            help="images or pairs per optimizer step, over all processes; default: the paper's")
         add("--accum-steps", low=1, default=1,
             help="micro-batches that each batch is split into, per process")
         add("--clip-grad", type=float, low=0, default=clip_grad,

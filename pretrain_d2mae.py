@@ -629,9 +629,8 @@ def parse_args(argv=None):
     add("--method", choices=("d2-mae", "d-mae", "mae"), default="d2-mae",
         help="d2-mae: decoder on an inner block, distillation on a 13th attention; d-mae: both on "
              "the last block; mae: no teacher")
-    add("--model", default="vit_tiny", help="student; the paper's are vit_tiny (12 heads) and "
-                                            "hiera_tiny; for small images vit_nano (1.4M "
-                                            "parameters) and vit_pico (0.4M)")
+    add("--model", default="vit_tiny", help="student; paper: vit_tiny (12 heads), hiera_tiny; for "
+        "small images vit_nano (1.4M parameters), vit_pico (0.4M)")
     add("--teacher", help="checkpoint of the frozen teacher (README, 'Checkpoints'); paper: MAE "
                           "ViT-Base, 1600 epochs")
     add("--alpha", type=float, low=0, default=1.0, help="weight in L = L_rec + alpha * L_attn")
@@ -659,12 +658,10 @@ def parse_args(argv=None):
     add("--epochs", low=1, default=400, help="paper: 400")
     add("--warmup-epochs", type=float, low=0,
         help="linear from 0; default: a tenth of --epochs, as the paper's 40 of 400")
-    add("--batch-size", low=1, default=4096,
-        help="images per optimizer step over all processes; paper: 4096")
     add("--base-lr", type=float, low=0, default=1.5e-4,
         help="per 256 images: lr = base_lr * batch_size / 256; paper: 1.5e-4")
 
-    add = parser.run_options("out/pretrain", eval_every=10)
+    add = parser.run_options("out/pretrain", batch_size=4096, eval_every=10)
     add("--compile", action="store_true", help="torch.compile the student and the teacher")
     parser.set_defaults(**RECIPE)
     return parser.parse_args(argv)

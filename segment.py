@@ -56,7 +56,8 @@ from tqdm import tqdm
 
 from models import (ImageDataset, InputError, Parser, build_model, check_size, eval_loader,
                     init_distributed, list_images, log, mix_seed, normalize, open_image,
-                    param_groups, plain_errors, read_file, resume, save, train_loader)
+                    param_groups, plain_errors, read_encoder, read_file, resume, save,
+                    train_loader)
 
 RECIPE = dict(    # settings without an option. All others: `parse_args`
     dropout=0.1,                              # before the classifier
@@ -563,27 +564,26 @@ def parse_args(argv=None):
         help="checkpoint of the encoder (README, 'Checkpoints'), default: random weights; with "
              "--eval, --predict of this script, default: best.pt of --out")
     add("--image-size", low=1, nargs="+",
-        help="side, or height and width, of crops and windows; default: the paper's 512, with "
-             "--eval, --predict that of the file")
+        help="side, or height and width, of crops and windows; default: the paper's 512, or "
+             "512/224 of a smaller --init; with --eval, --predict that of the file")
     add("--patch-size", low=1, help="side of a ViT patch; default: that of --init, else of --model")
     add("--drop-path", type=float, low=0, high=1, default=0.1,
         help="rate of the encoder's last block; grows linearly from 0; paper: 0.1")
 
     add = parser.group("data")
-    add("--data", default="data/ADEChallengeData2016",
-        help="folder that holds images and annotations, each with training and validation")
+    add("--data",
+        help="folder that holds images and annotations, each with training and validation; "
+             "default: data/ADEChallengeData2016, with --eval that of the training")
     add("--num-classes", low=2, high=254, default=150,
         help="label files hold 1 .. this, and 0 or 255 for ignored pixels")
     add("--zero-is-class", action="store_true",
         help="label files hold 0 .. num-classes - 1, and 255 for ignored pixels")
 
     add = parser.group("recipe (Sec. 'transfer', ADE20K)")
-    add("--iters", low=1, default=160_000, 
+    add("--iters", low=1, default=160_000,
         help="optimizer steps, which this recipe counts instead of epochs; paper: 160000")
     add("--warmup-iters", low=0,
         help="linear from a millionth of --lr; default: 1500 of 160000, as the paper's")
-    add("--batch-size", low=1, default=16,
-        help="images per optimizer step over all processes; paper: 16")
     add("--lr", type=float, low=0, default=1e-4,
         help="of pyramid and head for the whole batch; falls to 0 linearly; paper: 1e-4")
     add("--layer-decay", type=float, low=0, high=1, default=0.8,
@@ -593,7 +593,7 @@ def parse_args(argv=None):
     add("--eval", action="store_true", help="score a checkpoint instead of training")
     add("--predict", metavar="PATH", help="label an image, or all images below a folder")
 
-    add = parser.run_options("out/segment", eval_every=16_000, unit="iterations")
+    add = parser.run_options("out/segment", batch_size=16, eval_every=16_000, unit="iterations")
     add("--compile", action="store_true", help="torch.compile the network for training")
     parser.set_defaults(**RECIPE)
     args = parser.parse_args(argv)
@@ -604,7 +604,11 @@ def parse_args(argv=None):
 
 def resolve(args):
     """Fill in the defaults of training that depend on other options."""
-    args.image_size = args.image_size or [512]
+    args.data = args.data or "data/ADEChallengeData2016"
+    arch = read_encoder(args.init)[1] if args.init else {}
+    cell = 2 * arch.get("patch_size", 16)
+    sides = [round(side * 512 / 224 / cell) * cell for side in arch.get("img_size", [224])]
+    args.image_size = args.image_size or [min(512, side) for side in sides]
     if args.warmup_iters is None:
         args.warmup_iters = args.iters * 1500 // 160_000
     if args.warmup_iters >= args.iters:
@@ -622,6 +626,7 @@ def load_segmenter(args):
         raise InputError(f"{args.init} is no segmentation model: give best.pt of this script")
     for name in stored.keys() - USED.split():
         setattr(args, name, stored[name])
+    args.data = args.data or stored["data"]
     model = build_segmenter(args)
     heads = {k: v for k, v in file["model"].items() if not k.startswith("encoder.")}
     model.load_state_dict(heads, strict=False)

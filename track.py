@@ -862,8 +862,6 @@ def parse_args(argv=None):
         help="sets as NAME=FOLDER,...; --eval reads LaSOT's test sequences, training all others")
     add("--pairs", low=1, default=60_000, help="pairs per epoch; paper: 60,000")
     add("--epochs", low=1, default=300, help="paper: 300")
-    add("--batch-size", low=1, default=128,
-        help="pairs per optimizer step over all processes; paper: 128")
     add("--lr", type=float, default=4e-4,
         help="of the head for the whole batch; falls to a tenth after 4/5 of the epochs")
     add("--encoder-lr", type=float, default=0.1, help="rate of the encoder over --lr")
@@ -877,7 +875,7 @@ def parse_args(argv=None):
     add("--box", nargs="+", help="x y w h of the target in the first frame, in pixels")
     add("--int", action="store_true", help="write boxes as whole pixels, cut off as OSTrack does")
 
-    parser.run_options("out/track", eval_every=10, clip_grad=0.1)
+    parser.run_options("out/track", batch_size=128, eval_every=10, clip_grad=0.1)
     parser.set_defaults(**TRACKER, **RECIPE)
     args = parser.parse_args(argv)
     if args.eval or args.frames:

@@ -702,11 +702,11 @@ import models, test_models
 with models.plain_errors():
     args = test_models.options(device="cpu", dtype="fp32", batch_size=2, accum_steps=1, workers=0)
     run = models.init_distributed(args)
-    print(len(models.train_loader(range(8), args, run)))
+    assert len(models.train_loader(range(8), args, run)) == 4
     models.train_loader(range(8 + run[0]), args, run)
 """
     done = run("--no-python", sys.executable, "-c", code, torchrun=2, check=False, timeout=60)
-    assert done.returncode and "8 items\n4" in done.stdout
+    assert done.returncode and "4 steps per epoch of 8 items" in done.stdout
     assert done.stderr.count("error: the processes found [8, 9] training items: give every") == 1
 
 

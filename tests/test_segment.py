@@ -13,7 +13,7 @@ from PIL import Image
 from toy import picture
 
 import segment
-from models import (Hiera, InputError, VisionTransformer, build_model, load_encoder, param_groups,
+from models import (Hiera, InputError, VisionTransformer, build_model, load_encoder, pair, param_groups,
                     read_log, resize_relative_table)
 from segment import IGNORE, SemanticFPN
 
@@ -119,8 +119,9 @@ def test_names_of_custom_data_are_a_line_each_and_empty_lines_are_none(tmp_path)
 
 
 def test_classes_without_names_count_as_label_files_do():
-    assert segment.class_names(parsed("--num-classes", 2)) == ["class 1", "class 2"]
-    assert segment.class_names(parsed("--num-classes", 2, "--zero-is-class"))[0] == "class 0"
+    command = ["--data", "nowhere", "--num-classes", 2]
+    assert segment.class_names(parsed(*command)) == ["class 1", "class 2"]
+    assert segment.class_names(parsed(*command, "--zero-is-class"))[0] == "class 0"
 
 
 def test_mean_iou_equals_a_double_loop():
@@ -589,7 +590,7 @@ def test_eval_gives_the_score_of_training_again(data, finished, tmp_path, capsys
 
 def test_eval_takes_an_image_size_and_refuses_what_it_does_not_read(data, moved, capsys):
     folder, command = moved
-    job = ["--eval", "--data", data, "--out", folder, "--workers", 0]
+    job = ["--eval", "--out", folder, "--workers", 0]    # the data are those of the training
     here(segment, *job, "--image-size", 48)
     assert "windows of (48, 48)" in "".join(capsys.readouterr())
     for options, match in ((["--model", "vit_nano"], "embed_dim is 48 in the file, 96"),
@@ -752,6 +753,17 @@ def test_numbers_out_of_range_are_refused_by_the_command_line(options, match, ca
     with pytest.raises(SystemExit):
         segment.parse_args(options)
     assert re.search(match, capsys.readouterr().err)
+
+
+@pytest.mark.parametrize("pretrained, patch, size", [
+    ([224], 16, 512), ([64], 8, 144), ([512], 16, 512), ([224, 112], 16, [512, 256]),
+    ([48], 12, 120)])
+def test_the_size_of_crops_grows_with_that_of_the_encoder_up_to_the_papers(pretrained, patch, size,
+                                                                           tmp_path):
+    model = build_model("vit_pico", img_size=pretrained, patch_size=patch)
+    torch.save({"model": model.state_dict(), "arch": model.arch}, tmp_path / "encoder.pt")
+    args = segment.resolve(parsed("--init", tmp_path / "encoder.pt"))
+    assert segment.build_segmenter(args).encoder.img_size == pair(size)
 
 
 def test_warm_up_that_is_not_given_scales_with_the_run():

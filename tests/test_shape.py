@@ -114,4 +114,4 @@ def test_six_scripts_read_in_one_sitting():
         assert not wide, (name, wide)
         total += len(tokens)
         lines += rows
-    assert total <= 37_300 and lines <= 3_250, (total, lines)
+    assert total <= 37_350 and lines <= 3_250, (total, lines)
