@@ -728,8 +728,8 @@ def evaluate(args):
     sequences = int(sums[3])
     missing = len(LASOT_TEST) - sequences
     if missing and not (sequences and args.allow_partial):
-        raise InputError(f"{missing} of {len(LASOT_TEST)} test sequences are missing in --data or "
-                         f"in {folder}: --allow-partial scores the others")
+        raise InputError(f"{missing} of LaSOT's {len(LASOT_TEST)} test sequences are missing in "
+                         f"--data or {folder}: --allow-partial scores the others")
     if rank == 0:
         auc, p, p_norm = (100 * sums[:3] / sequences).tolist()
         print(f"evaluated {sequences}/{len(LASOT_TEST)} sequences in "

@@ -808,7 +808,7 @@ def test_both_layouts_of_lasot_score_the_same(trained, tmp_path, capsys):
 
 def test_missing_sequences_are_no_score_of_the_set(trained, tmp_path, capsys):
     options = ["--eval", "--data", f"lasot={trained / 'lasot'}", "--out", trained / "out", *USE]
-    with pytest.raises(InputError, match="279 of 280 test sequences are missing"):
+    with pytest.raises(InputError, match="279 of LaSOT's 280 test sequences are missing"):
         here(track, *options)
     here(track, *options, "--allow-partial")
     assert "evaluated 1/280 sequences" in capsys.readouterr().out
@@ -827,7 +827,7 @@ def test_a_test_sequence_that_cannot_be_read_is_named_or_left_out(trained, tmp_p
     named = [line for line in err.splitlines() if line.endswith("left out")]
     assert len(named) == 1 and "cannot read image" in named[0] and "00000009.jpg" in named[0]
     shutil.rmtree(data / "airplane")
-    with pytest.raises(InputError, match="280 of 280 test sequences are missing"):
+    with pytest.raises(InputError, match="280 of LaSOT's 280 test sequences are missing"):
         here(track, *options, "--skip-corrupt")
 
 
@@ -942,11 +942,11 @@ def test_own_frames_are_tracked_as_in_the_evaluation(trained, tmp_path):
     (["--data", "DATA", "--init", "HIERA"], "plain ViT"),
     (["--data", "DATA", "--init", "CUT"], "pos_embed"),
     (["--data", "DATA", "--search-size", 250], "no multiple of the patch size 16"),
-    (["--eval", "--data", "lasot=EMPTY", "--init", "BEST"], "280 of 280 test sequences"),
-    (["--eval", "--data", "coco=EMPTY", "--init", "BEST"], "280 of 280 test sequences are missing"),
+    (["--eval", "--data", "lasot=EMPTY", "--init", "BEST"], "280 of LaSOT's 280 test sequences"),
+    (["--eval", "--data", "coco=EMPTY", "--init", "BEST"], "280 of LaSOT's 280 test sequences are missing"),
     (["--eval", "--data", "DATA", "--init", "ENCODER"], "is no tracker"),
     (["--eval", "--data", "DATA"], "does not exist"),
-    (["--eval", "--data", "DATA", "--results", "EMPTY"], "280 of 280 test sequences are missing"),
+    (["--eval", "--data", "DATA", "--results", "EMPTY"], "280 of LaSOT's 280 test sequences are missing"),
     (["--frames", "FRAMES"], "needs --box X Y W H"),
     (["--frames", "FRAMES", "--box", 10, 10, 0, 5], "needs --box X Y W H"),
     (["--frames", "FRAMES", "--box", 30, 10, 44, 24],
