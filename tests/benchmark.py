@@ -6,9 +6,9 @@
 
 It needs neither data nor checkpoints: images are drawn, weights are random. On a GPU it takes about
 six minutes: errors against the CPU (numerics); images/s of training steps, eager and compiled
-(steps); crops/s of the loader (loading); and the hours of the paper's runs that follow (hours). On
-a CPU it compares with plain versions of the same computation (pretrain, finetune, loading, segment,
-track, analyze). Sides that are compared take turns, and each figure is a median over the rounds, so
+(steps); crops/s of the loader (loading); the hours of the paper's runs that follow (hours); and
+frames/s of the tracker (fps). On a CPU it compares with plain versions of the same computation
+(pretrain, finetune, loading, segment, track, analyze). Sides that are compared take turns, and each figure is a median over the rounds, so
 that a machine that drifts favours neither.
 """
 import argparse
@@ -661,6 +661,29 @@ def bench_track(args):
         compare(args, f"tracker, keep rate {keep_rate:g}", "frames/s", 5, **times)
 
 
+@torch.inference_mode()
+def bench_fps(args, count=20, size=(1280, 720)):
+    """Frames per second of OSTrack-256 with ViT-Tiny: the network alone, one search crop after the
+    other, and end to end, from JPEG files, which one process reads ahead, to boxes."""
+    full_float32()
+    encoder = build_model("vit_tiny")
+    model = track.Tracker(encoder)
+    tracker = track.OnePassTracker(model, encoder.mean, encoder.std, args.device)
+    search = torch.randn(1, 3, 256, 256, device=args.device)
+    with tempfile.TemporaryDirectory() as folder:
+        files = draw_pictures(folder, size, dict(format="JPEG", quality=92), count)
+        box = np.array([size[0] / 2, size[1] / 2, size[0] / 10, size[1] / 10])
+        for i, _ in enumerate(tracker.follow(files * (1 + args.rounds), box, workers=1)):
+            if i + 1 == count:    # the end of the warm-up
+                begun = time.perf_counter()
+            tracker.box = box     # random weights would lose it
+        whole = (i + 1 - count) / (time.perf_counter() - begun)
+        (seconds,) = race(args, lambda: [tracker.locate(search) for _ in range(count)])
+    record("tracking speed", device=str(args.device), threads=torch.get_num_threads(),
+           dtype="float32", frames="JPEG of {} x {}".format(*size), warm_up=f"{count} frames",
+           network_fps=f"{count / seconds:.1f}", end_to_end_fps=f"{whole:.1f}")
+
+
 def bench_analyze(args, layers=13, batch=128):
     """CKA of two models of 13 layers: every Gram matrix once, against both anew for every pair."""
     models = [[torch.randn(batch, 196, 192, device=args.device) for _ in range(layers)]
@@ -695,9 +718,9 @@ def bench_analyze(args, layers=13, batch=128):
 # --------------------------------------------------------------------------------------------------
 ROWS = {"numerics": bench_numerics, "steps": bench_steps, "pretrain": bench_pretrain,
         "finetune": bench_finetune, "loading": bench_loading, "hours": bench_hours,
-        "segment": bench_segment, "track": bench_track, "analyze": bench_analyze}
-DEFAULT_ROWS = {"cuda": ("numerics", "steps", "loading", "hours"),
-                "cpu": ("pretrain", "finetune", "loading", "segment", "track", "analyze")}
+        "segment": bench_segment, "track": bench_track, "fps": bench_fps, "analyze": bench_analyze}
+DEFAULT_ROWS = {"cuda": ("numerics", "steps", "loading", "hours", "fps"),
+                "cpu": ("pretrain", "finetune", "loading", "segment", "track", "fps", "analyze")}
 
 
 def print_tables():

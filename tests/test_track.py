@@ -1,4 +1,5 @@
 """track.py: golden numbers, losses and metrics against loops, data layouts, runs, bad input."""
+import argparse
 import json
 import math
 import shutil
@@ -15,6 +16,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.ops import box_convert, generalized_box_iou_loss
 
+import benchmark
 import toy
 import track
 from models import Block, InputError, VisionTransformer, build_model, load_encoder, read_log
@@ -882,6 +884,15 @@ def test_a_missing_frame_ends_every_process_in_one_sentence(two_processes):
     assert done.returncode != 0
     told = [line for line in done.stderr.splitlines() if "error: " in line and ".jpg" in line]
     assert len(told) == 1 and "cannot read image" in told[0] and "00000009.jpg" in told[0]
+
+
+def test_the_benchmark_gives_both_speeds_and_what_they_depend_on():
+    args = argparse.Namespace(device=torch.device("cpu"), rounds=1)
+    benchmark.bench_fps(args, count=3, size=(320, 240))
+    [row] = benchmark.RESULTS["tracking speed"]
+    assert float(row["network_fps"]) > 0 and float(row["end_to_end_fps"]) > 0
+    assert row["device"] == "cpu" and row["threads"] == 1 and row["dtype"] == "float32"
+    assert row["warm_up"] == "3 frames"
 
 
 def test_your_own_frames_give_boxes_and_an_overlay(trained, tmp_path, capsys, monkeypatch):
