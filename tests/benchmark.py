@@ -31,7 +31,6 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from PIL import Image
-from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils import clip_grad_norm_
 from torch.optim import AdamW

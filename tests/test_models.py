@@ -16,7 +16,7 @@ from torch import nn
 
 import models
 from models import (Attention, Hiera, InputError, VisionTransformer, build_model, layer_id, list_images,
-                    load_encoder, normalize, open_image, param_groups, random_crop, read_encoder,
+                    load_encoder, normalize, open_image, param_groups, random_crop,
                     read_log, reroll, resize_grid, sincos_2d, unroll)
 
 ROOT = Path(__file__).resolve().parents[1]
