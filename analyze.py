@@ -6,7 +6,7 @@
     python analyze.py cost vit_tiny vit_tiny+rpe hiera_tiny --points tests/assets/fig1.csv  # Fig. 1
     python analyze.py curves MAE=out/mae D2-MAE=out/pretrain
     python analyze.py fig4 MAE=FOLDER_OF_RUNS D2-MAE=FOLDER_OF_RUNS                         # Fig. 4
-    python tests/demo.py analyze                                            # needs no files
+    python tests/tools/demo.py analyze                                            # needs no files
 
 Nothing here trains. `analyze.py COMMAND --help` explains a command. A model is [LABEL=]SOURCE; the
 default label is the end of the path. SOURCE is one of

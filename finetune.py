@@ -9,7 +9,7 @@
     python finetune.py --data data/imagenet --init encoder.pt --keep-blocks 6 \
         --data-fraction 0.1 --seed 1                                  # one point of Fig. 4
     python finetune.py --init out/finetune/best.pt --predict cat.jpg my_folder
-    python tests/demo.py finetune                                     # needs no files
+    python tests/tools/demo.py finetune                                     # needs no files
 
 The classifier is head(fc_norm(mean patch token)). Its encoder starts from --init, whole or up to
 one of its blocks, or from random weights; its head starts from random weights. A recipe is one dict

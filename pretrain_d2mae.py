@@ -4,7 +4,7 @@ r"""MAE pre-training of lightweight ViTs with decoupled attention distillation, 
     torchrun --nproc_per_node=8 pretrain_d2mae.py --method mae              # its MAE baseline
     torchrun --nproc_per_node=8 pretrain_d2mae.py --model hiera_tiny --method d-mae \
         --teacher mae_hiera_base_224.pth
-    python tests/demo.py                                                    # needs no files
+    python tests/tools/demo.py                                                    # needs no files
 
 The student sees a quarter of the patches and learns two things. Its block 8 feeds a small decoder
 that predicts the masked patches (L_rec). The attention map of one extra, 13th attention after block

@@ -4,7 +4,7 @@
     torchrun --nproc_per_node=8 segment.py --init out/rpe/best.pt            # fine-tuned, RPE: 42.8
     python segment.py --eval                                                 # score of best.pt
     python segment.py --predict photo.jpg                                    # or a folder
-    python tests/demo.py segment                                             # needs no files
+    python tests/tools/demo.py segment                                             # needs no files
 
 A plain ViT gives four maps of one size, after blocks 4, 6, 8 and 12. `Pyramid` makes them strides
 4, 8, 16 and 32; `SemanticFPN` brings them all to stride 4, adds and classifies. Position tables

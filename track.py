@@ -5,7 +5,7 @@
     torchrun --nproc_per_node=8 track.py --eval --data lasot=data/lasot         # AUC, P, P_norm
     python track.py --eval --data lasot=data/lasot --results DIR    # boxes of any tracker
     python track.py --frames DIR --box 120 80 40 60                 # boxes.txt and overlay.gif
-    python tests/demo.py track                                      # needs no files
+    python tests/tools/demo.py track                                      # needs no files
 
 The tokens of a template (the target in the first frame) and of a search region (around the last
 box) go through the blocks of the ViT together, so features are extracted and compared at once.

@@ -13,7 +13,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-sys.path.insert(0, str(ROOT / "tests"))    # toy, demo
+sys.path.insert(0, str(ROOT / "tests" / "tools"))    # toy, demo
 os.environ["OMP_NUM_THREADS"] = "1"
 torch.set_num_threads(1)    # as in `run`: sums depend on the number of threads
 

@@ -834,7 +834,7 @@ def test_compiled_training_equals_eager(folder, trained, tmp_path):
 
 
 def test_few_labels_of_the_encoder_as_the_demo_trains(encoder, tmp_path):
-    """The options of tests/demo.py, on the folders that tests/toy.py writes."""
+    """The options of tests/tools/demo.py, on the folders that tests/tools/toy.py writes."""
     toy.write_images(tmp_path / "data", train=32, val=16)
     here(finetune, "--data", tmp_path / "data", "--init", encoder, "--model", "vit_pico",
          "--image-size", 48, "--patch-size", 8, "--shots", 1, "--recipe", "improved",

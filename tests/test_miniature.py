@@ -1,4 +1,4 @@
-"""tests/miniature.py: no test picture reaches training; a small study from end to end."""
+"""tests/tools/miniature.py: no test picture reaches training; a small study from end to end."""
 import contextlib
 import importlib
 import json

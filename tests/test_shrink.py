@@ -1,4 +1,4 @@
-"""tests/shrink.py: sizes, names, both formats, bad files, a kill."""
+"""tests/tools/shrink.py: sizes, names, both formats, bad files, a kill."""
 import os
 import signal
 import subprocess
@@ -83,7 +83,7 @@ def test_a_killed_copy_holds_whole_images_and_is_completed(tmp_path):
         pixels = noise.integers(0, 256, (300, 300, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(tmp_path / f"source/{i}.bmp")
     options = [str(tmp_path / "source"), str(tmp_path / "copy"), "--side", "250", "--workers", "1"]
-    process = subprocess.Popen([sys.executable, ROOT / "tests/shrink.py", *options],
+    process = subprocess.Popen([sys.executable, ROOT / "tests/tools/shrink.py", *options],
                                stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
                                start_new_session=True)
     while process.poll() is None and len(list(tmp_path.glob("copy/*.jpg"))) < 5:

@@ -1,9 +1,9 @@
 """Run the scripts' real commands on toy data, which it writes as real folders; neither a download
 nor a GPU is needed.
 
-    python tests/demo.py                 # D2-MAE pre-training with its teacher
-    python tests/demo.py finetune        # few labels: pre-trained encoder against scratch
-    python tests/demo.py all             # also segmentation, tracking and the paper's analyses
+    python tests/tools/demo.py                 # D2-MAE pre-training with its teacher
+    python tests/tools/demo.py finetune        # few labels: pre-trained encoder against scratch
+    python tests/tools/demo.py all             # also segmentation, tracking and the paper's analyses
 
 Each command is printed before it runs. Data go to DIR/data, outputs to DIR/pretrain, DIR/finetune,
 DIR/segment, DIR/track and DIR/analyze. Rerun the same command to resume an interrupted demo.
@@ -21,7 +21,7 @@ import numpy as np
 
 import toy
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 # Options of the runs, for two CPU cores: five minutes of pre-training, four of any other demo.
 SETTINGS = dict(

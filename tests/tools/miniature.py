@@ -1,9 +1,9 @@
 r"""The paper in miniature: its questions, asked of a small ViT on a folder of pictures.
 
-    python tests/miniature.py --data FOLDER                 # FOLDER/CLASS/*.png; two hours, 2 cores
-    python tests/miniature.py --data FOLDER --minutes 60    # shortens all training in proportion
+    python tests/tools/miniature.py --data FOLDER                 # FOLDER/CLASS/*.png; two hours, 2 cores
+    python tests/tools/miniature.py --data FOLDER --minutes 60    # shortens all training in proportion
     npm pack emoji-datasource-google && tar xzf emoji-datasource-google-*.tgz
-    python tests/miniature.py --data package                # emoji, classes by emoji.json
+    python tests/tools/miniature.py --data package                # emoji, classes by emoji.json
 
 The networks are a quarter as wide as the paper's: the teacher is a ViT-Tiny of 3 heads (192 wide;
 paper: ViT-Base, 768), the student `vit_pico` (48 wide; paper: ViT-Tiny, 192). Pictures have 48x48
@@ -43,7 +43,7 @@ import numpy as np
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 import toy                                                                            # noqa: E402

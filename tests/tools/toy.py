@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-LASOT_TEST = Path(__file__).with_name("lasot_test.txt")
+LASOT_TEST = Path(__file__).parents[1] / "lasot_test.txt"
 VIDEO = dict(size=(120, 160), scale=0.4)    # of the pictures that are frames
 FRAMES = 40                                 # of a video, 10 per unit of time
 HELD_OUT = 7000                             # index of the first validation picture and test video

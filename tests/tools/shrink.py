@@ -1,8 +1,8 @@
 """Copy a folder of images once, each reduced to a short side of 256 pixels: training then reads it
 two to three times as fast.
 
-    python tests/shrink.py data/imagenet data/imagenet_256            # JPEG of quality 90
-    python tests/shrink.py data/imagenet data/imagenet_256 --raw      # PPM, larger and faster
+    python tests/tools/shrink.py data/imagenet data/imagenet_256            # JPEG of quality 90
+    python tests/tools/shrink.py data/imagenet data/imagenet_256 --raw      # PPM, larger and faster
     torchrun --nproc_per_node=8 pretrain_d2mae.py --data data/imagenet_256 --teacher mae_base.pt
 
 Folders and names stay, endings become .jpg or .ppm; pretrain_d2mae.py and finetune.py read the copy
@@ -23,7 +23,7 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from models import InputError, list_images, open_image, plain_errors  # noqa: E402
 
 

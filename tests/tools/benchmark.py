@@ -1,8 +1,8 @@
 """Speed and exactness of this project on this machine, measured by one command.
 
-    python tests/benchmark.py                          # all rows of the device, on a quiet machine
-    python tests/benchmark.py --device cpu pretrain    # the rows named
-    python tests/benchmark.py --json result.json       # the tables as JSON, too
+    python tests/tools/benchmark.py                          # all rows of the device, on a quiet machine
+    python tests/tools/benchmark.py --device cpu pretrain    # the rows named
+    python tests/tools/benchmark.py --json result.json       # the tables as JSON, too
 
 It needs neither data nor checkpoints: images are drawn, weights are random. On a GPU it takes about
 six minutes: errors against the CPU (numerics); images/s of training steps, eager and compiled
@@ -37,7 +37,7 @@ from torch.optim import AdamW
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.transforms import v2
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import finetune  # noqa: E402
 import pretrain_d2mae  # noqa: E402
 import segment  # noqa: E402
