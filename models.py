@@ -1,12 +1,12 @@
-"""ViT and Hiera encoders from scratch, the checkpoints they read, and what all scripts share.
+"""ViT and Hiera from scratch, the checkpoints they read, and what all scripts share.
 
-Part 1, models: `VisionTransformer`, `Hiera`, and `load_encoder`. They differ from the usual ones in
-two ways: `forward_features` embeds and encodes **only the visible patches** that it is given, and
+Part 1, models: `VisionTransformer`, `Hiera`, `load_encoder`. They differ from the usual ones in two
+ways: `forward_features` embeds and encodes **only the visible patches** that it is given, and
 `attention_map` returns the pre-softmax map that the distillation reads, from q and k alone.
-Part 2, runs: processes, loaders, log, checkpoints, errors, options, images.
+Part 2, runs: processes, loaders, log, checkpoints of a run, errors, options, images.
 
     vit = build_model("vit_tiny", num_classes=1000)          # 5,717,416 parameters, random weights
-    load_encoder(vit, "out/encoder.pt")                      # any file of README, "Checkpoints"
+    load_encoder(vit, "out/pretrain/encoder.pt")             # any file of README, "Checkpoints"
     logits = vit(normalize(uint8_images))                    # (B, 1000)
     tokens = vit.forward_features(images, taps=(8, 12))      # {8: (B, 197, 192), 12: (B, 197, 192)}
 
@@ -23,14 +23,17 @@ import functools
 import importlib
 import json
 import math
+import multiprocessing
 import os
 import pickle
 import re
 import struct
 import subprocess
 import sys
-from collections import OrderedDict
+from collections import Counter, OrderedDict
+from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -38,11 +41,16 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch import nn
-from torch.utils.data import DataLoader, Dataset, DistributedSampler, default_collate
+from torch.utils.data import DataLoader, Dataset, DistributedSampler
 from torchvision.ops import StochasticDepth
 from torchvision.transforms import InterpolationMode, RandomResizedCrop
 from torchvision.transforms.v2.functional import pil_to_tensor, resize
 from tqdm import tqdm
+
+try:
+    import fcntl
+except ImportError:    # on Windows
+    fcntl = None
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -50,119 +58,23 @@ LayerNorm = functools.partial(nn.LayerNorm, eps=1e-6)    # everywhere, decoders 
 
 
 class InputError(ValueError):
-    """Invalid user input. The message is one sentence; it is printed without a traceback."""
+    """Something that the user gave cannot be used. The message is one sentence, and is printed
+    without a traceback."""
 
 
 def normalize(images, mean=IMAGENET_MEAN, std=IMAGENET_STD):
-    """(B, 3, H, W) uint8 -> float32 of about zero mean and unit variance, on the images' device."""
-    mean, std = channel_constants(tuple(mean), tuple(std), images.device)
-    return (images - mean) / std
+    """Normalise (B, 3, H, W) uint8 to float32 of about zero mean and unit variance, on its device.
 
-
-@functools.lru_cache(maxsize=8)    # copying these in every step would force a GPU sync
-def channel_constants(mean, std, device):
-    return [255 * torch.tensor(c, device=device).view(3, 1, 1) for c in (mean, std)]
-
-
-def pair(size):
-    """A side, [side] or [height, width] -> (height, width)."""
-    size = [size] if isinstance(size, int) else list(size)
-    if len(size) not in (1, 2):
-        raise InputError(f"--image-size takes a side, or height and width, not {len(size)} numbers")
-    return size[0], size[-1]
-
-
-# --------------------------------------------------------------------------------------------------
-# Part 1: models. Position tables
-# --------------------------------------------------------------------------------------------------
-def sincos_2d(dim, grid, class_token=True):
-    """Fixed 2-D sin-cos position embedding of MAE -> (1, N [+ 1], dim), the class row zero.
-
-    The first half of the channels encodes the column, the second the row; in each half all sines
-    stand before all cosines, at frequencies omega_i = 10000^(-i / (dim / 4)).
+    The constants are Python numbers: a tensor of them would have to be copied to the device, for
+    which the host waits.
     """
-    omega = 10000 ** -(torch.arange(dim // 4, dtype=torch.float64) / (dim / 4))    # on the host
-    y, x = torch.cartesian_prod(*map(torch.arange, grid)).T                        # 2 x (N,)
-    halves = []
-    for axis in (x, y):
-        angles = axis[:, None] * omega                                             # (N, dim / 4)
-        halves += [angles.sin(), angles.cos()]
-    table = torch.cat(halves, dim=1).float()
-    if class_token:
-        table = torch.cat([table.new_zeros(1, dim), table])
-    return table[None]
-
-
-def resize_grid(table, old, new):
-    """Resize a raster table bicubically, without antialiasing: (1, old_h * old_w, D) -> (1, N, D).
-    """
-    if tuple(old) == tuple(new):
-        return table
-    x = table.float().reshape(1, *old, -1).permute(0, 3, 1, 2)
-    x = F.interpolate(x, size=tuple(new), mode="bicubic", align_corners=False)
-    return x.flatten(2).transpose(1, 2)
-
-
-def relative_position_index(grid):
-    """Row of the bias table for every (query, key) pair, as in BEiT -> (N + 1, N + 1) int64.
-
-    Patch to patch: (dy + h - 1) * (2w - 1) + dx + w - 1, with (dy, dx) = query minus key. The last
-    three rows of the table are class -> patch, patch -> class and class -> class.
-    """
-    h, w = grid
-    coords = torch.cartesian_prod(torch.arange(h), torch.arange(w))
-    dy, dx = (coords[:, None] - coords).unbind(dim=2)                   # query minus key, (N, N)
-    rows = (2 * h - 1) * (2 * w - 1)
-    index = torch.empty(h * w + 1, h * w + 1, dtype=torch.long)
-    index[1:, 1:] = (dy + h - 1) * (2 * w - 1) + dx + w - 1
-    index[0, :] = rows
-    index[:, 0] = rows + 1
-    index[0, 0] = rows + 2
-    return index
-
-
-def spline_matrix(old, new):
-    """Matrix (2 new - 1, 2 old - 1) that resizes one axis of a relative position table, as BEiT and
-    mmsegmentation do. Offsets matter most near 0: the rows of the table are placed at distances 1,
-    1 + q, 1 + q + q^2, ... on both sides of 0, the last at new - 1, and an interpolating cubic
-    spline (not-a-knot) through them is read at the offsets -(new - 1) .. new - 1. A smaller grid
-    has q = 1: it reads the rows of its own offsets."""
-    low, high = 1.0, float(max(new, 2))
-    for _ in range(60):                                     # bisection for q
-        q = (low + high) / 2
-        places = np.cumsum(q ** np.arange(old - 1))
-        low, high = (q, high) if places[-1:].sum() < new - 1 else (low, q)
-    x = np.concatenate([-places[::-1], [0], places])
-
-    def basis(at):    # 1, x, x^2, x^3, and (x - knot)^3 above each knot; not-a-knot: x[1], x[-2]
-        at = at[:, None] / new
-        return np.hstack([at ** np.arange(min(4, len(x))), (at - x[2:-2] / new).clip(min=0) ** 3])
-
-    return basis(np.arange(1.0 - new, new)) @ np.linalg.inv(basis(x))
-
-
-def resize_relative_table(table, old, new):
-    """Relative position table ((2h - 1)(2w - 1) + 3, H) of the grid `old` -> that of `new`."""
-    if tuple(old) == tuple(new):
-        return table
-    rows, columns = (torch.from_numpy(spline_matrix(*sides)).float() for sides in zip(old, new))
-    body = table[:-3].float().view(2 * old[0] - 1, 2 * old[1] - 1, -1)
-    body = torch.einsum("yi,xj,ijh->yxh", rows, columns, body)
-    return torch.cat([body.flatten(0, 1), table[-3:]])      # the class token's rows stay
+    channels = zip(images.unbind(1), mean, std)
+    return torch.stack([(x - 255 * m) / (255 * s) for x, m, s in channels], dim=1)
 
 
 # --------------------------------------------------------------------------------------------------
-# Parts shared by ViT and Hiera
+# Part 1: models. ViT
 # --------------------------------------------------------------------------------------------------
-class LayerScale(nn.Module):
-    def __init__(self, dim, init):
-        super().__init__()
-        self.gamma = nn.Parameter(torch.full((dim,), float(init)))
-
-    def forward(self, x):
-        return x * self.gamma
-
-
 class Mlp(nn.Module):
     def __init__(self, dim, hidden):
         super().__init__()
@@ -183,56 +95,28 @@ def attention_logits(q, k):
         return (q.float() * q.shape[-1] ** -0.5) @ k.float().transpose(-2, -1)
 
 
-def init_mae(model):
-    """Weights as in MAE: Xavier-uniform linear layers, the patch embedding like the linear layer
-    that it is, zero biases, identity norms."""
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Linear):
-            nn.init.xavier_uniform_(module.weight)
-            nn.init.zeros_(module.bias)
-        elif isinstance(module, nn.LayerNorm):
-            nn.init.ones_(module.weight)
-            nn.init.zeros_(module.bias)
-        elif name.endswith("patch_embed.proj"):
-            nn.init.xavier_uniform_(module.weight.view(module.out_channels, -1))
+def attend(q, k, v, bias=None):
+    """softmax(q k^T / sqrt(d) + bias) v by PyTorch's fused kernels: three (..., T, d) -> the same.
+
+    A CPU computes it in float32 also under autocast: in bfloat16 the backward pass of heads of 16
+    dimensions takes 7 times as long (torch 2.14).
+    """
+    if torch.is_autocast_enabled("cpu"):
+        with torch.autocast("cpu", enabled=False):
+            return F.scaled_dot_product_attention(q.float(), k.float(), v.float(), bias).to(q.dtype)
+    return F.scaled_dot_product_attention(q, k, v, bias)
 
 
-def run_blocks(x, blocks, taps, *context):
-    """Tokens x through the blocks -> {tap: tokens after block `tap`}; 0 is x itself."""
-    features = {0: x} if 0 in taps else {}
-    for k, block in enumerate(blocks[:max(taps)], start=1):
-        x = block(x, *context)
-        if k in taps:
-            features[k] = x
-    return features
-
-
-def check_size(img_size, cell, what):
-    """Raise InputError unless both sides are multiples of `cell` pixels."""
-    if any(side % cell or side < cell for side in img_size):
-        nearest = tuple(max(1, round(side / cell)) * cell for side in img_size)
-        raise InputError(f"--image-size {img_size} is not a multiple of {cell}, the {what}; the "
-                         f"nearest valid size is {nearest}")
-
-
-def check_images(images, img_size):
-    if tuple(images.shape[2:]) != img_size:
-        raise ValueError(f"images of {tuple(images.shape[2:])} given to a model for {img_size}")
-
-
-# --------------------------------------------------------------------------------------------------
-# ViT
-# --------------------------------------------------------------------------------------------------
 class Attention(nn.Module):
-    """Multi-head self-attention; rel_pos_rows > 0: rows of its relative position bias table."""
+    """Multi-head self-attention. bias_rows: rows of its relative position bias table, or 0."""
 
-    def __init__(self, dim, num_heads, rel_pos_rows=0):
+    def __init__(self, dim, num_heads, bias_rows=0):
         super().__init__()
         self.num_heads = num_heads
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
-        if rel_pos_rows:
-            self.relative_position_bias_table = nn.Parameter(torch.zeros(rel_pos_rows, num_heads))
+        if bias_rows:
+            self.relative_position_bias_table = nn.Parameter(torch.zeros(bias_rows, num_heads))
 
     def bias(self, index):
         """Relative position bias of each head, (1, H, T, T), or None for a model without one."""
@@ -241,40 +125,36 @@ class Attention(nn.Module):
         table = self.relative_position_bias_table.t().contiguous()    # heads first, as it is read
         return table.index_select(1, index.flatten()).view(1, -1, *index.shape)
 
-    def forward(self, x, rel_pos_index=None):
-        B, T, D = x.shape
-        qkv = self.qkv(x).view(B, T, 3, self.num_heads, -1)
+    def forward(self, x, index=None):
+        qkv = self.qkv(x).unflatten(2, (3, self.num_heads, -1))
         q, k, v = qkv.permute(2, 0, 3, 1, 4)                                  # 3 x (B, H, T, d)
-        bias = self.bias(rel_pos_index)
-        x = F.scaled_dot_product_attention(q, k, v, None if bias is None else bias.to(q.dtype))
-        return self.proj(x.transpose(1, 2).reshape(B, T, D))
+        x = attend(q, k, v, self.bias(index))
+        return self.proj(x.transpose(1, 2).flatten(2))
 
-    def logits(self, x, rel_pos_index=None):
+    def logits(self, x, index=None):
         """Pre-softmax map (B, H, T, T) in float32 of tokens (B, T, D). Only q, k are projected."""
-        B, T, D = x.shape
-        qk = F.linear(x, self.qkv.weight[:2 * D], self.qkv.bias[:2 * D])
-        q, k = qk.view(B, T, 2, self.num_heads, -1).permute(2, 0, 3, 1, 4)    # 2 x (B, H, T, d)
+        rows = 2 * x.shape[2]
+        qk = F.linear(x, self.qkv.weight[:rows], self.qkv.bias[:rows])
+        qk = qk.unflatten(2, (2, self.num_heads, -1))
+        q, k = qk.permute(2, 0, 3, 1, 4)                                      # 2 x (B, H, T, d)
         logits = attention_logits(q, k)
-        bias = self.bias(rel_pos_index)
-        return logits if bias is None else logits + bias.float()
+        return logits if index is None else logits + self.bias(index).float()
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block; layer_scale is None or the initial value of its two gammas."""
+    """Pre-norm transformer block."""
 
-    def __init__(self, dim, num_heads, drop_path=0.0, layer_scale=None, rel_pos_rows=0):
+    def __init__(self, dim, num_heads, drop_path=0.0, bias_rows=0):
         super().__init__()
         self.norm1 = LayerNorm(dim)
-        self.attn = Attention(dim, num_heads, rel_pos_rows)
-        self.ls1 = nn.Identity() if layer_scale is None else LayerScale(dim, layer_scale)
+        self.attn = Attention(dim, num_heads, bias_rows)
         self.norm2 = LayerNorm(dim)
         self.mlp = Mlp(dim, 4 * dim)
-        self.ls2 = nn.Identity() if layer_scale is None else LayerScale(dim, layer_scale)
         self.drop_path = StochasticDepth(drop_path, mode="row")    # drops the branch of a sample
 
-    def forward(self, x, rel_pos_index=None):
-        x = x + self.drop_path(self.ls1(self.attn(self.norm1(x), rel_pos_index)))
-        return x + self.drop_path(self.ls2(self.mlp(self.norm2(x))))
+    def forward(self, x, index=None):
+        x = x + self.drop_path(self.attn(self.norm1(x), index))
+        return x + self.drop_path(self.mlp(self.norm2(x)))
 
 
 class PatchEmbed(nn.Module):
@@ -305,34 +185,33 @@ class VisionTransformer(nn.Module):
     """Plain ViT with a class token. The classifier reads head(fc_norm(mean patch token)) (Sec. 3).
 
     img_size: side or (H, W), multiples of patch_size. num_classes=0 builds an encoder that ends in
-    `norm` instead. fixed_pos_embed: sin-cos table that is not trained (pre-training); else trained.
-    rel_pos_bias: BEiT relative position bias in every block. layer_scale: None or the gammas'
-    initial value. drop_path: rate of the last block; the rates grow linearly from 0. Raises
-    InputError for an image size that patches do not fill.
+    `norm` instead. drop_path: rate of the last block; the rates grow linearly from 0.
+    rel_pos_bias: BEiT's relative position bias in every block. fixed_pos_embed: sin-cos table that
+    is not trained (pre-training); else it is trained. block: class of the blocks. Raises InputError
+    if patches do not fill the image.
     """
 
     def __init__(self, img_size=224, patch_size=16, embed_dim=192, depth=12, num_heads=12,
-                 num_classes=0, drop_path=0.0, rel_pos_bias=False, layer_scale=None,
-                 fixed_pos_embed=False):
+                 num_classes=0, drop_path=0.0, rel_pos_bias=False, fixed_pos_embed=False,
+                 block=Block):
         super().__init__()
-        self.img_size = pair(img_size)
+        self.img_size = pair(img_size, patch_size)
         self.patch_size = patch_size
         self.embed_dim = embed_dim
         self.depth = depth
-        check_size(self.img_size, patch_size, "patch size")
         h, w = self.grid = tuple(side // patch_size for side in self.img_size)
         self.arch = dict(kind="vit", img_size=list(self.img_size), patch_size=patch_size,
                          embed_dim=embed_dim, depth=depth, num_heads=num_heads,
-                         rel_pos_bias=rel_pos_bias, layer_scale=layer_scale)
+                         rel_pos_bias=rel_pos_bias)
 
         self.patch_embed = PatchEmbed(patch_size, embed_dim)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
         position_table = sincos_2d(embed_dim, self.grid)
         self.pos_embed = nn.Parameter(position_table, requires_grad=not fixed_pos_embed)
-        rel_pos_rows = (2 * h - 1) * (2 * w - 1) + 3 if rel_pos_bias else 0
-        self.blocks = nn.ModuleList(
-            [Block(embed_dim, num_heads, rate, layer_scale, rel_pos_rows)
-             for rate in torch.linspace(0, drop_path, depth).tolist()])
+        bias_rows = (2 * h - 1) * (2 * w - 1) + 3 if rel_pos_bias else 0
+        rates = torch.linspace(0, drop_path, depth).tolist()
+        self.blocks = nn.ModuleList([block(embed_dim, num_heads, rate, bias_rows)
+                                     for rate in rates])
         index = relative_position_index(self.grid) if rel_pos_bias else None
         self.register_buffer("rel_pos_index", index, persistent=False)
         if num_classes:
@@ -350,7 +229,8 @@ class VisionTransformer(nn.Module):
 
     def embed(self, images, ids_keep=None):
         """(B, 3, H, W) -> (B, 1 + V, D): class token, then the patches of ids_keep (None: all)."""
-        check_images(images, self.img_size)
+        if tuple(images.shape[2:]) != self.img_size:
+            raise ValueError(f"images of {images.shape} given to a model for {self.img_size}")
         pos = self.pos_embed[:, 1:] if ids_keep is None else self.pos_embed[0, 1:][ids_keep]
         x = self.patch_embed(images, ids_keep) + pos
         cls_token = (self.cls_token + self.pos_embed[:, :1]).expand(x.shape[0], -1, -1)
@@ -377,11 +257,6 @@ class VisionTransformer(nn.Module):
         """Pre-softmax map (B, H, T, T) of block k from its input, the tokens before it."""
         block = self.blocks[k - 1]
         return block.attn.logits(block.norm1(x), self.rel_pos_index)
-
-    def representation(self, x, k):
-        """Representation of block k (Fig. 2) from its output x: normalised by the next block's
-        norm1, by `norm` for the last."""
-        return self.blocks[k].norm1(x) if k < self.depth else self.norm(x)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -449,7 +324,7 @@ class MaskUnitAttention(nn.Module):
     def forward(self, x):
         B = x.shape[0]
         q, k, v = self.split(self.qkv(x), 3)
-        x = F.scaled_dot_product_attention(q, k, v)                         # (B * windows, H, S, d)
+        x = attend(q, k, v)                                                # (B * windows, H, S, d)
         x = x.unflatten(0, (B, -1)).permute(0, 3, 1, 2, 4)                  # (B, S, windows, H, d)
         return self.proj(x.flatten(3).flatten(1, 2))
 
@@ -510,7 +385,7 @@ class Hiera(nn.Module):
 
     img_size: side or (H, W), multiples of 32 (one mask unit = 8x8 tokens = 32x32 pixels). q_pool:
     stages that open with 2x2 pooling; 3 for classification (last grid 7x7 at 224), 2 in
-    pre-training (14x14). Raises InputError for an image size that mask units do not fill.
+    pre-training (14x14). Raises InputError if mask units do not fill the image.
     """
     unit = 8
     patch_stride = 4
@@ -519,10 +394,9 @@ class Hiera(nn.Module):
     def __init__(self, img_size=224, embed_dim=46, num_heads=1, stages=(1, 2, 7, 2), q_pool=3,
                  num_classes=0, drop_path=0.0):
         super().__init__()
-        self.img_size = pair(img_size)
+        self.img_size = pair(img_size, self.unit * self.patch_stride)
         self.depth = sum(stages)
         self.q_pool = q_pool
-        check_size(self.img_size, self.unit * self.patch_stride, "side of Hiera's mask unit")
         self.grid = tuple(side // self.patch_stride for side in self.img_size)    # 56 x 56 at 224
         self.unit_grid = tuple(side // self.unit for side in self.grid)           # 7 x 7 mask units
         self.stage_ends = tuple(sum(stages[:i + 1]) for i in range(4))            # last blocks
@@ -561,7 +435,8 @@ class Hiera(nn.Module):
 
         The patch convolution overlaps, so masked units are zeroed *before* it: nothing leaks.
         """
-        check_images(images, self.img_size)
+        if tuple(images.shape[2:]) != self.img_size:
+            raise ValueError(f"images of {images.shape} given to a model for {self.img_size}")
         h, w = self.unit_grid
         if ids_keep is not None:
             visible = images.new_zeros(images.shape[0], h * w).scatter_(1, ids_keep, 1)
@@ -612,6 +487,83 @@ class Hiera(nn.Module):
 
 
 # --------------------------------------------------------------------------------------------------
+# What ViT and Hiera are built with: sizes, weights, position tables
+# --------------------------------------------------------------------------------------------------
+def pair(size, cell):
+    """A side or (height, width) -> (height, width). Raises InputError unless both are multiples of
+    `cell` pixels, a patch or a mask unit."""
+    height, width = (size, size) if isinstance(size, int) else size
+    if height % cell or width % cell:
+        nearest = tuple(max(1, round(side / cell)) * cell for side in (height, width))
+        raise InputError(f"image size {height} x {width} is not a multiple of {cell} pixels, the "
+                         f"side of a patch or mask unit: the nearest valid size is {nearest}")
+    return height, width
+
+
+def run_blocks(x, blocks, taps, *context):
+    """Run tokens x through the blocks -> {tap: tokens after block `tap`}; 0 is x itself."""
+    features = {0: x} if 0 in taps else {}
+    for k, block in enumerate(blocks[:max(taps)], start=1):
+        x = block(x, *context)
+        if k in taps:
+            features[k] = x
+    return features
+
+
+def representation(vit, x, k):
+    """Representation of block k of a VisionTransformer (Fig. 2) from its output x: normalised by
+    the next block's norm1, by `norm` for the last."""
+    return vit.blocks[k].norm1(x) if k < vit.depth else vit.norm(x)
+
+
+def init_mae(model):
+    """Initialise as MAE does: Xavier-uniform linear layers, the patch embedding like the linear
+    layer that it is, zero biases, identity norms."""
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear):
+            nn.init.xavier_uniform_(module.weight)
+            nn.init.zeros_(module.bias)
+        elif isinstance(module, nn.LayerNorm):
+            nn.init.ones_(module.weight)
+            nn.init.zeros_(module.bias)
+        elif name.endswith("patch_embed.proj"):
+            nn.init.xavier_uniform_(module.weight.view(module.out_channels, -1))
+
+
+def sincos_2d(dim, grid):
+    """Fixed 2-D sin-cos position embedding of MAE -> (1, 1 + N, dim), the class row zero.
+
+    The first half of the channels encodes the column, the second the row; in each half all sines
+    stand before all cosines, at frequencies omega_i = 10000^(-i / (dim / 4)).
+    """
+    omega = 10000 ** -(torch.arange(dim // 4, dtype=torch.float64) / (dim / 4))    # on the host
+    y, x = torch.cartesian_prod(*map(torch.arange, grid)).T                        # 2 x (N,)
+    halves = []
+    for axis in (x, y):
+        angles = axis[:, None] * omega                                             # (N, dim / 4)
+        halves += [angles.sin(), angles.cos()]
+    table = torch.cat(halves, dim=1).float()
+    return torch.cat([table.new_zeros(1, dim), table])[None]
+
+
+def relative_position_index(grid):
+    """Row of the bias table for every (query, key) pair, as in BEiT -> (N + 1, N + 1) int64.
+
+    Patch to patch: (dy + h - 1) * (2w - 1) + dx + w - 1, with (dy, dx) = query minus key. The last
+    three rows of the table are class -> patch, patch -> class and class -> class.
+    """
+    h, w = grid
+    coords = torch.cartesian_prod(torch.arange(h), torch.arange(w))
+    dy, dx = (coords[:, None] - coords).unbind(dim=2)                   # query minus key, (N, N)
+    index = F.pad((dy + h - 1) * (2 * w - 1) + dx + w - 1, (1, 0, 1, 0))
+    rows = (2 * h - 1) * (2 * w - 1)
+    index[0, :] = rows
+    index[:, 0] = rows + 1
+    index[0, 0] = rows + 2
+    return index
+
+
+# --------------------------------------------------------------------------------------------------
 # Sizes, layer numbers, optimizer groups
 # --------------------------------------------------------------------------------------------------
 MODELS = {    # parameters: the encoder alone / with a classifier of 1000 classes
@@ -629,16 +581,17 @@ MODELS = {    # parameters: the encoder alone / with a classifier of 1000 classe
 }
 
 
-def build_model(name=None, init=None, keep_blocks=None, vit={}, hiera={}, **options):
-    """ViT or Hiera of a size in MODELS with random weights, or with the encoder of the file `init`.
+def build_model(name=None, file=None, mean=None, std=None, vit={}, hiera={}, **options):
+    """ViT or Hiera with random weights: of a size in MODELS, or for the encoder in `file`, which
+    `load_encoder` then loads.
 
-    The name and the options img_size and patch_size are those of the file unless given. options:
-    arguments of both classes; vit, hiera: of one of them. keep_blocks: see `load_encoder`. The
-    model gets the attributes `mean` and `std` of the pixels that it was trained on. Raises
-    InputError.
+    file: see `read_encoder`; name, image size, patch size, mean and std are those of the file
+    unless given. options: arguments of both classes, None for the default; vit, hiera: of one of
+    them. The model carries `mean` and `std`, the statistics of the pixels in [0, 1] that it reads.
+    Raises InputError.
     """
-    arch, pixels = read_encoder(init)[1:] if init else ({}, {})
-    name = name or (model_name(arch, init) if init else "vit_tiny")
+    arch = file.arch if file else {}
+    name = name or (model_name(file) if file else "vit_tiny")
     if name not in MODELS:
         raise InputError(f"--model {name} is none of {', '.join(MODELS)}")
     sizes = {"patch_size": arch.get("patch_size", 16), **MODELS[name],
@@ -650,22 +603,25 @@ def build_model(name=None, init=None, keep_blocks=None, vit={}, hiera={}, **opti
         model = Hiera(**{**sizes, **hiera})
     else:
         model = VisionTransformer(**{**sizes, **vit})
-    model.mean = pixels.get("mean", IMAGENET_MEAN)
-    model.std = pixels.get("std", IMAGENET_STD)
-    if init:
-        load_encoder(model, init, keep_blocks)
+    model.mean = tuple(mean or (file and file.mean) or IMAGENET_MEAN)
+    model.std = tuple(std or (file and file.std) or IMAGENET_STD)
     return model
 
 
-def model_name(arch, path):
-    """Name in MODELS of the sizes of an encoder; the first, if the number of heads is unknown."""
+def model_name(file):
+    """Name in MODELS of the encoder in a file; the first, if the number of heads is unknown."""
     for name, sizes in MODELS.items():
-        if ("stages" in sizes) == ("stages" in arch) and all(
-                arch.get(k, v) == v for k, v in sizes.items() if k != "patch_size"):
+        if ("stages" in sizes) == ("stages" in file.arch) and all(
+                file.arch.get(k, v) == v for k, v in sizes.items() if k != "patch_size"):
             return name
-    sizes = {k: arch[k] for k in ("embed_dim", "depth", "stages", "num_heads") if k in arch}
-    raise InputError(f"checkpoint {path} holds a {arch['kind']} of {sizes}, which is none of "
+    raise InputError(f"checkpoint {file.path} holds an encoder of {file.arch}, which is none of "
                      f"{', '.join(MODELS)}; hiera_tiny is 46 wide, with stages [1, 2, 7, 2]")
+
+
+def block_index(key):
+    """0-based index of the block that a tensor belongs to, -1 for the others."""
+    match = re.match(r"blocks\.(\d+)\.", key)
+    return int(match[1]) if match else -1
 
 
 def layer_id(name, depth):
@@ -695,29 +651,235 @@ def param_groups(model, weight_decay, layer_decay=1.0, depth=12):
 # --------------------------------------------------------------------------------------------------
 # Reading checkpoints
 # --------------------------------------------------------------------------------------------------
-RENAMED = (    # in published files -> here; q_proj, layers: names of transformers 5
-    ("embeddings.cls_token", "cls_token"),
-    ("embeddings.position_embeddings", "pos_embed"),
-    ("embeddings.patch_embeddings.projection.", "patch_embed.proj."),
-    ("encoder.layer.", "blocks."),
-    ("layers.", "blocks."),
-    ("attention.attention.query.", "attention.q_proj."),
-    ("attention.attention.key.", "attention.k_proj."),
-    ("attention.attention.value.", "attention.v_proj."),
-    ("attention.output.dense.", "attn.proj."),
-    ("attention.o_proj.", "attn.proj."),
-    ("intermediate.dense.", "mlp.fc1."),
-    ("output.dense.", "mlp.fc2."),
-    ("layernorm_before.", "norm1."),
-    ("layernorm_after.", "norm2."),
-    ("layernorm.", "norm."),
-    ("gamma_1", "ls1.gamma"),
-    ("gamma_2", "ls2.gamma"),
-)
+def load_encoder(model, file, keep_blocks=None):
+    """Load the encoder of a file into a ViT or Hiera, in place -> names of the loaded tensors.
+
+    file: a path or what `read_encoder` returns. Every encoder tensor must be there in the right
+    shape. Position tables are resized to the model's grid. What the file was trained without (a
+    relative position bias, LayerScale) keeps its initial value, as does a final norm, which a
+    classifier takes from supervised files alone. keep_blocks: load only the embedding and the first
+    `keep_blocks` blocks (Fig. 4). Raises InputError naming the file and the keys.
+    """
+    if not isinstance(file, SimpleNamespace):
+        file = read_encoder(file)
+    target = model.state_dict()
+    state = fit_state(file, model, target)
+
+    # compare sizes, then shapes
+    sizes = ("kind", "patch_size", "embed_dim", "depth", "num_heads", "stages")
+    pairs = {k: (file.arch[k], model.arch[k]) for k in sizes if k in file.arch and k in model.arch}
+    optional = ("bias_table", ".gamma")    # of the model alone
+    needed = [k for k in target if layer_id(k, model.depth) <= model.depth
+              and not k.endswith(optional)]
+    for key in dict.fromkeys([*needed, *state]):
+        pairs[key] = tuple(tuple(tensors[key].shape) if key in tensors else "absent"
+                           for tensors in (state, target))
+    wrong = [f"{k} is {a} in the file, {b} in the model" for k, (a, b) in pairs.items() if a != b]
+    if wrong:
+        raise InputError(f"checkpoint {file.path} does not fit the model: {'; '.join(wrong[:5])}; "
+                         "choose the --model of the file, and --rpe if it has a bias table")
+
+    if keep_blocks is not None:
+        state = {k: v for k, v in state.items() if layer_id(k, model.depth) <= keep_blocks}
+    model.load_state_dict(state, strict=False)
+    if int(os.environ.get("RANK", 0)) == 0:
+        text = f"loaded {len(state)} tensors; {len(target) - len(state)} left at initialisation"
+        if "num_heads" not in file.arch and "num_heads" in model.arch:
+            text += f"; assuming {model.arch['num_heads']} heads (not stored in the file)"
+        if not file.mean:
+            text += "; the file stores no pixel statistics: ImageNet's, or --mean and --std"
+        print(f"{file.path}: {text}")
+    return list(state)
+
+
+def fit_state(file, model, target):
+    """Tensors of a file, adapted to a model with the state `target`: the name of the final norm,
+    LayerScale folded where the model has none, position tables of the model's grid."""
+    norm_fits = file.supervised or not hasattr(model, "head")
+    state = {}
+    for key, value in file.state.items():
+        if key.startswith("norm."):
+            key = key if key in target else f"fc_{key}"
+            if key not in target or not norm_fits:
+                continue
+        state[key] = value
+    if not any(key.endswith(".gamma") for key in target):
+        fold_layer_scale(state)
+
+    first = int("cls_token" in target)                       # row of the class token
+    tokens = file.state["pos_embed"].shape[1] - first
+    cell = file.arch.get("patch_size", 4)                    # of Hiera 4
+    if not file.size_is_stored and tokens == math.prod(model.grid):
+        grid = model.grid                                    # square or not
+    elif "img_size" in file.arch:
+        grid = tuple(side // cell for side in file.arch["img_size"])
+    else:
+        raise InputError(f"checkpoint {file.path} has {tokens} patches, no square, and no image "
+                         "size: give the --image-size that it was trained on")
+    for key, table in state.items():
+        if key == "pos_embed" and tokens == math.prod(grid):
+            patches = resize_grid(table[:, first:], grid, model.grid)
+            state[key] = torch.cat([table[:, :first], patches], dim=1)
+        elif key.endswith("bias_table") and len(table) == math.prod(2 * n - 1 for n in grid) + 3:
+            state[key] = resize_relative_table(table, grid, model.grid)
+    return state
+
+
+def fold_layer_scale(state):
+    """Fold LayerScale, in place, into the linear layers before it: the same function."""
+    for key in [k for k in state if k.endswith(".gamma")]:
+        gamma = state.pop(key)
+        layer = key.replace("ls1.gamma", "attn.proj").replace("ls2.gamma", "mlp.fc2")
+        state[f"{layer}.weight"] = gamma[:, None] * state[f"{layer}.weight"]
+        state[f"{layer}.bias"] = gamma * state[f"{layer}.bias"]
+
+
+def resize_grid(table, old, new):
+    """Resize a raster table bicubically, without antialiasing: (1, old_h * old_w, D) -> (1, N, D).
+    """
+    if tuple(old) == tuple(new):
+        return table
+    x = table.float().reshape(1, *old, -1).permute(0, 3, 1, 2)
+    x = F.interpolate(x, size=tuple(new), mode="bicubic", align_corners=False)
+    return x.flatten(2).transpose(1, 2)
+
+
+def resize_relative_table(table, old, new):
+    """Resize a relative position table ((2h - 1)(2w - 1) + 3, H) of the grid `old` to `new`."""
+    if tuple(old) == tuple(new):
+        return table
+    rows, columns = (torch.from_numpy(spline_matrix(*sides)).float() for sides in zip(old, new))
+    body = table[:-3].float().view(2 * old[0] - 1, 2 * old[1] - 1, -1)
+    body = torch.einsum("yi,xj,ijh->yxh", rows, columns, body)
+    return torch.cat([body.flatten(0, 1), table[-3:]])      # the class token's rows stay
+
+
+def spline_matrix(old, new):
+    """Matrix (2 new - 1, 2 old - 1) that resizes one axis of a relative position table, as BEiT and
+    mmsegmentation do. Offsets matter most near 0: the rows of the table are placed at distances 1,
+    1 + q, 1 + q + q^2, ... on both sides of 0, the last at new - 1 (q is at most 1.5), and an
+    interpolating cubic spline (not-a-knot) through them is read at the offsets -(new - 1) .. new -
+    1. A smaller grid has q = 1: it reads the rows of its own offsets."""
+    low, high = 1.0, 1.5
+    for _ in range(60):                                     # bisection for q
+        q = (low + high) / 2
+        places = np.cumsum(q ** np.arange(old - 1))
+        low, high = (q, high) if places[-1:].sum() < new - 1 else (low, q)
+    x = np.concatenate([-places[::-1], [0], places])
+
+    def basis(at):    # 1, x, x^2, x^3, and (x - knot)^3 above each knot; not-a-knot: x[1], x[-2]
+        at = at[:, None] / new
+        return np.hstack([at ** np.arange(min(4, len(x))), (at - x[2:-2] / new).clip(min=0) ** 3])
+
+    return basis(np.arange(1.0 - new, new)) @ np.linalg.inv(basis(x))
+
+
+def read_encoder(path):
+    """Read the encoder in any file of README, "Checkpoints" -> SimpleNamespace of
+
+    path, state (its tensors, by the names of timm, MAE and Hiera), others (all other tensors behind
+    the same prefix, such as heads), arch (its sizes, see `infer_arch`), size_is_stored, supervised
+    (there is a classifier), pooled (it reads the mean patch token), mean and std (None if not
+    stored).
+
+    Unwraps {'model'}, {'model_state'}, {'state_dict'}, drops prefixes (DistributedDataParallel,
+    torch.compile, MAE-Lite, MoCo-v3, Hugging Face, Lightning) and joins q, k, v. Of several
+    encoders it takes the student. Raises InputError.
+    """
+    content = read_file(path)
+    state = content if isinstance(content, dict) else {}
+    for key in ("state_dict", "model_state", "model"):
+        if isinstance(state.get(key), dict):
+            state = state[key]
+    state = {str(k): v for k, v in state.items() if torch.is_tensor(v)}
+
+    # one encoder, without its prefix
+    stems = ("patch_embed.proj.weight", "embeddings.patch_embeddings.projection.weight")
+    prefixes = {k[:-len(stem)] for k in state for stem in stems if k.endswith(stem)}
+    if len(prefixes) > 1:
+        prefixes = {p for p in prefixes if not re.search("tch_model|teacher|momentum", p)}
+    if len(prefixes) != 1:
+        found = f"several encoders: {sorted(prefixes)}" if prefixes else "no ViT or Hiera encoder"
+        raise InputError(f"checkpoint {path} has {found} (looked for a key ending in {stems[0]})")
+    prefix = prefixes.pop()
+    state = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+
+    # names, and one qkv
+    for old, new in RENAMED:
+        state = {k.replace(old, new): v for k, v in state.items()}
+    join_qkv(state)
+    supervised = bool({"head.weight", "head.projection.weight"} & state.keys())
+    pooled = bool({"fc_norm.weight", "head.projection.weight"} & state.keys())
+    state = {re.sub("^fc_norm", "norm", k): v for k, v in state.items()}
+
+    # the encoder alone
+    arch = infer_arch(state, path)
+    stored = content.get("arch")
+    size_is_stored = isinstance(stored, dict) and "img_size" in stored    # others store a name
+    if size_is_stored:
+        arch.update(stored)
+    others = {k: state.pop(k) for k in list(state)
+              if block_index(k) >= arch["depth"] or re.search(OTHERS, k)}
+    lost = [k for k in state if not k.startswith(ENCODER)]
+    if lost:
+        raise InputError(f"checkpoint {path} has tensors of an encoder that is none of this "
+                         f"project's, and gives other features without them: {', '.join(lost[:5])}")
+    for key, value in state.items():
+        if not value.isfinite().all():
+            raise InputError(f"checkpoint {path}: {key} holds NaN or infinity; give an earlier one")
+    mean, std = (content[k] if isinstance(content.get(k), (list, tuple)) else None
+                 for k in ("mean", "std"))
+    return SimpleNamespace(path=path, state=state, others=others, arch=arch, mean=mean, std=std,
+                           size_is_stored=size_is_stored, supervised=supervised, pooled=pooled)
+
+
+def join_qkv(state):
+    """Join q, k and v of each block, in place: matrices and biases of Hugging Face, and the q and v
+    biases of BEiT and of the authors, whose k has none (a zero bias is the same)."""
+    for key in [k for k in state if ".attention.q_proj." in k]:
+        parts = [key.replace("q_proj", part) for part in ("q_proj", "k_proj", "v_proj")]
+        if all(part in state for part in parts):
+            joined = torch.cat([state.pop(part) for part in parts])
+            state[key.replace("attention.q_proj", "attn.qkv")] = joined
+    for key in [k for k in state if k.endswith("attn.q_bias")]:
+        q = state.pop(key)
+        v = state.pop(key.replace("q_bias", "v_bias"))
+        state[key.replace("q_bias", "qkv.bias")] = torch.cat([q, torch.zeros_like(q), v])
+
+
+def infer_arch(state, path):
+    """Sizes of an encoder, as its tensors show them -> dict with the keys of
+    `VisionTransformer.arch` or `Hiera.arch`. Weights do not show the number of heads, nor the shape
+    of the grid: img_size is that of a square, and missing if the patches do not fill one. Raises
+    InputError."""
+    weight = state["patch_embed.proj.weight"]
+    width, *_, kernel = weight.shape
+    if weight.dim() == 5:
+        raise InputError(f"checkpoint {path} is of a video model: give one of images")
+    if "dist_token" in state:
+        raise InputError(f"checkpoint {path} is a distilled DeiT (dist_token): give the plain DeiT")
+    if "pos_embed" not in state:
+        raise InputError(f"checkpoint {path} lacks pos_embed, which every encoder here has")
+    depth = 1 + max(map(block_index, state))
+    tokens = state["pos_embed"].shape[1]
+    if kernel == 7 and "cls_token" not in state:
+        opens = [k for k in range(depth) if f"blocks.{k}.proj.weight" in state]
+        stages = np.diff([0, *opens, depth]).tolist()
+        arch = dict(kind="hiera", embed_dim=width, depth=depth, stages=stages)
+        cell = 4
+    else:
+        depth = 12 if depth == 13 else depth                # a student of D2-MAE
+        arch = dict(kind="vit", embed_dim=width, depth=depth, patch_size=kernel)
+        cell = kernel
+        tokens -= 1                                         # class token
+    if math.isqrt(tokens) ** 2 == tokens:
+        arch["img_size"] = [math.isqrt(tokens) * cell] * 2
+    return arch
 
 
 def read_file(path):
-    """The object in a checkpoint file, on the CPU. Never unpickles code. Raises InputError."""
+    """Read the object in a checkpoint file, onto the CPU. Never unpickles code. Raises InputError.
+    """
     path = Path(path)
     if path.is_dir():
         raise InputError(f"checkpoint {path} is a folder: give a file in it, such as encoder.pt")
@@ -742,187 +904,50 @@ def read_file(path):
                          f"({type(error).__name__}): is it complete?") from None
 
 
-def read_encoder(path):
-    """Encoder of any file named in README "Checkpoints" -> its tensors under the names of timm, MAE
-    and Hiera, its sizes (see `infer_arch`), and the mean and std stored with it. InputError.
-
-    Unwraps {'model'}, {'model_state'}, {'state_dict'}, drops prefixes (DistributedDataParallel,
-    torch.compile, MAE-Lite, MoCo-v3, Hugging Face) and joins q, k, v. Decoders, adapters, heads, a
-    13th block and, of several encoders, the teacher are dropped.
-    """
-    file = read_file(path)
-    state = file if isinstance(file, dict) else {}
-    for key in ("state_dict", "model_state", "model"):
-        if isinstance(file, dict) and isinstance(file.get(key), dict):
-            state = file[key]
-    state = {str(k): v for k, v in state.items() if torch.is_tensor(v)}
-
-    # one encoder, without its prefix
-    stems = ("patch_embed.proj.weight", "embeddings.patch_embeddings.projection.weight")
-    prefixes = {k[:-len(stem)] for k in state for stem in stems if k.endswith(stem)}
-    if len(prefixes) > 1:
-        prefixes = {p for p in prefixes if not re.search("tch_model|teacher|momentum", p)}
-    if len(prefixes) != 1:
-        found = f"several encoders: {sorted(prefixes)}" if prefixes else "no ViT or Hiera encoder"
-        raise InputError(f"checkpoint {path} has {found} (looked for a key ending in {stems[0]})")
-    prefix = prefixes.pop()
-    state = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
-    if "dist_token" in state:
-        raise InputError(f"checkpoint {path} is a distilled DeiT (dist_token): give the plain DeiT")
-    supervised = bool({"head.weight", "head.projection.weight"} & state.keys())
-
-    # names, and one qkv
-    state = {k: v for k, v in state.items() if not k.startswith("decoder")}
-    for old, new in RENAMED:
-        state = {k.replace(old, new): v for k, v in state.items()}
-    join_qkv(state)
-    state = {re.sub("^fc_norm", "norm", k): v for k, v in state.items()}
-
-    # the encoder alone
-    arch = infer_arch(state, file, path)
-    names = ("patch_embed.", "pos_embed", "cls_token", "blocks.", "norm.")
-    state = {k: v for k, v in state.items() if k.startswith(names)
-             and block_index(k) < arch["depth"] and not k.endswith("relative_position_index")}
-    for key, value in state.items():
-        if not value.isfinite().all():
-            raise InputError(f"checkpoint {path}: {key} holds NaN or infinity; give an earlier one")
-    arch["supervised"] = supervised
-    pixels = {k: file[k] for k in ("mean", "std") if isinstance(file.get(k), (list, tuple))}
-    return state, arch, pixels
+RENAMED = (    # in published files -> here; q_proj, layers: names of transformers 5
+    ("embeddings.cls_token", "cls_token"),
+    ("embeddings.position_embeddings", "pos_embed"),
+    ("embeddings.patch_embeddings.projection.", "patch_embed.proj."),
+    ("encoder.layer.", "blocks."),
+    ("layers.", "blocks."),
+    ("attention.attention.query.", "attention.q_proj."),
+    ("attention.attention.key.", "attention.k_proj."),
+    ("attention.attention.value.", "attention.v_proj."),
+    ("attention.output.dense.", "attn.proj."),
+    ("attention.o_proj.", "attn.proj."),
+    ("intermediate.dense.", "mlp.fc1."),
+    ("output.dense.", "mlp.fc2."),
+    ("layernorm_before.", "norm1."),
+    ("layernorm_after.", "norm2."),
+    ("layernorm.", "norm."),
+    ("gamma_1", "ls1.gamma"),
+    ("gamma_2", "ls2.gamma"),
+)
+ENCODER = ("patch_embed.proj.", "pos_embed", "cls_token", "blocks.", "norm.")
+OTHERS = (    # known to have no part in an encoder: decoders, heads, adapters, a teacher, constants
+    r"^(decoder|mask_token|embeddings.mask_token|head|classifier|pooler|lm_head|predictor"
+    r"|projector|encoder_norm|multi_scale|attn_adapter|adapter|distillation|extra|tch_model"
+    r"|teacher|template_pos_embed|search_pos_embed)|(relative_position|rel_pos)_index$")
 
 
-def join_qkv(state):
-    """Join q, k and v of each block, in place: matrices and biases of Hugging Face, and the q and v
-    biases of BEiT and of the authors, whose k has none (a zero bias is the same)."""
-    for key in [k for k in state if ".attention.q_proj." in k]:
-        parts = [key.replace("q_proj", part) for part in ("q_proj", "k_proj", "v_proj")]
-        if all(part in state for part in parts):
-            joined = torch.cat([state.pop(part) for part in parts])
-            state[key.replace("attention.q_proj", "attn.qkv")] = joined
-    for key in [k for k in state if k.endswith("attn.q_bias")]:
-        q = state.pop(key)
-        v = state.pop(key.replace("q_bias", "v_bias"))
-        state[key.replace("q_bias", "qkv.bias")] = torch.cat([q, torch.zeros_like(q), v])
-
-
-def infer_arch(state, file, path):
-    """Sizes of an encoder, stored in own files, else seen in its tensors -> dict with the keys of
-    `VisionTransformer.arch` or `Hiera.arch`. The number of heads cannot be inferred from weights: a
-    foreign file lacks it. Raises InputError."""
-    weight = state["patch_embed.proj.weight"]
-    width, *_, kernel = weight.shape
-    if weight.dim() == 5:
-        raise InputError(f"checkpoint {path} is of a video model: give one of images")
-    if "pos_embed" not in state:
-        raise InputError(f"checkpoint {path} lacks pos_embed, which every encoder here has")
-    depth = 1 + max(map(block_index, state))
-    patches = state["pos_embed"].shape[1]
-    if kernel == 7:
-        opens = [k for k in range(depth) if f"blocks.{k}.proj.weight" in state]
-        stages = np.diff([0, *opens, depth]).tolist()
-        arch = dict(kind="hiera", embed_dim=width, depth=depth, stages=stages)
-    else:
-        patches -= 1                                        # class token
-        depth = 12 if depth == 13 else depth                # a student of D2-MAE
-        arch = dict(kind="vit", embed_dim=width, depth=depth, patch_size=kernel)
-    stored = file.get("arch")
-    if isinstance(stored, dict) and "img_size" in stored:   # MoCo-v3 and timm store a name
-        arch.update(stored)
-    elif math.isqrt(patches) ** 2 == patches:
-        arch["img_size"] = [math.isqrt(patches) * arch.get("patch_size", Hiera.patch_stride)] * 2
-    else:
-        raise InputError(f"checkpoint {path} has {patches} patches, no square, and no image size")
-    return arch
-
-
-def block_index(key):
-    """0-based index of the block that a tensor belongs to, -1 for the others."""
-    match = re.match(r"blocks\.(\d+)\.", key)
-    return int(match[1]) if match else -1
-
-
-def load_encoder(model, path, keep_blocks=None):
-    """Load the encoder of any file of README "Checkpoints" into a ViT or Hiera, in place.
-
-    Every encoder tensor must be there in the right shape. Position tables are resized to the
-    model's grid. What the file was trained without (relative position bias, LayerScale) keeps its
-    initial value, as does a final norm, which a classifier takes from supervised files alone.
-    keep_blocks: load only the embedding and the first `keep_blocks` blocks (Fig. 4). Raises
-    InputError naming the file and the keys.
-    """
-    state, arch, _ = read_encoder(path)
-    target = model.state_dict()
-
-    # fit it to this model: the final norm, LayerScale, position tables
-    if hasattr(model, "fc_norm"):
-        state = {re.sub("^norm", "fc_norm", k): v for k, v in state.items()}
-    norm_fits = arch["supervised"] or not hasattr(model, "head")
-    state = {k: v for k, v in state.items()
-             if not re.match("(fc_)?norm", k) or (norm_fits and k in target)}
-    if not any(k.endswith(".gamma") for k in target):
-        fold_layer_scale(state)
-    grid = [side // arch.get("patch_size", Hiera.patch_stride) for side in arch["img_size"]]
-    extra = arch["kind"] == "vit"                           # row of the class token
-    for key, table in state.items():
-        if key == "pos_embed" and table.shape[1] == math.prod(grid) + extra:
-            patches = resize_grid(table[:, extra:], grid, model.grid)
-            state[key] = torch.cat([table[:, :extra], patches], dim=1)
-        elif key.endswith("bias_table") and len(table) == math.prod(2 * n - 1 for n in grid) + 3:
-            state[key] = resize_relative_table(table, grid, model.grid)
-
-    # compare sizes, then names and shapes
-    sizes = ("kind", "patch_size", "embed_dim", "depth", "num_heads", "stages")
-    sizes = [k for k in sizes if k in arch and k in model.arch]
-    optional = ("bias_table", ".gamma")
-    have = {k: arch[k] for k in sizes} | {k: tuple(v.shape) for k, v in state.items()}
-    want = {k: model.arch[k] for k in sizes} | {
-        k: tuple(v.shape) for k, v in target.items() if k in state
-        or (layer_id(k, model.depth) <= model.depth and not k.endswith(optional))}
-    wrong = [f"{k} is {have.get(k, 'absent')} in the file, {want.get(k, 'absent')} in the model"
-             for k in {**have, **want} if have.get(k) != want.get(k)]
-    if wrong:
-        raise InputError(f"checkpoint {path} does not fit the model: {'; '.join(wrong[:5])}; "
-                         "choose the --model of the file, and --rpe if it has a bias table")
-
-    # load
-    if keep_blocks is not None:
-        state = {k: v for k, v in state.items() if layer_id(k, model.depth) <= keep_blocks}
-    model.load_state_dict(state, strict=False)
-    model.loaded = set(state)
-    if int(os.environ.get("RANK", 0)) == 0:
-        heads = "" if "num_heads" in arch else (
-            f"; assuming {model.arch['num_heads']} heads (not stored in the file)")
-        print(f"{path}: loaded {len(state)} tensors; {len(target) - len(state)} left at "
-              f"initialisation{heads}")
-
-
-def fold_layer_scale(state):
-    """Fold LayerScale, in place, into the linear layers before it: the same function."""
-    for key in [k for k in state if k.endswith(".gamma")]:
-        gamma = state.pop(key)
-        layer = key.replace("ls1.gamma", "attn.proj").replace("ls2.gamma", "mlp.fc2")
-        state[f"{layer}.weight"] = gamma[:, None] * state[f"{layer}.weight"]
-        state[f"{layer}.bias"] = gamma * state[f"{layer}.bias"]
-
-
-# --------------------------------------------------------------------------------------------------
+# ==================================================================================================
 # Part 2: runs. Processes and loaders
-# --------------------------------------------------------------------------------------------------
-def init_distributed(args, minutes=10):
+# ==================================================================================================
+def init_distributed(device="auto", dtype="auto", minutes=10):
     """Join torchrun's process group, if there is one -> rank, world, torch.device, torch.dtype.
 
-    --device auto takes cuda, mps or cpu, the first that is there; --dtype auto takes bf16 on GPUs
-    that have it, fp16 on others, float32 elsewhere.
+    device auto: cuda, mps or cpu, the first that is there; dtype auto: bf16 on GPUs that have it,
+    fp16 on others, float32 elsewhere. minutes: how long a process waits for the others.
     """
+    check_launcher()
     rank, world, local_rank = (int(os.environ.get(name, default)) for name, default in
                                (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(),
              "cpu": True}
-    name = next(n for n in there if there[n]) if args.device == "auto" else args.device
+    name = next(n for n in there if there[n]) if device == "auto" else device
     if not there[name]:
         raise InputError(f"--device {name} is not available on this machine: choose another")
     device = torch.device(name)
-    dtype = args.dtype
     if name == "cuda":
         if local_rank >= torch.cuda.device_count():
             raise InputError(f"process {local_rank} of this machine has no GPU: start fewer")
@@ -938,20 +963,43 @@ def init_distributed(args, minutes=10):
     return rank, world, device, dtypes.get(dtype, torch.float32)
 
 
+def check_launcher():
+    """Raise InputError if another launcher than torchrun has started several processes: each would
+    take itself for the whole run."""
+    if "RANK" in os.environ:
+        return
+    for name in ("WORLD_SIZE", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "PMIX_RANK"):
+        if int(os.environ.get(name) or 0) > (name == "WORLD_SIZE"):
+            raise InputError(f"{name} is {os.environ[name]}, but RANK is not set: start several "
+                             "processes by torchrun, under srun or mpirun one torchrun a machine")
+
+
 class EpochSampler(DistributedSampler):
     """(epoch, index) of this process's share of an epoch's whole batches, which hold the same items
-    for any number of processes and micro-batches. A data set smaller than the batch gives one
-    batch, rounded down to a multiple of processes x micro-batches."""
+    for any number of processes and micro-batches.
 
-    def __init__(self, dataset, batch_size, accum_steps, rank, world, seed):
+    total_batch: items of an optimizer step, over all processes; micro_batch: those that a process
+    computes at once, accum_steps times a step. accum_steps=None takes the fewest micro-batches of
+    at most `most` items. A data set smaller than the batch gives one batch, rounded down. Libraries
+    that prepare loaders (Lightning Fabric, Accelerate) count epochs themselves: call
+    `sampler.set_epoch(epoch)` on this object before every epoch, not on their wrapper.
+    """
+
+    def __init__(self, dataset, batch_size, accum_steps, most, rank, world, seed):
         super().__init__(dataset, world, rank, seed=mix_seed(seed), drop_last=True)
+        items = min(batch_size, len(dataset))
+        if not accum_steps:
+            accum_steps = max(1, math.ceil(items / (most * world)))
+            while batch_size % world == 0 and batch_size % (accum_steps * world):
+                accum_steps += 1
         parts = accum_steps * world
-        self.micro_batch = min(batch_size, len(dataset)) // parts
-        self.batch_size = self.micro_batch * parts
-        if batch_size % parts or not self.batch_size:
+        self.accum_steps = accum_steps
+        self.micro_batch = items // parts
+        self.total_batch = self.micro_batch * parts
+        if batch_size % parts or not self.total_batch:
             raise InputError(f"--batch-size {batch_size}, for {len(dataset)} items, must be a "
                              f"multiple of processes x --accum-steps = {parts}, and no less")
-        self.num_samples = len(dataset) // self.batch_size * self.batch_size // world
+        self.num_samples = len(dataset) // self.total_batch * self.total_batch // world
         self.total_size = self.num_samples * world
 
     def __iter__(self):
@@ -960,11 +1008,16 @@ class EpochSampler(DistributedSampler):
 
 class DeviceLoader(DataLoader):
     """A DataLoader whose batches are on the device. To a GPU, each is copied from pinned memory, in
-    a stream of its own, while the step before it runs."""
+    a stream of its own, while the step before it runs. Its processes live as long as the loader."""
     stream = staticmethod(functools.cache(torch.cuda.Stream))    # one for all loaders
 
-    def __init__(self, *args, device, **options):
-        super().__init__(*args, pin_memory=device.type == "cuda", **options)
+    def __init__(self, dataset, batch_size, sampler, workers, device):
+        if workers and multiprocessing.get_start_method() == "forkserver":
+            packages = ["torch", "torchvision.transforms.v2", "PIL.Image"]
+            multiprocessing.set_forkserver_preload(packages)    # imported once for all loaders
+        super().__init__(dataset, batch_size, sampler=sampler, num_workers=workers,
+                         persistent_workers=workers > 0, pin_memory=device.type == "cuda",
+                         generator=torch.Generator())    # else it draws from the global one
         self.device = device
 
     def __iter__(self):
@@ -985,10 +1038,10 @@ class DeviceLoader(DataLoader):
         yield ahead
 
 
-def train_loader(dataset, args, run):
-    """Micro-batches of this process, read ahead by --workers processes that live as long as it.
-    `loader.sampler.set_epoch` shuffles; `loader.sampler.batch_size` is the total batch. Raises
-    InputError if processes, such as those of two machines, hold data sets of different sizes."""
+def train_loader(dataset, batch_size, accum_steps, most, workers, seed, run):
+    """Micro-batches of this process, read ahead by `workers` processes; loader.sampler is an
+    `EpochSampler`. run: what `init_distributed` returns. Raises InputError if processes, such as
+    those of two machines, hold data sets of different sizes."""
     rank, world, device, _ = run
     if dist.is_initialized():
         sizes = [None] * world
@@ -996,39 +1049,24 @@ def train_loader(dataset, args, run):
         if min(sizes) < max(sizes):    # each would wait for gradients that another never sends
             raise InputError(f"the processes found {sizes} training items: give every machine the "
                              "same --data")
-    sampler = EpochSampler(dataset, args.batch_size, args.accum_steps, rank, world, args.seed)
-    batch = sampler.batch_size
-    steps = len(dataset) // batch
+    sampler = EpochSampler(dataset, batch_size, accum_steps, most, rank, world, seed)
     if rank == 0:
-        print(f"batch {batch} = {sampler.micro_batch} x {world} process(es) x {args.accum_steps} "
-              f"micro-batches; {steps} steps per epoch of {len(dataset)} items")
-        if "base_lr" in args and (steps * args.epochs < 1000 or args.base_lr * batch < 0.06):
-            print(f"{steps * args.epochs} steps, peak lr {args.base_lr * batch / 256:.2g}: a model "
-                  "learns little in fewer than 1,000 steps, or below 2.4e-4, a tenth of the "
-                  "paper's; see 'Your own images' in the README")
-    return DeviceLoader(dataset, sampler.micro_batch, sampler=sampler, num_workers=args.workers,
-                        persistent_workers=args.workers > 0, device=device,
-                        generator=torch.Generator())    # else it draws from the global one
+        print(f"batch {sampler.total_batch} = {sampler.micro_batch} x {world} process(es) x "
+              f"{sampler.accum_steps} micro-batches of at most {most} items; "
+              f"{len(dataset) // sampler.total_batch} steps per epoch of {len(dataset)} items")
+    return DeviceLoader(dataset, sampler.micro_batch, sampler, workers, device)
 
 
-def eval_loader(dataset, batch_size, args, run):
-    """Batches of an evaluation: every item once, dealt out to the processes. Items that are None
-    (unreadable, with --skip-corrupt) are left out."""
+def eval_loader(dataset, batch_size, workers, run):
+    """Batches of an evaluation: every item once, dealt out to the processes, under epoch 0."""
     rank, world, device, _ = run
     own = [(0, index) for index in range(rank, len(dataset), world)]
-    loader = DeviceLoader(dataset, batch_size, sampler=own, num_workers=args.workers,
-                          collate_fn=collate_readable, device=device)
-    return filter(None, tqdm(loader, "evaluation", leave=False, disable=rank > 0))
-
-
-def collate_readable(items):
-    items = [item for item in items if item is not None]
-    return default_collate(items) if items else []
+    return DeviceLoader(dataset, batch_size, own, workers, device)
 
 
 def mix_seed(*numbers):
-    """One seed in [0, 2^63) from several whole numbers, by steps of a linear congruential
-    generator: there is no RNG state to save, and an item is the same whichever process loads it."""
+    """Mix whole numbers into one seed in [0, 2^63), by steps of a linear congruential generator:
+    there is no RNG state to save, and an item is the same whichever process loads it."""
     seed = 0
     for n in numbers:
         seed = ((seed ^ n) * 6364136223846793005 + 1442695040888963407) % 2 ** 63
@@ -1044,7 +1082,7 @@ def lr_at(step, total, warmup, lr, min_lr):
 
 
 # --------------------------------------------------------------------------------------------------
-# Log, checkpoints of a run, errors
+# Log and checkpoints of a run
 # --------------------------------------------------------------------------------------------------
 def log(args, rank, world, **values):
     """Append the values to log.jsonl, on process 0 -> them as plain numbers.
@@ -1069,9 +1107,9 @@ def log(args, rank, world, **values):
 
 
 def read_log(path):
-    """The objects in a log.jsonl, skipping a truncated line."""
+    """Read the objects in a log.jsonl, skipping a truncated line."""
     values = []
-    for line in Path(path).read_text().splitlines():
+    for line in read_text(path).splitlines():
         with contextlib.suppress(json.JSONDecodeError):
             values.append(json.loads(line))
     return values
@@ -1090,7 +1128,8 @@ def plain(args):
 
 
 def save(args, rank, name, model, **state):
-    """Write the weights, the options and `state` (plain types) to args.out/name, on process 0.
+    """Write the weights of a model, its arch, mean and std, the options and `state` (plain types)
+    to args.out/name, on process 0.
 
     Atomic: a killed process or a full disk leaves the file as it was. Raises FloatingPointError, on
     all processes, if a weight is not finite, so that a checkpoint is always good.
@@ -1104,7 +1143,7 @@ def save(args, rank, name, model, **state):
         return
     path = Path(args.out, name)
     scratch = path.with_suffix(".tmp")
-    about = dict(arch=args.arch, mean=list(args.mean), std=list(args.std), args=plain(args))
+    about = dict(arch=model.arch, mean=list(model.mean), std=list(model.std), args=plain(args))
     try:
         with open(scratch, "wb") as file:    # given a name, torch.save crashes on a full disk
             torch.save(dict(model=weights, **about, **state), file)
@@ -1114,47 +1153,76 @@ def save(args, rank, name, model, **state):
         raise OSError(f"cannot write {path} ({error}): what it held before is kept") from None
 
 
-MAY_CHANGE = {"out", "data", "init", "teacher", "no_resume", "download", "skip_corrupt", "device",
-              "dtype", "workers", "accum_steps", "compile", "clip_grad", "base_lr", "lr",
-              "eval_every", "log_every"}    # on resuming; all other options define the run
+MAY_CHANGE = {"out", "data", "init", "teacher", "no_resume", "device", "dtype", "workers",
+              "accum_steps", "compile", "clip_grad", "base_lr", "lr", "eval_every",
+              "log_every"}    # on resuming; all other options define the run
+RUN_FILES = ("last.pt", "encoder.pt", "classifier.pt", "segmenter.pt", "tracker.pt", "log.jsonl",
+             "reconstruction.png", "attention.png", "input_truth_prediction_*.png")
 
 
-def resume(args, rank, world, model, optimizer, scaler):
-    """Load args.out/last.pt, if there, into model, optimizer and scaler -> the rest of what it
-    holds; {"epoch": 0} for a new run. Process 0 reads it for all of them, and drops from log.jsonl
-    what will be logged again. Raises InputError if the file is of another run."""
+def resume(args, run, steps, model, optimizer, scaler, **data):
+    """Load args.out/last.pt, if there, into model, optimizer and scaler -> the number of finished
+    epochs, 0 for a new run. Process 0 reads it for all of them, and drops from log.jsonl what will
+    be logged again.
+
+    steps: optimizer steps of an epoch; data: what the run has found, such as the number of images,
+    which is compared and must be saved beside the options. Raises InputError if the file is of
+    another run, or if another process is writing to args.out.
+    """
+    rank, world, _, _ = run
     out = Path(args.out)
-    if out.exists() and not out.is_dir():
-        raise InputError(f"--out {out} is a file: give a folder")
-    out.mkdir(parents=True, exist_ok=True)
     for source in filter(None, (getattr(args, "init", None), getattr(args, "teacher", None))):
-        written = [(out / name).resolve() for name in ("last.pt", "best.pt", "encoder.pt")]
-        if Path(source).resolve() in written:
+        if Path(source).resolve() in [(out / name).resolve() for name in RUN_FILES]:
             raise InputError(f"--out {out} would overwrite {source}, its own start: give another")
-    holder = [{"epoch": 0}]
-    if rank == 0 and (out / "last.pt").exists() and not args.no_resume:
-        holder = [read_file(out / "last.pt")]
-        check_same_run(out / "last.pt", holder[0], plain(args))
+    holder = [None]
+    if rank == 0:
+        lock_folder(out)
+        if args.no_resume:
+            for file in [file for name in RUN_FILES for file in out.glob(name)]:
+                file.unlink()
+        if (out / "last.pt").exists():
+            holder = [read_file(out / "last.pt")]
+            check_same_run(out / "last.pt", holder[0], {**plain(args), **data})
     if world > 1:
         dist.broadcast_object_list(holder, src=0)
-    state = holder[0]
+    state = holder[0] or {"epoch": 0}
     if state["epoch"]:
-        model.load_state_dict(state.pop("model"))
-        optimizer.load_state_dict(state.pop("optimizer"))
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
         if state["scaler"]:    # empty where the run had no loss scaler until now
             scaler.load_state_dict(state["scaler"])
     if rank == 0:
-        start_log(out / "log.jsonl", args, state["epoch"])
+        start_log(out / "log.jsonl", args, state["epoch"], data)
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad) / 1e6
-        print(f"{out}: {trained:.2f}M trained parameters, peak lr {optimizer.defaults['lr']:.3g}")
-    return state
+        lr = optimizer.defaults["lr"]
+        print(f"{out}: {trained:.2f}M trained parameters, peak lr {lr:.3g}")
+        if "base_lr" in args and (steps * args.epochs < 1000 or lr < 2.4e-4):
+            print(f"{steps * args.epochs} steps, peak lr {lr:.2g}: a model learns little in fewer "
+                  "than 1,000 steps, or below 2.4e-4, a tenth of the paper's; see 'Your own "
+                  "images' in the README")
+    return state["epoch"]
+
+
+def lock_folder(out):
+    """Create the folder of a run, and lock it while this process lives: a lock of fcntl ends with
+    its process, however that ends. Raises InputError if another process has locked it."""
+    if out.exists() and not out.is_dir():
+        raise InputError(f"--out {out} is a file: give a folder")
+    out.mkdir(parents=True, exist_ok=True)
+    if fcntl:
+        file = os.open(out / ".lock", os.O_RDWR | os.O_CREAT)
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(f"another process is writing to --out {out}: wait for it, or give "
+                             "another folder") from None
 
 
 def check_same_run(path, state, options):
     """Raise InputError if a checkpoint is of another run; print which options have changed."""
     if not isinstance(state, dict) or not {"args", "optimizer", "epoch"} <= state.keys():
         raise InputError(f"{path} cannot be resumed from: give another --out, or --no-resume")
-    before = state["args"]
+    before = {**state, **state["args"]}
     changed = [k for k in options if options[k] != before.get(k)]
     refused = [f"{k.replace('_', '-')} {str(before.get(k))[:160]}, not {str(options[k])[:160]}"
                for k in changed if k not in MAY_CHANGE]
@@ -1167,53 +1235,69 @@ def check_same_run(path, state, options):
     print(f"{path}: {text}{news}")
 
 
-def start_log(path, args, epoch):
+def start_log(path, args, epoch, data):
     """Begin a log with the options and the git commit, or keep it up to `epoch`."""
     kept = [v for v in read_log(path) if v["epoch"] <= epoch] if epoch and path.exists() else []
     if not kept:
         commit = subprocess.run("git rev-parse --short HEAD", shell=True, capture_output=True,
                                 cwd=Path(__file__).parent, text=True).stdout
-        kept = [dict(epoch=0, args=plain(args), commit=commit.strip())]
+        kept = [dict(epoch=0, args=plain(args), **data, commit=commit.strip())]
     scratch = path.with_suffix(".tmp")
     scratch.write_text("".join(json.dumps(v) + "\n" for v in kept))
     scratch.replace(path)
 
 
+# --------------------------------------------------------------------------------------------------
+# Errors
+# --------------------------------------------------------------------------------------------------
+RUNTIME_ERRORS = {    # pattern in the message of a RuntimeError -> what to say
+    "out of memory|can't allocate memory|not enough memory":
+        "out of memory: in training --accum-steps 2 (or twice what the first line tells) halves "
+        "the items held at a time; elsewhere a smaller --batch-size, or fewer --workers, does",
+    r"worker \(pid|shared memory|/torch_":
+        "a loader process ended, most often for lack of memory: give fewer --workers or, in a "
+        "container, more memory (docker run --shm-size=16g)",
+    "connectFullMesh|Connection refused":
+        "the processes cannot reach each other: where torchrun has restarted them, rerun the "
+        "command instead; on several machines without GPUs set GLOO_SOCKET_IFNAME to the network "
+        "interface",
+    "by peer":
+        "the connection to another process broke: its own message, if any, says why",
+    r"C\+\+ compiler|CppCompileError|gcc":
+        "--compile needs a C++ compiler (g++), which was not found or failed: leave --compile out",
+}
+
+
 @contextlib.contextmanager
 def plain_errors():
     """Print errors that the user can mend as one sentence, without a traceback, and exit with
-    status 1, at once: a process that first left its group would wait for the others, as they wait
-    for its gradients; torchrun ends them.
+    status 1, immediately: leaving the process group first would deadlock, as the other processes
+    wait for gradients; torchrun ends them.
 
     InputError and FloatingPointError are raised by all processes alike: the first of each machine
     prints them. A file that cannot be read, a full disk or a full GPU concerns one process alone.
     """
-    alone = True
+    alone = False
     try:
         yield
         if dist.is_initialized():
             dist.destroy_process_group()
         return
-    except torch.OutOfMemoryError:
-        message = ("out of memory on the device: in training --accum-steps 2 (or twice what it is) "
-                   "halves the images held at a time; elsewhere a smaller --batch-size does")
-    except OSError as error:
-        message = str(error).strip() or repr(error)
     except (InputError, FloatingPointError) as error:
         message = str(error)
-        alone = False
+        alone = "DataLoader worker" in message
     except KeyboardInterrupt:
         message = "interrupted; rerun a training command to resume after its last saved epoch"
-        alone = False
-    except RuntimeError as error:
-        if re.search(r"worker \(pid|shared memory|/torch_", str(error)):
-            message = ("a loader process ended, most often for lack of memory: give fewer "
-                       "--workers or, in a container, more memory (docker run --shm-size=16g)")
-        elif "by peer" in str(error):
-            message = "the connection to another process broke: its own message, if any, says why"
-            alone = False
-        else:
+    except OSError as error:
+        message = str(error).strip() or repr(error)
+        alone = True
+    except (RuntimeError, MemoryError) as error:
+        text = f"{error} out of memory" if isinstance(error, MemoryError) else str(error)
+        known = [said for pattern, said in RUNTIME_ERRORS.items() if re.search(pattern, text)]
+        if not known:
             raise
+        message = known[0]
+        alone = not re.search("by peer|[Cc]onnect", text)
     if alone or os.environ.get("LOCAL_RANK", "0") == "0":
         message = re.sub(r"^[\w.]*Error: ", "", message.splitlines()[-1])    # of a loader process
         tqdm.write(f"error: {message}", sys.stderr)
@@ -1235,6 +1319,15 @@ def bounded(convert, low, high):
 
     parse.__name__ = convert.__name__    # for argparse's own message on text that is no number
     return parse
+
+
+class Size(argparse.Action):
+    """Store one number or two as (height, width)."""
+
+    def __call__(self, parser, args, values, option):
+        if len(values) > 2:
+            parser.error(f"{option} takes a side, or height and width, not {len(values)} numbers")
+        setattr(args, self.dest, (values[0], values[-1]))
 
 
 class Parser(argparse.ArgumentParser):
@@ -1262,23 +1355,27 @@ class Parser(argparse.ArgumentParser):
             if value != self.get_default(name) and name not in read.split():
                 self.error(f"{mode} does not read --{name.replace('_', '-')}: leave it out")
 
-    def pixel_options(self, add):
-        """Statistics of the pixels, stored with the encoder."""
+    def pixel_options(self, add, default="that of the checkpoint, else 224"):
+        """Size and statistics of the pixels that an encoder reads."""
+        add("--image-size", low=1, nargs="+", action=Size,
+            help=f"side, or height and width, in pixels; default: {default}")
         for name in ("mean", "std"):
             add(f"--{name}", type=float, low=1e-3, high=1, nargs=3,
                 help="of pixels in [0, 1] (divide values of 0..255 by 255); default: that of the "
                      "checkpoint, or ImageNet's")
 
-    def run_options(self, out, batch_size, eval_every, unit="epochs", clip_grad=0.0):
+    def run_options(self, out, batch_size, eval_every, clip_grad=0.0):
         """The options that all training scripts share -> a function that adds more of them."""
         add = self.group("run")
         add("--out", default=out,
             help="folder for checkpoints, log and pictures; rerun the command to resume")
-        add("--no-resume", action="store_true", help="ignore an existing checkpoint in --out")
+        add("--no-resume", action="store_true",
+            help="delete checkpoints, log and pictures of an older run in --out")
         add("--batch-size", low=1, default=batch_size,
-            help="images or pairs per optimizer step, over all processes; default: the paper's")
-        add("--accum-steps", low=1, default=1,
-            help="micro-batches that each batch is split into, per process")
+            help="items per optimizer step, over all processes; default: the paper's")
+        add("--accum-steps", low=1,
+            help="micro-batches that each batch is split into, per process; default: the fewest "
+                 "that a usual GPU holds")
         add("--clip-grad", type=float, low=0, default=clip_grad,
             help="largest gradient norm; 0: no clipping")
         cores = (os.cpu_count() or 2) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
@@ -1287,47 +1384,93 @@ class Parser(argparse.ArgumentParser):
         add("--device", choices=("auto", "cuda", "mps", "cpu"), default="auto",
             help="auto: cuda, mps or cpu, the first that is there")
         add("--dtype", choices=("auto", "bf16", "fp16", "fp32"), default="auto",
-            help="auto: bf16 on GPUs that have it, fp16 with loss scaling on others, else fp32")
+            help="auto: bf16 on GPUs that have it, fp16 with loss scaling on others, else fp32; "
+                 "bf16 pays on CPUs with AVX512-BF16 or AMX")
         add("--seed", low=0, high=2 ** 32 - 1, default=0, help="of weights, order and crops")
         add("--log-every", low=1, default=20, help="updates per line of log.jsonl")
-        add("--eval-every", low=1, default=eval_every, help=f"{unit} between evaluations")
-        add("--skip-corrupt", action="store_true",
-            help="name unreadable files and leave them out; default: stop")
+        add("--eval-every", low=1, default=eval_every, help="epochs between evaluations")
         return add
 
 
 # --------------------------------------------------------------------------------------------------
-# Images
+# Files and images
 # --------------------------------------------------------------------------------------------------
-IMAGE_TYPES = set(".jpg .jpeg .jfif .png .webp .bmp .gif .tif .tiff .ppm .pgm".split())
+class Names(Sequence):
+    """A sequence of strings in shared memory, which loader processes read without a copy of their
+    own, however they are started: in a list, a million file names take 180 MB in each of them."""
+
+    def __init__(self, names):
+        data = [os.fsencode(name) for name in names]
+        self.ends = torch.tensor([0, *map(len, data)]).cumsum(0).share_memory_()
+        self.bytes = torch.frombuffer(bytearray(b"".join(data) or b"-"), dtype=torch.uint8)
+        self.bytes.share_memory_()
+
+    def __len__(self):
+        return len(self.ends) - 1
+
+    def __getitem__(self, index):
+        index = range(len(self))[index]    # negative, or out of range
+        first, end = self.ends[index:index + 2].tolist()
+        return os.fsdecode(self.bytes[first:end].numpy().tobytes())
 
 
-def list_images(folder):
-    """All image files below a folder, flat or nested, sorted; hidden ones are none. InputError if
-    there is none."""
-    folder = Path(folder)
-    if not folder.is_dir():
+def read_text(path):
+    """Read a text file, in UTF-8 with or without a byte order mark. Raises OSError."""
+    try:
+        return Path(path).read_text("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise OSError(f"{path} is no UTF-8 text ({error.reason} at byte {error.start}): save it as "
+                      "UTF-8") from None
+
+
+def image_types():
+    """Endings of the pictures that this Pillow reads, without videos and documents."""
+    others = {"MPEG", "FLI", "EPS", "PDF", "WMF", "GRIB", "BUFR", "HDF5", "FITS", "PSD"}
+    return {ending for ending, kind in Image.registered_extensions().items()
+            if kind in Image.OPEN and kind not in others}
+
+
+def list_images(folder, out=None):
+    """List all image files below a folder, flat or nested, sorted. Hidden files are skipped, and so
+    is everything below `out`: what a run writes is no data. Raises InputError if there is none."""
+    if not Path(folder).is_dir():
         raise InputError(f"{folder} is not a folder: give a folder of images")
+    types = image_types()
     files = []
-    seen = set()
-    for root, folders, names in os.walk(folder, followlinks=True):
-        real = os.path.realpath(root)
-        folders[:] = [f for f in sorted(folders) if real not in seen and not f.startswith(".")]
-        files += [os.path.join(root, name) for name in names
-                  if Path(name).suffix.lower() in IMAGE_TYPES and not name.startswith(".")
-                  and real not in seen]                     # a link may lead to a folder above
+    left_out = Counter()
+    seen = {out and os.path.realpath(out)}
+    folders = [str(folder)]
+    while folders:
+        place = folders.pop()
+        real = os.path.realpath(place)
+        if real in seen:                                    # a link may lead to a folder above
+            continue
         seen.add(real)
+        with os.scandir(place) as entries:
+            for entry in sorted(entries, key=lambda entry: entry.name):
+                ending = os.path.splitext(entry.name)[1].lower()
+                if entry.name.startswith("."):
+                    continue
+                if entry.is_dir():
+                    folders.append(entry.path)
+                elif ending in types:
+                    files.append(entry.path)
+                else:
+                    left_out[ending] += 1
+    kinds = ", ".join(f"{ending} {n}" for ending, n in left_out.most_common(5)) or "no files"
     if not files:
-        raise InputError(f"{folder} holds no image ({', '.join(sorted(IMAGE_TYPES))})")
-    return sorted(files)
+        raise InputError(f"{folder} holds no image that Pillow reads ({kinds})")
+    if left_out and int(os.environ.get("RANK", 0)) == 0:
+        print(f"{folder}: {left_out.total()} files of other endings left out ({kinds})")
+    return Names(sorted(files))
 
 
 def open_image(path):
-    """Image file (or pixels (H, W, 3) uint8) -> upright Pillow RGB image, the first frame if there
-    are several. Grey of 16 or 32 bits is divided by 257, float grey is taken to lie in [0, 1];
-    transparency is dropped. Raises OSError naming the file."""
-    if isinstance(path, np.ndarray):
-        return Image.fromarray(path)
+    """Read an image file as an upright Pillow RGB image, the first frame if there are several.
+
+    Grey of 16 or 32 bits is divided by 257; float grey lies in [0, 1], or in [0, 255] if a value is
+    above 1; transparency is dropped. Raises OSError naming the file.
+    """
     try:
         image = Image.open(path)
         with contextlib.suppress(SyntaxError, struct.error):    # broken EXIF: taken as upright
@@ -1336,72 +1479,47 @@ def open_image(path):
                 image.info.clear()    # else its other tags are written again, and fail if odd
                 image = ImageOps.exif_transpose(image)
         if image.mode.startswith("I") or image.mode == "F":
-            white = 1 if image.mode == "F" else 65535
-            grey = np.nan_to_num(np.asarray(image, dtype=np.float64)).clip(0, white) / white
-            image = Image.fromarray((255 * grey).round().astype(np.uint8))
+            grey = np.nan_to_num(np.asarray(image, dtype=np.float64), posinf=1)
+            white = 65535 if image.mode != "F" else 255 if grey.max() > 1 else 1
+            image = Image.fromarray((255 * (grey / white).clip(0, 1)).round().astype(np.uint8))
         image.info.pop("transparency", None)    # of a palette: dropped like any other
         image.load()
         return image if image.mode == "RGB" else image.convert("RGB")    # which always copies
-    except (OSError, RuntimeError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        reason = re.sub("^cannot identify image file.*", "not an image", str(error))
-        raise OSError(f"cannot read image {path} ({reason or type(error).__name__})") from None
-
-
-class SkipCorrupt:
-    """Files that cannot be read: an OSError, or with --skip-corrupt a line on stderr, once."""
-
-    def __init__(self, count, args):
-        self.allowed = args.skip_corrupt
-        self.named = torch.zeros(count, dtype=torch.bool).share_memory_()    # by all loaders
-
-    def __call__(self, i, error):
-        if not self.allowed:
-            raise OSError(f"{error}: replace it by a good copy, or give --skip-corrupt to leave "
-                          "it out") from None
-        if not self.named[i]:
-            tqdm.write(f"{error}: left out", sys.stderr)
-        self.named[i] = True
+    except Exception as error:    # Pillow's plugins raise many kinds
+        raise OSError(f"cannot read image {path} ({type(error).__name__}: {error}): replace it by "
+                      "a good copy; tests/tools/check.py lists all such files") from None
 
 
 class ImageDataset(Dataset):
-    """Pictures (files or pixels), for keys (epoch, index). A subclass has `transform(image, index)`
-    of a Pillow image; it may draw from torch's generator, which is seeded by (seed, epoch, index).
+    """Image files for keys (epoch, index), such as data[0, 7]. A subclass has `transform(image,
+    index)` of a Pillow image, which may draw from torch's generator: it is seeded by (seed, epoch,
+    index). An unreadable file raises OSError."""
 
-    An unreadable picture raises OSError; with --skip-corrupt it is named, and the next readable one
-    takes its place in training; in an evaluation the item is None.
-    """
-
-    def __init__(self, pictures, args, train):
-        self.pictures = pictures
-        self.args = args
-        self.train = train
-        self.skip = SkipCorrupt(len(pictures), args)
+    def __init__(self, files, seed):
+        self.files = files
+        self.seed = seed
 
     def __len__(self):
-        return len(self.pictures)
+        return len(self.files)
 
     def __getitem__(self, key):
-        epoch, index = key
+        if not isinstance(key, tuple):
+            raise TypeError(f"give (epoch, index), such as data[0, {key}]; see EpochSampler")
         with torch.random.fork_rng(devices=[]):    # the process's own generator is left alone
-            torch.default_generator.manual_seed(mix_seed(self.args.seed, epoch, index))
-            for i in range(index, index + min(100, len(self))):
-                i %= len(self)
-                try:
-                    return self.transform(open_image(self.pictures[i]), i)
-                except OSError as error:
-                    self.skip(i, error)
-                if not self.train:
-                    return None
-        raise OSError("100 unreadable images in a row, or all of them: is --data complete?")
+            torch.default_generator.manual_seed(mix_seed(self.seed, *key))
+            return self.transform(open_image(self.files[key[1]]), key[1])
 
 
 def random_crop(image, size, scale):
-    """RandomResizedCrop of a Pillow RGB image to `size` (h, w), of `scale` of the area and ratio
-    3/4 .. 4/3, and a random flip -> (3, h, w) uint8. Draws from torch's global generator.
+    """RandomResizedCrop of a Pillow RGB image to `size` (h, w), of `scale` of the area and a ratio
+    of 3/4 .. 4/3 times width / height, and a random flip -> (3, h, w) uint8. Draws from torch's
+    global generator.
 
     torch resizes uint8 three times as fast as Pillow, to the same pixels but for rounding.
     """
-    top, left, h, w = RandomResizedCrop.get_params(image, list(scale), [3 / 4, 4 / 3])
-    pixels = pil_to_tensor(image.crop((left, top, left + w, top + h)))
-    crop = resize(pixels, list(size), InterpolationMode.BICUBIC, antialias=True)
+    h, w = size
+    ratio = [3 / 4 * w / h, 4 / 3 * w / h]
+    top, left, height, width = RandomResizedCrop.get_params(image, list(scale), ratio)
+    pixels = pil_to_tensor(image.crop((left, top, left + width, top + height)))
+    crop = resize(pixels, [h, w], InterpolationMode.BICUBIC, antialias=True)
     return crop.flip(2) if torch.rand(()) < 0.5 else crop
