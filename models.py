@@ -757,9 +757,10 @@ def resize_relative_table(table, old, new):
 def spline_matrix(old, new):
     """Matrix (2 new - 1, 2 old - 1) that resizes one axis of a relative position table, as BEiT and
     mmsegmentation do. Offsets matter most near 0: the rows of the table are placed at distances 1,
-    1 + q, 1 + q + q^2, ... on both sides of 0, the last at new - 1 (q is at most 1.5), and an
-    interpolating cubic spline (not-a-knot) through them is read at the offsets -(new - 1) .. new -
-    1. A smaller grid has q = 1: it reads the rows of its own offsets."""
+    1 + q, 1 + q + q^2, ... on both sides of 0, the last at new - 1, and an interpolating cubic
+    spline (not-a-knot) through them is read at the offsets -(new - 1) .. new - 1. A smaller grid
+    has q = 1: it reads the rows of its own offsets. q is at most 1.5: beyond the last place, which
+    a table of fewer than 6 tokens may have, its row is read."""
     low, high = 1.0, 1.5
     for _ in range(60):                                     # bisection for q
         q = (low + high) / 2
@@ -771,7 +772,8 @@ def spline_matrix(old, new):
         at = at[:, None] / new
         return np.hstack([at ** np.arange(min(4, len(x))), (at - x[2:-2] / new).clip(min=0) ** 3])
 
-    return basis(np.arange(1.0 - new, new)) @ np.linalg.inv(basis(x))
+    offsets = np.arange(1.0 - new, new).clip(x[0], x[-1])
+    return basis(offsets) @ np.linalg.inv(basis(x))
 
 
 def read_encoder(path):
@@ -1176,7 +1178,7 @@ def resume(args, run, steps, model, optimizer, scaler, **data):
             raise InputError(f"--out {out} would overwrite {source}, its own start: give another")
     holder = [None]
     if rank == 0:
-        lock_folder(out)
+        optimizer.lock = lock_folder(out)    # the optimizer lives as long as the run
         if args.no_resume:
             for file in [file for name in RUN_FILES for file in out.glob(name)]:
                 file.unlink()
@@ -1192,7 +1194,7 @@ def resume(args, run, steps, model, optimizer, scaler, **data):
         if state["scaler"]:    # empty where the run had no loss scaler until now
             scaler.load_state_dict(state["scaler"])
     if rank == 0:
-        start_log(out / "log.jsonl", args, state["epoch"], data)
+        start_log(out / "log.jsonl", args, state["epoch"], dict(data, arch=model.arch))
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad) / 1e6
         lr = optimizer.defaults["lr"]
         print(f"{out}: {trained:.2f}M trained parameters, peak lr {lr:.3g}")
@@ -1204,18 +1206,20 @@ def resume(args, run, steps, model, optimizer, scaler, **data):
 
 
 def lock_folder(out):
-    """Create the folder of a run, and lock it while this process lives: a lock of fcntl ends with
-    its process, however that ends. Raises InputError if another process has locked it."""
+    """Create the folder of a run, and lock it -> file that holds the lock until it is closed, at
+    the latest when this process ends, however it ends. Raises InputError if another process has
+    locked it."""
     if out.exists() and not out.is_dir():
         raise InputError(f"--out {out} is a file: give a folder")
     out.mkdir(parents=True, exist_ok=True)
-    if fcntl:
-        file = os.open(out / ".lock", os.O_RDWR | os.O_CREAT)
-        try:
+    file = open(out / ".lock", "a")
+    try:
+        if fcntl:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise InputError(f"another process is writing to --out {out}: wait for it, or give "
-                             "another folder") from None
+    except BlockingIOError:
+        raise InputError(f"another process is writing to --out {out}: wait for it, or give another "
+                         "folder") from None
+    return file
 
 
 def check_same_run(path, state, options):
@@ -1355,14 +1359,14 @@ class Parser(argparse.ArgumentParser):
             if value != self.get_default(name) and name not in read.split():
                 self.error(f"{mode} does not read --{name.replace('_', '-')}: leave it out")
 
-    def pixel_options(self, add, default="that of the checkpoint, else 224"):
+    def pixel_options(self, add, default="that of the checkpoint, else 224",
+                      use="default: that of the checkpoint, or ImageNet's"):
         """Size and statistics of the pixels that an encoder reads."""
         add("--image-size", low=1, nargs="+", action=Size,
             help=f"side, or height and width, in pixels; default: {default}")
         for name in ("mean", "std"):
             add(f"--{name}", type=float, low=1e-3, high=1, nargs=3,
-                help="of pixels in [0, 1] (divide values of 0..255 by 255); default: that of the "
-                     "checkpoint, or ImageNet's")
+                help=f"of pixels in [0, 1] (divide values of 0..255 by 255); {use}")
 
     def run_options(self, out, batch_size, eval_every, clip_grad=0.0):
         """The options that all training scripts share -> a function that adds more of them."""
