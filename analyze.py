@@ -1,8 +1,7 @@
-"""Layer similarity, attention, probes, cost and curves of any checkpoints (Figs. 1, 3, 4 and 5).
+"""Layer similarity, attention, cost and curves of any checkpoints (Figs. 1, 3, 4 and 5).
 
     python analyze.py cka DeiT=deit_tiny:deit.pth MAE=mae.pt D2-MAE=out/pretrain/encoder.pt # Fig. 3
     python analyze.py attention random MAE=mae.pt D2-MAE=out/pretrain/encoder.pt            # Fig. 5
-    python analyze.py probe random MAE=mae.pt D2-MAE=out/pretrain/encoder.pt --data CLASS_FOLDERS
     python analyze.py cost vit_tiny vit_tiny+rpe hiera_tiny --points tests/assets/fig1.csv  # Fig. 1
     python analyze.py curves MAE=out/mae D2-MAE=out/pretrain
     python analyze.py fig4 MAE=FOLDER_OF_RUNS D2-MAE=FOLDER_OF_RUNS                         # Fig. 4
@@ -15,24 +14,25 @@ default label is the end of the path. SOURCE is one of
   vit_tiny, with the 12 heads of this paper's models, its supervised DeiT-Tiny included; the
   DeiT-Tiny of timm and of its own authors has 3: deit_tiny:FILE, as deit_small:FILE has 6;
 - the name of an untrained model: vit_tiny, vit_tiny+rpe (relative position bias), hiera_tiny, ...;
-- `random`, an untrained copy of the first other model, of vit_tiny if there is none.
+- `random`, an untrained copy of the first other model, which reads the same pixels; of vit_tiny if
+  there is none.
 Every command writes a picture NAME.png and its numbers, NAME.csv, to --out.
 
 Shapes: B images, N patches, D width, H heads, Q queries and K keys of an attention map, n images of
-        a CKA batch, t training and s test images of a probe, C classes. Layers count from 1, as in
-        the paper; layer 0 is the patch embedding.
+        a CKA batch. Layers count from 1, as in the paper; layer 0 is the patch embedding.
 
 NOTES, departures from the authors' code:
-- Attention distance is in pixels: grid distance times patch size. The authors multiply by 14 for
-  patches of 16 pixels: their numbers are 14/16 of these. Entropy has no 1e-6 inside the logarithm.
-- Whiskers reach the lowest and the highest head: no head counts as an outlier.
-- Layer 0 is the embedding itself; the authors' is the output of the first block's norm1.
-- Layer 12 is normalised by the file's own norm, which D2-MAE trained on block 8. The authors' model
-  pools: its fc_norm is in no file of pre-training, and stays without scale and bias. Hiera has no
-  norm behind its last block: one without scale and bias takes its place.
-- Images are drawn at random; the authors take the first 1,152 of ImageNet's, that is of 24 classes.
-  HSICs are estimated on batches of 64 images, the authors' on 128: --batch-size 128.
-- Blocks of Hiera that attend within mask units are left out of the attention statistics.
+1. Attention distance is measured in pixels, grid distance times patch size. The authors multiply by
+   14 for patches of 16 pixels (attn_analyzer.py): their numbers are 14/16 of these.
+2. Entropy is exact. The authors add 1e-6 inside the logarithm.
+3. Whiskers reach the lowest and the highest head: no head counts as an outlier.
+4. Layer 0 is the embedding itself. The authors take the output of the first block's norm1.
+5. Layer 12 is normalised by the final norm of the file, which D2-MAE trained on block 8. The
+   authors' model uses global pooling; its untrained fc_norm stays at the identity.
+6. Hiera has no norm after its last block; a norm without scale and bias takes its place.
+7. Images are drawn at random. The authors take the first 1,152 of ImageNet, which show 24 classes.
+8. HSICs are estimated on batches of 64 images. The authors take 128: --batch-size 128.
+9. Blocks of Hiera that attend within mask units are excluded from the attention statistics.
 """
 import csv
 import math
@@ -50,10 +50,8 @@ from torchvision.transforms.v2.functional import pil_to_tensor
 from tqdm import tqdm
 
 from models import (MODELS, InputError, Parser, VisionTransformer, build_model, init_distributed,
-                    list_images, model_name, normalize, open_image, plain_errors, read_encoder,
-                    read_log, unroll)
-
-DRAWS = 20    # random choices of a probe's training images, the same for all models and layers
+                    list_images, load_encoder, normalize, open_image, plain_errors, read_encoder,
+                    read_log, read_text, representation, unroll)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -67,7 +65,7 @@ def representations(model, images):
     """
     features = model.forward_features(images, range(model.depth + 1))
     if isinstance(model, VisionTransformer):
-        return [(model.representation(x, k) if k else x)[:, 1:] for k, x in features.items()]
+        return [(representation(model, x, k) if k else x)[:, 1:] for k, x in features.items()]
     last = features.pop(model.depth)
     inner = [model.blocks[k].norm1(x) if k else x for k, x in features.items()]
     return inner + [F.layer_norm(last, last.shape[-1:], eps=1e-6)]
@@ -96,21 +94,23 @@ def centred_gram(features):
 
 def minibatch_cka(batches):
     """CKA of each layer of model 0 with each layer of the others; HSICs are averaged over batches
-    *before* the ratio.
+    *before* the ratio, in which their common factor 1 / (n (n - 3)) cancels.
 
-    batches: for each batch a list over models of lists over layers of features (n, ...), n >= 4
-    -> for every other model m a float64 matrix (layers of model 0, layers of m). A layer whose
-    features never vary has similarity 0.
+    batches: for each batch a list over models of lists over layers of features (n, ...), n >= 4 the
+    same everywhere -> for every other model m a float64 matrix (layers of model 0, layers of m). A
+    layer whose features never vary has similarity 0. Raises ValueError.
     """
+    sizes = set()
     cross = defaultdict(float)    # HSIC of the layers of model 0 with those of model m
     own = defaultdict(float)      # HSIC of each layer of model m with itself
     for models in batches:
-        n = len(models[0][0])
-        pairs = n * (n - 3)
+        sizes |= {len(x) for layers in models for x in layers}
+        if len(sizes) > 1 or min(sizes) < 4:
+            raise ValueError(f"minibatch_cka needs batches of one size, at least 4, not of {sizes}")
         grams = [torch.stack([centred_gram(x) for x in layers]) for layers in models]
         for m, gram in enumerate(grams):                                    # gram (layers, n * n)
-            cross[m] += grams[0] @ gram.T / pairs
-            own[m] += gram.square().sum(dim=1) / pairs
+            cross[m] += grams[0] @ gram.T
+            own[m] += gram.square().sum(dim=1)
     return [cross[m] / (own[0][:, None] * own[m]).sqrt().clamp(min=1e-300)
             for m in range(1, len(own))]
 
@@ -120,7 +120,7 @@ def cka(args):
     with each layer of the other."""
     models = load_models(args)
     reference, *others = models
-    files = draw_files(args)
+    files = draw_files(args.data, args.images, args.seed, args.out)
     n = min(args.batch_size, len(files))
     if not others or n < 4:
         raise InputError("cka compares every model with the first: it needs two models or more, "
@@ -140,7 +140,8 @@ def cka(args):
             rows.append((reference, i, other, j, value))
         panels.append(panel)
     scale = {f"CKA {v:g}": shade(v) for v in (0, 0.25, 0.5, 0.75, 1)}
-    write(args, "cka", "reference,layer_of_reference,model,layer_of_model,cka", rows, panels, scale,
+    header = "reference,layer_of_reference,model,layer_of_model,cka"
+    write(args.out, "cka", header, rows, panels, scale,
           f"layer 0: patch embedding; {len(files)} images in batches of {n}")
 
 
@@ -153,12 +154,12 @@ def attention_statistics(logits, distance):
         sum_j p_ij |x_i - x_j|   and   -sum_j p_ij log p_ij (nats),   p = softmax of logits over j.
 
     logits (B, H, Q, K) before the softmax, of patch tokens alone: the class token is removed
-    *before* the softmax. distance (Q, K): Euclidean, in the unit of the result.
+    *before* the softmax; keys masked by -inf add nothing. distance (Q, K): Euclidean, in the unit
+    of the result.
     """
-    log_p = logits.float().log_softmax(dim=-1)
-    p = log_p.exp()
-    distances = (p * distance.to(p.device)).sum(dim=-1)
-    entropies = -(p * log_p).sum(dim=-1)                                    # (B, H, Q)
+    p = logits.float().softmax(dim=-1)
+    distances = (p * distance.to(p.device)).sum(dim=-1)                     # (B, H, Q)
+    entropies = torch.special.entr(p).sum(dim=-1)
     return torch.stack([distances, entropies]).mean(dim=-1)
 
 
@@ -188,7 +189,7 @@ def attention(args):
     """Attention distance and entropy (Fig. 5): compares the heads of every block of all inputs.
     Blocks of Hiera that attend within mask units, which bounds both, are left out."""
     models = load_models(args)
-    files = draw_files(args)
+    files = draw_files(args.data, args.images, args.seed, args.out)
     means = defaultdict(float)                                              # (label, block): (2, H)
     for batch in batches(models, files, args.batch_size):
         for label, model, images in batch:
@@ -211,94 +212,9 @@ def attention(args):
             shift = (list(models).index(label) + 1) / (len(models) + 1) - 0.5
             panel.box(block + shift, values[i], colors[label])
         panels.append(panel)
-    write(args, "attention", "model,block,head,distance_px,entropy_nats", rows, panels, colors,
+    header = "model,block,head,distance_px,entropy_nats"
+    write(args.out, "attention", header, rows, panels, colors,
           f"{len(files)} images; of the heads of a block: extremes, quartiles (thick) and median")
-
-
-# --------------------------------------------------------------------------------------------------
-# Few-shot probes of every layer
-# --------------------------------------------------------------------------------------------------
-def knn_scores(train, onehot, test, neighbours=5, temperature=0.07):
-    """k nearest neighbours by cosine similarity, each voting with weight exp(similarity /
-    temperature). train (t, D), onehot (t, C), test (s, D) -> (s, C)."""
-    similarity = F.normalize(test, dim=1) @ F.normalize(train, dim=1).T
-    nearest, ids = similarity.topk(min(neighbours, len(train)), dim=1)
-    return torch.einsum("sk,skc->sc", (nearest / temperature).exp(), onehot[ids])
-
-
-def ridge_scores(train, onehot, test, strength=0.01):
-    """Ridge regression onto one-hot labels, in its dual form: the features outnumber the images.
-
-    W = argmin |X W - Y|^2 + lambda |W|^2 gives X* W = X* X' (X X' + lambda I)^-1 Y; lambda =
-    strength * mean |x|^2, so that it does not depend on the scale of the features. train (t, D),
-    onehot (t, C), test (s, D) -> (s, C).
-    """
-    gram = train @ train.T
-    gram.diagonal().add_((strength * gram.diagonal().mean()).clamp(min=1e-12))
-    return test @ train.T @ torch.linalg.solve(gram, onehot)
-
-
-def draw_shots(labels, shots, seed):
-    """One random choice of `shots` training images per class, labels (n,) int -> their indices,
-    and those of all other images."""
-    order = np.random.default_rng(seed).permutation(len(labels))
-    train = [order[labels[order] == kind][:shots] for kind in np.unique(labels)]
-    return np.concatenate(train), np.setdiff1d(order, train)
-
-
-def probe_accuracy(features, labels, classifier, shots, draws, seed):
-    """Accuracy in % on the images that are not drawn for training -> a list over draws.
-
-    features (n, D), centred by the mean of the training images; labels (n,) int; classifier:
-    `knn_scores` or `ridge_scores`. Accuracy is averaged over classes, so that uninformative
-    features score 100 / C whatever the sizes of the classes.
-    """
-    features = features.double()
-    onehot = F.one_hot(torch.from_numpy(labels)).double()
-    accuracies = []
-    for draw in range(draws):
-        train, test = draw_shots(labels, shots, [seed, shots, draw])
-        mean = features[train].mean(dim=0)
-        scores = classifier(features[train] - mean, onehot[train], features[test] - mean)
-        truth = onehot[test]
-        correct = scores.argmax(dim=1) == truth.argmax(dim=1)
-        share = truth[correct].sum(dim=0) / truth.sum(dim=0)                # of each class
-        accuracies.append(100 * float(share.mean()))
-    return accuracies
-
-
-def mean_and_error(values):
-    """Mean and its standard error (0 for a single value)."""
-    n = len(values)
-    return np.mean(values), np.std(values, ddof=min(1, n - 1)) / n ** 0.5
-
-
-def probe(args):
-    """Few-shot probes: compares the accuracy of the frozen features of every layer of all inputs,
-    by nearest neighbours and by ridge regression. --data holds one folder per class."""
-    models = load_models(args)
-    files = draw_files(args)
-    classes = [Path(file).parent.name for file in files]
-    names, labels, sizes = np.unique(classes, return_inverse=True, return_counts=True)
-    if len(names) < 2 or sizes.min() <= max(args.shots):
-        raise InputError(f"--data {args.data}: probe needs one folder per class, two or more, and "
-                         "in each more images than --shots; raise --images, or lower --shots")
-    features = defaultdict(list)                                # (label, layer): [(B, D), ...]
-    for batch in batches(models, files, args.batch_size):
-        for label, model, images in batch:
-            for layer, tokens in enumerate(representations(model, images)):
-                features[label, layer].append(tokens.mean(dim=1).cpu())
-    lines = defaultdict(list)
-    for name, classifier in (("5-NN", knn_scores), ("ridge", ridge_scores)):
-        for shots in args.shots:
-            quantity = f"{name} accuracy (%), {shots} per class"
-            for (label, layer), parts in features.items():
-                accuracies = probe_accuracy(torch.cat(parts), labels, classifier, shots, DRAWS,
-                                            args.seed)
-                lines[quantity, label].append((layer, *mean_and_error(accuracies)))
-    draw_lines(args, "probe", lines, "layer",
-               f"{len(files)} images; mean and standard error over {DRAWS} choices of the shots; "
-               f"chance: {100 / len(names):.3g}%")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -312,13 +228,14 @@ def cost(args):
     products.
     """
     models = load_models(args, num_classes=1000)
-    where = torch.cuda.get_device_name() if args.device.type == "cuda" else args.device.type
+    device = next(iter(models.values())).pos_embed.device
+    where = torch.cuda.get_device_name() if device.type == "cuda" else device.type
     where += f", {torch.get_num_threads()} CPU thread(s), float32"
     print(f"{where}; median [10th-90th percentile] in {args.seconds:g} s")
     lines = defaultdict(list)
     latency = {}
     for label, model in models.items():
-        image = torch.zeros(1, 3, *model.img_size, device=args.device)
+        image = torch.zeros(1, 3, *model.img_size, device=device)
         with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
             model(image)
         timer = Timer(lambda: model(image).cpu())               # .cpu() waits for the device
@@ -333,26 +250,27 @@ def cost(args):
         lines["parameters (M)", label] = [(ms, parameters, 0.0)]
         lines["multiply-adds (G)", label] = [(ms, operations, 0.0)]
     try:
-        rows = Path(args.points).read_text().splitlines() if args.points else []
+        rows = read_text(args.points).splitlines() if args.points else []
         for row in csv.DictReader(rows):
             point = latency[row["model"]], float(row["top1"]), 0.0
             lines["top-1 (%)", row["label"]].append(point)
     except (LookupError, TypeError, ValueError) as error:
         raise InputError(f"--points {args.points} needs label, model (the label of an input) and "
                          f"top1 in each row: {error}") from None
-    draw_lines(args, "cost", lines, "latency (ms)", where)
+    draw_lines(args.out, "cost", lines, "latency (ms)", where)
 
 
 # --------------------------------------------------------------------------------------------------
 # Training curves, and accuracy by pre-trained blocks kept (Fig. 4)
 # --------------------------------------------------------------------------------------------------
 def read_run(path):
-    """log.jsonl, or the folder that holds it -> options of the run, the other lines of its log."""
+    """log.jsonl, or the folder that holds it -> settings of the run, that is its options and what
+    it has found (the sizes of its model, numbers of images), and the other lines of its log."""
     if Path(path).is_dir():
         path = Path(path, "log.jsonl")
     try:
         first, *lines = read_log(path)
-        return first["args"], lines
+        return {**first, **first["args"]}, lines
     except (LookupError, TypeError, ValueError):
         raise InputError(f"{path} is not the log.jsonl of a run") from None
 
@@ -370,33 +288,50 @@ def curves(args):
         _, values, _ = zip(*points)
         print(f"{key}, {label}: {values[0]:.4g} at the start, {values[-1]:.4g} at the end, lowest "
               f"{min(values):.4g}, highest {max(values):.4g}")
-    draw_lines(args, "curves", lines, "step", "what the runs logged")
+    draw_lines(args.out, "curves", lines, "step", "what the runs logged")
+
+
+def mean_and_error(values):
+    """Mean and its standard error (0 for a single value)."""
+    n = len(values)
+    return np.mean(values), np.std(values, ddof=min(1, n - 1)) / n ** 0.5
+
+
+SAME_POINT = {"epoch", "commit", "args", "arch", "keep_blocks", "seed", "data", "out", "no_resume",
+              "device", "dtype", "workers", "accum_steps", "compile", "log_every",
+              "eval_every"}    # settings that may differ among the runs of a point
 
 
 def fig4(args):
     """Top-1 accuracy by the number of pre-trained blocks kept (Fig. 4): compares folders of
-    fine-tuning runs. Runs with the same --keep-blocks and amount of data, such as several seeds,
-    make one point, with their mean and standard error."""
-    runs = defaultdict(list)    # (blocks kept, name of the line): last top-1 of each run
-    for label, folder in named(args.inputs).items():
-        for path in sorted(Path(folder).rglob("log.jsonl")):
-            options, lines = read_run(path)
-            last = (lines or [{}])[-1]
-            if "top1" not in last or last["epoch"] < options["epochs"]:
-                print(f"{path}: left out, not of a finished fine-tuning run")
-                continue
-            data = (f"{options['shots']} images per class" if options["shots"] else
-                    f"{100 * options['data_fraction']:g}% of the images")
-            blocks = options["keep_blocks"]
-            if blocks is None:
-                blocks = options["arch"]["depth"] if options["init"] else 0
-            runs[blocks, f"{label}, {data}"].append(last["top1"])
+    fine-tuning runs. Runs that differ in --seed alone make one point, with their mean and standard
+    error; a folder whose runs differ in other options has one line for each setting of them."""
     lines = defaultdict(list)
-    for (blocks, name), top1 in sorted(runs.items()):
-        mean, error = mean_and_error(top1)
-        print(f"{name}, {blocks} blocks kept: {mean:.2f} +- {error:.2f} of {len(top1)} run(s)")
-        lines["top-1 (%)", name].append((blocks, mean, error))
-    draw_lines(args, "fig4", lines, "pre-trained blocks kept", "mean and standard error of runs")
+    for label, folder in named(args.inputs).items():
+        runs = []    # (settings, blocks kept, last top-1)
+        for path in sorted(Path(folder).rglob("log.jsonl")):
+            settings, logged = read_run(path)
+            last = (logged or [{}])[-1]
+            if "top1" not in last or last["epoch"] < settings["epochs"]:
+                print(f"{path}: skipped, this is not the log of a finished fine-tuning run")
+                continue
+            blocks = settings["keep_blocks"]
+            if blocks is None:
+                blocks = settings["arch"]["depth"] if settings["init"] else 0
+            runs.append((settings, blocks, last["top1"]))
+
+        names = {k for settings, _, _ in runs for k in settings} - SAME_POINT
+        differing = [k for k in sorted(names) if len({str(s.get(k)) for s, _, _ in runs}) > 1]
+        points = defaultdict(list)
+        for settings, blocks, top1 in runs:
+            values = [f"{k} {settings.get(k)}" for k in differing]
+            points[", ".join([label, *values]), blocks].append(top1)
+        for (name, blocks), top1 in sorted(points.items()):
+            mean, error = mean_and_error(top1)
+            print(f"{name}, {blocks} blocks kept: {mean:.2f} +- {error:.2f} of {len(top1)} run(s)")
+            lines["top-1 (%)", name].append((blocks, mean, error))
+    draw_lines(args.out, "fig4", lines, "pre-trained blocks kept",
+               "mean and standard error of runs")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -417,43 +352,50 @@ def named(inputs):
     return sources
 
 
-def model_options(source, num_classes):
-    """Options of `build_model` for a SOURCE, with the file's image size."""
-    name, _, file = source.partition(":")
+def open_source(source):
+    """A SOURCE -> name of its model or None, whether it has a relative position bias, and its file
+    as `read_encoder` reads it, or None."""
+    name, _, path = source.partition(":")
     name, rpe, _ = name.partition("+rpe")
     if name not in MODELS:    # a path, which may have a colon of its own
-        name = None
-        file = source
-    state, arch, _ = read_encoder(file) if file else ({}, {}, {})
-    rpe = bool(rpe) or "blocks.0.attn.relative_position_bias_table" in state
-    pooled = num_classes or arch.get("supervised")    # other encoders as they were pre-trained
-    return dict(name=name or model_name(arch, file), init=file, img_size=arch.get("img_size"),
-                patch_size=arch.get("patch_size"), num_classes=num_classes,
-                vit=dict(rel_pos_bias=rpe), hiera=dict(q_pool=3 if pooled else 2))
+        name, rpe, path = None, "", source
+    if not path:
+        return name, bool(rpe), None
+    file = read_encoder(path)
+    return name, bool(rpe) or any(key.endswith("bias_table") for key in file.state), file
 
 
 def load_models(args, num_classes=0):
     """The models of the command line, on the device -> {label: model}. All get one image size, by
-    default that of the first that is not `random`. None is trained: no gradients are kept."""
-    args.device = init_distributed(args)[2]
+    default that of the first that is not `random`; --mean and --std are for files that store none.
+    No model is trained: no gradients are kept."""
+    _, _, device, _ = init_distributed(args.device, "fp32")
     torch.set_float32_matmul_precision("highest")
     sources = named(args.inputs)
-    first = next((s for s in sources.values() if s != "random"), "vit_tiny")
-    random = {**model_options(first, num_classes), "init": None}
+    opened = {source: open_source(source) for source in sources.values() if source != "random"}
+    first = next(iter(opened.values()), ("vit_tiny", False, None))
+    size = args.image_size
+    if first[2] and not size:
+        size = first[2].arch.get("img_size")
     models = {}
     for label, source in sources.items():
-        options = random if source == "random" else model_options(source, num_classes)
-        options["img_size"] = args.image_size or random["img_size"]
+        name, rpe, file = opened.get(source, first)
+        pooled = num_classes or (file and file.supervised)    # others as they were pre-trained
+        pixels = {} if file and file.mean else dict(mean=args.mean, std=args.std)
         torch.manual_seed(args.seed)
-        model = build_model(**options)
-        models[label] = model.eval().requires_grad_(False).to(args.device)
+        model = build_model(name, file, **pixels, img_size=size, num_classes=num_classes,
+                            vit=dict(rel_pos_bias=rpe), hiera=dict(q_pool=3 if pooled else 2))
+        if file and source != "random":
+            load_encoder(model, file)
+        print(f"{label}: {model.img_size} pixels, mean {model.mean}, std {model.std}")
+        models[label] = model.eval().requires_grad_(False).to(device)
     return models
 
 
-def draw_files(args):
-    """At most --images image files of --data, drawn at random."""
-    files = np.random.default_rng(args.seed).permutation(list_images(args.data))
-    return files[:args.images].tolist()
+def draw_files(folder, count, seed, out):
+    """At most `count` image files of a folder, drawn at random; nothing below `out` is one."""
+    files = list_images(folder, out)
+    return [files[i] for i in np.random.default_rng(seed).permutation(len(files))[:count]]
 
 
 def batches(models, files, n):
@@ -484,12 +426,12 @@ def blank(width, height):
     return image, draw
 
 
-def write(args, name, header, rows, panels, legend, note):
-    """Write the table NAME.csv and the picture NAME.png to --out: a legend {label: color} and a
-    note, a line each, above the panels."""
-    path = Path(args.out, name)
+def write(out, name, header, rows, panels, legend, note):
+    """Write the table NAME.csv and the picture NAME.png to the folder `out`: a legend {label:
+    color} and a note, a line each, above the panels."""
+    path = Path(out, name)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(f"{path}.csv", "w", newline="") as file:
+    with open(f"{path}.csv", "w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows([header.split(","), *rows])
 
     top = 40 * len(legend) + 60
@@ -503,7 +445,7 @@ def write(args, name, header, rows, panels, legend, note):
     print(f"{path}.png and .csv")
 
 
-def draw_lines(args, name, lines, xlabel, note):
+def draw_lines(out, name, lines, xlabel, note):
     """{(quantity, label): [(x, y, standard error)]} -> a panel a quantity, a colour a label."""
     if not lines:
         raise InputError(f"nothing to draw: {name} found no results of finished epochs or runs")
@@ -517,7 +459,7 @@ def draw_lines(args, name, lines, xlabel, note):
         panels[quantity].line(points, colors[label])
     rows = [(*key, *point) for key, points in lines.items() for point in points]
     header = f"quantity,label,{xlabel},value,standard_error"
-    write(args, name, header, rows, panels.values(), colors, note)
+    write(out, name, header, rows, panels.values(), colors, note)
 
 
 COLORS = 4 * ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000",
@@ -582,39 +524,45 @@ class Panel:
 # --------------------------------------------------------------------------------------------------
 # Arguments
 # --------------------------------------------------------------------------------------------------
+def model_options(parser, add):
+    """Options of `load_models`."""
+    parser.pixel_options(add, "that of the first model but random",
+                         "for files that store none; default: ImageNet's")
+    add("--device", choices=("auto", "cuda", "mps", "cpu"), default="auto",
+        help="auto: cuda, mps or cpu, the first that is there")
+    add("--seed", low=0, default=0, help="of untrained weights and of the choice of images")
+
+
+def image_options(add):
+    """Options of `draw_files` and `batches`."""
+    add("--data", default="data/imagenet/val", help="folder of images, flat or nested")
+    add("--images", low=1, default=1024, help="number of images to sample, at most")
+    add("--batch-size", low=1, default=64,
+        help="images per forward pass; of cka, per minibatch of the unbiased HSIC")
+
+
 def parse_args(argv=None):
     """Options of the command line, or of the list `argv`."""
     parser = Parser(__doc__)
     commands = parser.add_subparsers(metavar="COMMAND", required=True, prog=parser.prog)
-    for command in (cka, attention, probe, cost, curves, fig4):
+    for command in (cka, attention, cost, curves, fig4):
         doc = command.__doc__
         sub = commands.add_parser(command.__name__, doc=doc, help=doc.split(":")[0])
         sub.usage = "%(prog)s [LABEL=]SOURCE ... [options]"
-        sub.set_defaults(command=command, dtype="fp32")
+        sub.set_defaults(command=command)
         add = sub.group("inputs and outputs")
         add("inputs", nargs="+", help="of curves and fig4: folders of runs; of the others: "
             "checkpoints, MODEL:FILE, names of untrained models such as vit_tiny or vit_tiny+rpe, "
-            "or random (see the head of analyze.py)")
+            "or random (see the docstring of analyze.py)")
         add("--out", default="out/analyze", help="folder for picture and table")
-        if command in (curves, fig4):
-            continue
-        add("--image-size", low=1, nargs="+",
-            help="side, or height and width; pixels; default: that of the first model but random")
-        add("--device", choices=("auto", "cuda", "mps", "cpu"), default="auto",
-            help="auto: cuda, mps or cpu, the first that is there")
-        add("--seed", low=0, default=0,
-            help="of untrained weights and of the choice of images")
+        if command not in (curves, fig4):
+            model_options(sub, add)
+        if command in (cka, attention):
+            image_options(add)
         if command is cost:
             add("--seconds", type=float, low=0, default=5.0, help="time for each model")
             add("--points", help="CSV with the columns label, model (the label of an input), top1 "
                                  "(%%); draws top-1 accuracy against latency")
-            continue
-        add("--data", default="data/imagenet/val", help="folder of images, flat or nested")
-        add("--images", low=1, default=1024, help="number of images to sample, at most")
-        add("--batch-size", low=1, default=64,
-            help="images per forward pass; of cka, per minibatch of the unbiased HSIC")
-        if command is probe:
-            add("--shots", low=1, nargs="+", default=[2, 5, 10], help="training images per class")
     return parser.parse_args(argv)
 
 

@@ -1,7 +1,10 @@
+import argparse
 import csv
+import importlib
 import json
 import math
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,7 +15,8 @@ from PIL.ImageColor import getrgb
 
 import analyze
 import demo
-from models import InputError, build_model, normalize, reroll
+import miniature
+from models import IMAGENET_MEAN, InputError, build_model, normalize, reroll
 
 
 def table(path):
@@ -73,9 +77,9 @@ def slow_hsic(x, y):
 def test_cka_matches_direct_hsic_averaged_before_the_ratio():
     torch.manual_seed(0)
     batches = []
-    for n in (6, 8):    # unequal batches: HSICs have to be normalised by n (n - 3)
-        x = [torch.randn(n, 2, 3) + 5, torch.randn(n, 4, 2)]
-        batches.append([x, [x[0] @ torch.randn(3, 4), torch.randn(n, 3, 3) * 7]])
+    for _ in range(2):
+        x = [torch.randn(7, 2, 3) + 5, torch.randn(7, 4, 2)]
+        batches.append([x, [x[0] @ torch.randn(3, 4), torch.randn(7, 3, 3) * 7]])
     flat = [[[z.flatten(1).double() for z in layers] for layers in models] for models in batches]
     matrix = analyze.minibatch_cka(batches)[0]
     for i in range(2):
@@ -84,6 +88,12 @@ def test_cka_matches_direct_hsic_averaged_before_the_ratio():
             xx = sum(slow_hsic(m[0][i], m[0][i]) for m in flat)
             yy = sum(slow_hsic(m[1][j], m[1][j]) for m in flat)
             assert float(matrix[i, j]) == pytest.approx(xy / math.sqrt(xx * yy), rel=1e-9)
+
+
+@pytest.mark.parametrize("sizes", ([(8, 8), (6, 6)], [(8, 6)], [(3, 3)]))
+def test_cka_needs_batches_of_one_size(sizes):
+    with pytest.raises(ValueError, match="batches of one size, at least 4"):
+        analyze.minibatch_cka([[[torch.randn(n, 5)] for n in pair] for pair in sizes])
 
 
 def test_cka_invariances_and_no_nan():
@@ -141,6 +151,14 @@ def test_attention_to_oneself_has_neither_distance_nor_entropy():
     assert identity[1].item() == pytest.approx(0, abs=1e-6)
 
 
+def test_masked_keys_add_neither_distance_nor_entropy():
+    distance = analyze.token_distances(build_model("vit_tiny", img_size=32))[1]
+    logits = torch.randn(1, 2, 4, 4)
+    logits[..., 3] = -math.inf
+    masked = analyze.attention_statistics(logits, distance)
+    assert torch.allclose(masked, analyze.attention_statistics(logits[..., :3], distance[:, :3]))
+
+
 @pytest.mark.parametrize("q_pool", (2, 3))
 def test_hiera_distances_are_those_of_the_rerolled_tokens(q_pool):
     model = build_model("hiera_tiny", img_size=(64, 96), hiera=dict(q_pool=q_pool))
@@ -185,66 +203,6 @@ def test_attention_command(files, tmp_path):
     assert Image.open(tmp_path / "3/attention.png").size == (540, 650)
 
 
-# ----------------------------------------------------------------------------------------- probes
-def test_knn_matches_its_slow_form():
-    torch.manual_seed(0)
-    train, test, labels = torch.randn(12, 5), torch.randn(7, 5), torch.arange(12) % 3
-    onehot = torch.nn.functional.one_hot(labels).float()
-    votes = torch.zeros(7, 3)
-    for i in range(7):
-        cosine = torch.cosine_similarity(test[i:i + 1], train)
-        for value, label in sorted(zip(cosine.tolist(), labels.tolist()), reverse=True)[:4]:
-            votes[i, label] += math.exp(value / 0.07)
-    assert rel_error(analyze.knn_scores(train, onehot, test, neighbours=4), votes) < 1e-5
-
-
-def test_ridge_matches_its_primal_form():
-    torch.manual_seed(0)
-    train, test = torch.randn(12, 5).double(), torch.randn(7, 5).double()
-    onehot = torch.nn.functional.one_hot(torch.arange(12) % 3).double()
-    penalty = 0.3 * train.square().sum(1).mean()
-    primal = torch.linalg.inv(train.T @ train + penalty * torch.eye(5).double()) @ train.T @ onehot
-    scores = analyze.ridge_scores(train, onehot, test, strength=0.3)
-    assert rel_error(scores, test @ primal) < 1e-9
-
-
-LABELS = np.repeat([0, 1, 2, 3], [9, 12, 20, 30])    # unequal classes
-
-
-@pytest.mark.parametrize("classifier", (analyze.knn_scores, analyze.ridge_scores))
-def test_probe_accuracy(classifier):
-    constant = torch.ones(71, 6) * 0.3
-    assert analyze.probe_accuracy(constant, LABELS, classifier, 3, 5, 0) == pytest.approx([25] * 5)
-    torch.manual_seed(0)
-    noise = 0.01 * torch.randn(71, 4)
-    separable = torch.nn.functional.one_hot(torch.from_numpy(LABELS)).float() + noise + 10
-    assert analyze.probe_accuracy(separable, LABELS, classifier, 3, 5, 0) == [100] * 5
-
-
-def test_shots_are_drawn_per_class_and_by_seed():
-    train, test = analyze.draw_shots(LABELS, 3, [0, 3, 1])
-    assert sorted([*train, *test]) == list(range(71))
-    assert np.bincount(LABELS[train]).tolist() == [3] * 4
-    assert (analyze.draw_shots(LABELS, 3, [0, 3, 1])[0] == train).all()
-    assert (analyze.draw_shots(LABELS, 3, [0, 3, 2])[0] != train).any()
-
-
-def test_mean_and_standard_error():
-    assert analyze.mean_and_error([2.0, 4.0]) == pytest.approx((3, 1))
-    assert analyze.mean_and_error([5.0]) == (5, 0)
-
-
-def test_probe_command(files, tmp_path):
-    here(analyze, "probe", "random", f"A={files}/a.pt", f"hiera={files}/hiera.pt", "--data",
-         files / "images", "--shots", 1, 3, "--image-size", 64, "--device", "cpu",
-         "--out", tmp_path)
-    rows = table(tmp_path / "probe.csv")
-    assert len(rows) == 3 * 13 * 2 * 2
-    assert {r["quantity"][:5] for r in rows} == {"5-NN ", "ridge"}
-    easy = [float(r["value"]) for r in rows if r["layer"] == "1" and "3 per" in r["quantity"]]
-    assert min(easy) > 90    # brightness is easy to see
-
-
 # ----------------------------------------------------------------------------------------- models
 def loaded(*argv):
     args = analyze.parse_args([str(a) for a in ("cka", *argv, "--device", "cpu")])
@@ -254,7 +212,9 @@ def loaded(*argv):
 def test_size_patch_and_pixels_come_from_the_file(files):
     models = loaded("random", f"A={files}/a.pt", "vit_tiny+rpe")
     assert [m.img_size for m in models.values()] == [(48, 48)] * 3
-    assert models["A"].mean == [0.5] * 3 and models["random"].patch_size == 8
+    assert models["A"].mean == (0.5, 0.5, 0.5) and models["random"].patch_size == 8
+    assert (models["random"].mean, models["random"].std) == (models["A"].mean, models["A"].std)
+    assert models["vit_tiny+rpe"].mean == IMAGENET_MEAN    # untrained
     assert models["vit_tiny+rpe"].rel_pos_index is not None
     assert loaded("random")["random"].arch["embed_dim"] == 192
     both = next(analyze.batches(models, [files / f"images/class1/{i}.png" for i in range(2)], 2))
@@ -298,9 +258,84 @@ def test_paths_may_hold_colons_and_equals_signs(files, tmp_path, monkeypatch):
         shutil.copy(files / "a.pt", name)
     models = loaded("C:a.pt", "vit_pico:C:a.pt", "x=y.pt", "L=C:a.pt")
     assert list(models) == ["C:a.pt", "vit_pico:C:a.pt", "x=y.pt", "L"]
-    assert analyze.model_options("deit_tiny", 0)["init"] == ""
+    assert analyze.open_source("deit_tiny") == ("deit_tiny", False, None)
     with pytest.raises(InputError, match=r"C:\\mae.pt does not exist"):
         loaded(r"C:\mae.pt")
+
+
+def test_statistics_of_pixels_are_those_of_the_file_else_of_the_options(files, tmp_path):
+    model = build_model("vit_pico", img_size=48, patch_size=8)
+    torch.save(model.state_dict(), tmp_path / "bare.pth")    # as trained by others, on 0.5 and 0.5
+    half = ["--mean", 0.5, 0.5, 0.5, "--std", 0.4, 0.4, 0.4]
+    models = loaded(f"A={files}/a.pt", f"bare={tmp_path}/bare.pth", *half)
+    assert models["A"].std == (0.3, 0.3, 0.3) and models["bare"].std == (0.4, 0.4, 0.4)
+    assert loaded("random", f"bare={tmp_path}/bare.pth", *half)["random"].std == (0.4, 0.4, 0.4)
+    assert loaded(f"bare={tmp_path}/bare.pth")["bare"].mean == IMAGENET_MEAN
+
+
+def test_a_file_of_beits_layout_is_analysed_whole(tmp_path):
+    """gamma_1, gamma_2, q_bias and v_bias, as in the BEiT-, MaskFeat- and BootMAE-Tiny files."""
+    torch.manual_seed(0)
+    model = build_model("vit_tiny", img_size=32, vit=dict(rel_pos_bias=True))
+    for p in model.parameters():
+        p.data.normal_(std=0.1)
+    x = torch.randn(2, 3, 32, 32)
+    state = dict(model.state_dict(), mask_token=torch.ones(1, 1, 192))
+    for k, block in enumerate(model.blocks):
+        q, key, v = state.pop(f"blocks.{k}.attn.qkv.bias").chunk(3)
+        state |= {f"blocks.{k}.attn.q_bias": q, f"blocks.{k}.attn.v_bias": v}
+        key.zero_()    # of the model, too: k has no bias in BEiT
+        for gamma, layer in (("gamma_1", "attn.proj"), ("gamma_2", "mlp.fc2")):
+            scale = state[f"blocks.{k}.{gamma}"] = torch.rand(192) + 0.5
+            for name in ("weight", "bias"):    # the file holds the layer before its scale
+                value = state[f"blocks.{k}.{layer}.{name}"]
+                state[f"blocks.{k}.{layer}.{name}"] = value / scale.view(-1, *[1] * (value.dim() - 1))
+    torch.save({"model": state}, tmp_path / "beit.pth")
+    copy = loaded(f"BEiT=vit_tiny:{tmp_path}/beit.pth")["BEiT"]
+    model.requires_grad_(False)
+    expected, found = (analyze.representations(m, x) for m in (model, copy))
+    assert max(rel_error(a, b) for a, b in zip(found, expected)) < 1e-5
+    tokens = model.forward_features(x, [4])[4]
+    assert rel_error(copy.attention_map(tokens, 5), model.attention_map(tokens, 5)) < 1e-5
+
+
+def test_a_foreign_grid_that_is_no_square_is_read_as_it_is(tmp_path):
+    model = build_model("vit_tiny", img_size=(64, 256))    # 4 x 16 patches, as many as 8 x 8
+    torch.save(model.state_dict(), tmp_path / "wide.pth")
+    copy = loaded(tmp_path / "wide.pth", "--image-size", 64, 256).popitem()[1]
+    assert torch.equal(copy.pos_embed, model.pos_embed)
+
+
+def test_what_a_run_wrote_is_no_data(files, tmp_path):
+    shutil.copytree(files / "images", tmp_path / "data")
+    draw = [tmp_path / "data", 100, 0, tmp_path / "data/out"]
+    before = analyze.draw_files(*draw)
+    (tmp_path / "data/out").mkdir()
+    shutil.copy(before[0], tmp_path / "data/out/cka.png")
+    assert analyze.draw_files(*draw) == before and len(before) == 20
+
+
+class Frozen(argparse.Namespace):
+    def __setattr__(self, name, value):
+        raise AttributeError(f"args.{name} is written after parsing")
+
+
+SMALL = ["--image-size", "32", "--device", "cpu"]
+
+
+@pytest.mark.parametrize("argv", (
+    ["cka", "vit_pico", "random", "--images", "4", *SMALL],
+    ["attention", "random", "--images", "4", *SMALL], ["cost", "vit_pico", *SMALL],
+    ["curves", "run"], ["fig4", "run"]))
+def test_nothing_writes_to_the_options(argv, files, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    measure_at_once(monkeypatch)
+    fine_tuning_run(tmp_path / "run", 6, 0, 50.0)
+    shutil.copytree(files / "images", "data/imagenet/val")
+    args = Frozen()
+    args.__dict__.update(vars(analyze.parse_args(argv)))
+    analyze.main(args)
+    assert Path(f"out/analyze/{argv[0]}.csv").exists()
 
 
 def test_default_labels_are_short():
@@ -382,45 +417,62 @@ def test_curves_of_folders_and_files(tmp_path, capsys):
     assert Image.open(tmp_path / "curves.png").size == (540, 1190)
 
 
-def fine_tuning_run(folder, keep, fraction, seed, top1, init="encoder.pt", epochs=2, shots=None):
-    options = dict(init=init, keep_blocks=keep, data_fraction=fraction, shots=shots, seed=seed,
-                   epochs=2, arch=dict(depth=12))
-    lines = [{"epoch": 0, "args": options}]
-    lines += [{"epoch": e, "step": 9 * e, "top1": float(e)} for e in range(1, epochs)]
-    lines += [{"epoch": epochs, "step": 9 * epochs, "top1": top1}]
+def fine_tuning_run(folder, keep, seed, top1, init="encoder.pt", finished=True, old=False,
+                    **options):
+    """Log of a fine-tuning run; old: as scripts wrote it that kept what they found in the options.
+    """
+    options = dict(init=init, keep_blocks=keep, seed=seed, epochs=2, data_fraction=1.0, **options)
+    found = dict(arch=dict(depth=12), train_images=50)
+    first = {"epoch": 0, "args": {**options, **found}} if old else {
+        "epoch": 0, "args": options, **found, "commit": "abc"}
+    lines = [first, {"epoch": 1, "step": 9, "top1": 1.0}]
+    if finished:
+        lines.append({"epoch": 2, "step": 18, "top1": top1})
     folder.mkdir(parents=True)
     (folder / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
-def test_figure_4_is_drawn_from_the_logs_of_runs(tmp_path, capsys):
+@pytest.mark.parametrize("old", (True, False))
+def test_figure_4_is_drawn_from_the_logs_of_runs(tmp_path, capsys, old):
     for name, gain in (("mae", 1), ("d2", 2)):
-        for fraction in (1.0, 0.1):
-            for keep in (0, 6, None):    # None: all 12
-                for seed in (0, 1):
-                    folder = tmp_path / name / f"{keep}-{fraction}-{seed}"
-                    blocks = 12 if keep is None else keep
-                    fine_tuning_run(folder, keep, fraction, seed, 50 + gain * blocks + seed)
-    fine_tuning_run(tmp_path / "mae/half", 6, 1.0, 2, 0.0, epochs=1)    # unfinished: left out
+        for keep in (0, 6, None):    # None: all 12
+            for seed in (0, 1):
+                folder = tmp_path / name / f"{keep}-{seed}"
+                blocks = 12 if keep is None else keep
+                fine_tuning_run(folder, keep, seed, 50 + gain * blocks + seed, old=old,
+                                out=str(folder), workers=seed)
+    fine_tuning_run(tmp_path / "mae/half", 6, 2, 0.0, finished=False, old=old)
     write_log(tmp_path / "mae/segmentation", 1.0)
     here(analyze, "fig4", f"MAE={tmp_path}/mae", f"D2-MAE={tmp_path}/d2", "--out", tmp_path)
     text = capsys.readouterr().out
-    assert text.count("left out, not of a finished fine-tuning run") == 2
-    assert "MAE, 100% of the images, 6 blocks kept: 56.50 +- 0.50 of 2 run(s)" in text
+    assert text.count("skipped, this is not the log of a finished fine-tuning run") == 2
+    assert "MAE, 6 blocks kept: 56.50 +- 0.50 of 2 run(s)" in text
     rows = table(tmp_path / "fig4.csv")
-    assert len(rows) == 12 and len({r["label"] for r in rows}) == 4
-    last = next(r for r in rows if r["label"] == "D2-MAE, 10% of the images"
-                and r["pre-trained blocks kept"] == "12")
+    assert len(rows) == 6 and {r["label"] for r in rows} == {"MAE", "D2-MAE"}
+    last = next(r for r in rows if r["label"] == "D2-MAE" and r["pre-trained blocks kept"] == "12")
     assert float(last["value"]) == 74.5
     assert float(last["standard_error"]) == pytest.approx(0.5)
     assert [int(r["pre-trained blocks kept"]) for r in rows[:3]] == [0, 6, 12]
 
 
-def test_several_seeds_give_mean_and_error(tmp_path, capsys):
-    for seed, top1 in enumerate((60.0, 62.0)):
-        fine_tuning_run(tmp_path / f"scratch/{seed}", None, 1.0, seed, top1, init=None, shots=5)
-    here(analyze, "fig4", tmp_path / "scratch", "--out", tmp_path)
+def test_only_runs_that_differ_in_their_seed_make_a_point(tmp_path, capsys):
+    fine_tuning_run(tmp_path / "runs/a", 0, 0, 60.0)
+    fine_tuning_run(tmp_path / "runs/b", 0, 1, 62.0)
+    fine_tuning_run(tmp_path / "runs/scratch", None, 0, 50.0, init=None)    # also 0 blocks
+    fine_tuning_run(tmp_path / "runs/recipe", 0, 0, 70.0, base_lr=0.1)
+    fine_tuning_run(tmp_path / "runs/model", 0, 0, 80.0, model="vit_nano")
+    here(analyze, "fig4", f"all={tmp_path}/runs", "--out", tmp_path)
     text = capsys.readouterr().out
-    assert "scratch, 5 images per class, 0 blocks kept: 61.00 +- 1.00 of 2 run(s)" in text
+    for line in ("all, base_lr None, init encoder.pt, model None, 0 blocks kept: 61.00 +- 1.00",
+                 "all, base_lr None, init None, model None, 0 blocks kept: 50.00 +- 0.00",
+                 "all, base_lr 0.1, init encoder.pt, model None, 0 blocks kept: 70.00 +- 0.00",
+                 "all, base_lr None, init encoder.pt, model vit_nano, 0 blocks kept: 80.00"):
+        assert line in text
+
+
+def test_mean_and_standard_error():
+    assert analyze.mean_and_error([2.0, 4.0]) == pytest.approx((3, 1))
+    assert analyze.mean_and_error([5.0]) == (5, 0)
 
 
 # --------------------------------------------------------------------------------------- pictures
@@ -472,8 +524,7 @@ def test_a_heatmap_has_row_0_at_the_bottom(files, tmp_path):
 def test_nothing_is_clipped_or_wrapped(tmp_path, labels):
     lines = {("quantity", f"{k} out/pretrain/of-this-week/encoder.pt"): [(0, 1e-4, 0), (1e6, k, 0)]
              for k in range(labels)}
-    args = analyze.parse_args(["curves", "x", "--out", str(tmp_path)])
-    analyze.draw_lines(args, "name", lines, "step", "a note " * 8)
+    analyze.draw_lines(tmp_path, "name", lines, "step", "a note " * 8)
     picture = Image.open(tmp_path / "name.png")
     assert picture.size == (540, 20 * labels + 30 + 280)
     pixels = np.asarray(picture)
@@ -498,8 +549,9 @@ def test_an_axis_encloses_its_values_by_round_numbers(values, ticks):
 def test_the_demo_runs_every_analysis(files, tmp_path, monkeypatch):
     """Its commands, from another folder, on small stand-ins for its data and encoders."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(analyze, "DRAWS", 1)
-    monkeypatch.setattr(demo, "run", lambda script, *options: here(analyze, *options))
+    monkeypatch.setattr(miniature, "DRAWS", 1)
+    monkeypatch.setattr(demo, "run", lambda script, *options: here(
+        importlib.import_module(Path(script).stem), *options))
     monkeypatch.setattr(demo, "data_folder", lambda *_: tmp_path)
     measure_at_once(monkeypatch)
     for kind in range(2):
@@ -536,21 +588,20 @@ def test_bad_input(files, tmp_path):
             (["cka", a, "random", "--data", tmp_path / "nowhere", *device], "not a folder"),
             (["cka", a, "random", "--data", tmp_path / "one", *device], "4 images or more"),
             (["cka", a, "random", "--batch-size", 3, *images], "4 images or more"),
-            (["attention", a, "--image-size", 50, *images], "multiple of 8, the patch size"),
-            (["probe", a, "--data", files / "images/class0", *device], "one folder per class"),
-            (["probe", a, "--shots", "10", *images], "more images than --shots"),
+            (["attention", a, "--image-size", 50, *images], "not a multiple of 8 pixels"),
             (["curves", tmp_path / "wrong.jsonl", *out], "is not the log.jsonl of a run"),
-            (["curves", a, *out], "is not the log.jsonl of a run"),
             (["curves", tmp_path / "empty.jsonl", *out], "nothing to draw"),
             (["fig4", tmp_path, *out], "nothing to draw")):
         with pytest.raises(InputError, match=message):
             here(analyze, *argv)
+    with pytest.raises(OSError, match="a.pt is no UTF-8 text"):
+        here(analyze, "curves", a, *out)
     with pytest.raises(OSError, match="cannot read image .*bad/"):
         here(analyze, "attention", a, "--data", tmp_path / "bad", *device)
 
 
 @pytest.mark.parametrize("argv", (["cka", "a", "--seed", "-1"], ["cka"], [], ["plot", "a"],
-                                  ["probe", "a", "--shots", "0"], ["curves", "a", "--images", "2"],
+                                  ["curves", "a", "--images", "2"],
                                   ["cost", "a", "--data", "b"]))
 def test_bad_options_end_in_a_usage_message(argv, capsys):
     with pytest.raises(SystemExit, match="2"):
@@ -568,13 +619,13 @@ def help_of(capsys, *argv):
 
 def test_each_command_has_its_own_help(capsys):
     text = help_of(capsys)
-    for command in ("cka", "attention", "probe", "cost", "curves", "fig4"):
+    for command in ("cka", "attention", "cost", "curves", "fig4"):
         assert f" {command} " in text
         own = help_of(capsys, command)
         assert f" {command} [LABEL=]SOURCE ... [options]" in own
         assert ": compares " in own
-        assert ("--shots" in own) == (command == "probe")
-        assert ("--data" in own) == (command in ("cka", "attention", "probe"))
+        assert ("--mean" in own) == (command in ("cka", "attention", "cost"))
+        assert ("--data" in own) == (command in ("cka", "attention"))
     assert "compares every input with the first" in help_of(capsys, "cka")
 
 

@@ -1,17 +1,19 @@
 """tests/tools/miniature.py: no test picture reaches training; a small study from end to end."""
 import contextlib
+import csv
 import importlib
 import json
+import math
 from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import here
+import torch
+from conftest import here, rel_error
 from PIL import Image, ImageOps
 
-import analyze
 import miniature
-from models import InputError, read_log
+from models import InputError, build_model, read_log
 
 
 @pytest.fixture
@@ -131,6 +133,13 @@ def test_names_that_differ_in_skin_tone_are_one_picture(name, same):
     assert miniature.identity(f"{name}.png") == same
 
 
+def test_what_a_study_wrote_is_no_picture(tmp_path):
+    for name in ("cats/1.png", "out/data/pictures/train/cats/1.png"):
+        (tmp_path / name).parent.mkdir(parents=True)
+        Image.new("RGB", (8, 8)).save(tmp_path / name)
+    assert list(miniature.list_pictures(tmp_path, tmp_path / "out")) == ["cats"]
+
+
 def test_emoji_are_told_apart_by_their_entry(tmp_path):
     folder = tmp_path / "img" / "vendor" / "64"
     folder.mkdir(parents=True)
@@ -165,9 +174,96 @@ def test_a_folder_without_two_large_classes_is_one_sentence(tmp_path, make):
         (tmp_path / "cats").mkdir(exist_ok=True)
         Image.new("RGB", (8, 8), (i, 0, 0)).save(tmp_path / "cats" / f"{i}.png")
     with pytest.raises(InputError, match="CLASS/"):
-        miniature.prepare(tmp_path / "out", make(tmp_path))
+        miniature.prepare(tmp_path / "out/data", make(tmp_path))
 
 
+# ----------------------------------------------------------------------------------------- probes
+def test_knn_matches_its_slow_form():
+    torch.manual_seed(0)
+    train, test, labels = torch.randn(12, 5), torch.randn(7, 5), torch.arange(12) % 3
+    onehot = torch.nn.functional.one_hot(labels).float()
+    votes = torch.zeros(7, 3)
+    for i in range(7):
+        cosine = torch.cosine_similarity(test[i:i + 1], train)
+        for value, label in sorted(zip(cosine.tolist(), labels.tolist()), reverse=True)[:4]:
+            votes[i, label] += math.exp(value / 0.07)
+    assert rel_error(miniature.knn_scores(train, onehot, test, neighbours=4), votes) < 1e-5
+
+
+def test_ridge_matches_its_primal_form():
+    torch.manual_seed(0)
+    train, test = torch.randn(12, 5).double(), torch.randn(7, 5).double()
+    onehot = torch.nn.functional.one_hot(torch.arange(12) % 3).double()
+    penalty = 0.3 * train.square().sum(1).mean()
+    primal = torch.linalg.inv(train.T @ train + penalty * torch.eye(5).double()) @ train.T @ onehot
+    scores = miniature.ridge_scores(train, onehot, test, strength=0.3)
+    assert rel_error(scores, test @ primal) < 1e-9
+
+
+LABELS = np.repeat([0, 1, 2, 3], [9, 12, 20, 30])    # unequal classes
+
+
+@pytest.mark.parametrize("classifier", (miniature.knn_scores, miniature.ridge_scores))
+def test_probe_accuracy(classifier):
+    constant = torch.ones(71, 6) * 0.3
+    assert miniature.probe_accuracy(constant, LABELS, classifier, 3, 5, 0) == pytest.approx([25] * 5)
+    torch.manual_seed(0)
+    noise = 0.01 * torch.randn(71, 4)
+    separable = torch.nn.functional.one_hot(torch.from_numpy(LABELS)).float() + noise + 10
+    assert miniature.probe_accuracy(separable, LABELS, classifier, 3, 5, 0) == [100] * 5
+
+
+def test_shots_are_drawn_per_class_and_by_seed():
+    train, test = miniature.draw_shots(LABELS, 3, [0, 3, 1])
+    assert sorted([*train, *test]) == list(range(71))
+    assert np.bincount(LABELS[train]).tolist() == [3] * 4
+    assert (miniature.draw_shots(LABELS, 3, [0, 3, 1])[0] == train).all()
+    assert (miniature.draw_shots(LABELS, 3, [0, 3, 2])[0] != train).any()
+
+
+@pytest.fixture
+def encoder(tmp_path):
+    """A small encoder, and a folder of two classes: of the second, pictures are bright right."""
+    torch.manual_seed(0)
+    model = build_model("vit_pico", img_size=48, patch_size=8)
+    torch.save(dict(model=model.state_dict(), arch=model.arch), tmp_path / "a.pt")
+    rng = np.random.default_rng(0)
+    for kind in range(2):
+        for i in range(8):
+            path = tmp_path / f"kinds/class{kind}/{i % 2}/{i}.png"    # the first folder counts
+            path.parent.mkdir(parents=True, exist_ok=True)
+            pixels = rng.integers(0, 100, (60, 70, 3)).astype(np.uint8)
+            pixels[:, 35:] += np.uint8(120 * kind)
+            Image.fromarray(pixels).save(path)
+    return tmp_path / "a.pt"
+
+
+def test_probe_command(encoder, tmp_path):
+    here(miniature, "probe", "random", f"A={encoder}", "hiera_tiny", "--data", tmp_path / "kinds",
+         "--shots", 1, 3, "--image-size", 64, "--device", "cpu", "--out", tmp_path)
+    rows = list(csv.DictReader(open(tmp_path / "probe.csv", newline="")))
+    assert len(rows) == 3 * 13 * 2 * 2
+    assert {r["quantity"][:5] for r in rows} == {"5-NN ", "ridge"}
+    easy = [float(r["value"]) for r in rows if r["layer"] == "1" and "3 per" in r["quantity"]]
+    assert min(easy) > 90    # brightness is easy to see
+
+
+def test_probe_needs_classes(encoder, tmp_path):
+    options = ["--device", "cpu", "--out", tmp_path / "out"]
+    kinds = tmp_path / "kinds"
+    for argv, message in ((["--data", kinds / "class0/0"], "one folder per class"),
+                          (["--data", kinds, "--shots", 8], "more images than --shots")):
+        with pytest.raises(InputError, match=message):
+            here(miniature, "probe", encoder, *argv, *options)
+    (kinds / "class0").rename(kinds / "train")
+    (kinds / "class1").rename(kinds / "val")
+    with pytest.raises(InputError, match="parts of a set, not classes"):
+        here(miniature, "probe", encoder, "--data", kinds, *options)
+    with pytest.raises(SystemExit, match="2"):
+        miniature.parse_args(["probe", "a", "--shots", "0"])
+
+
+# ------------------------------------------------------------------------------------------ study
 def launch_here(words, folder):
     """The same as `miniature.launch` without starting Python, which takes seconds."""
     script, *options = words
@@ -180,7 +276,7 @@ def test_a_small_study(pictures, tmp_path, monkeypatch, capsys):
     for name, value in dict(SEEN=60, STEPS={"10": 2}, SEEDS=(0,), RUNS=1, RATES=(1e-3,),
                             TAPS=(6, 8), KEPT=(0, 12), launch=launch_here).items():
         monkeypatch.setattr(miniature, name, value)
-    monkeypatch.setattr(analyze, "DRAWS", 1)
+    monkeypatch.setattr(miniature, "DRAWS", 1)
     out = tmp_path / "out"
     args = miniature.parse_args(["--data", str(pictures), "--out", str(out)])
     miniature.main(args)
@@ -193,11 +289,12 @@ def test_a_small_study(pictures, tmp_path, monkeypatch, capsys):
     assert len(list(out.glob("finetune/*/*/*/log.jsonl"))) == 3 + 5 + 3 + 1
     assert not list((out / "finetune").rglob("*.pt"))    # checkpoints of two hundred runs
     assert len((out / "fig4.csv").read_text().splitlines()) == 1 + 3 * 2    # methods, blocks kept
-    options = {name: read_log(out / name / "log.jsonl")[0]["args"]
-               for name in ("teacher", "mae-0", "longer-0", "d2-mae-0", "tap6")}
+    first = {name: read_log(out / name / "log.jsonl")[0]
+             for name in ("teacher", "mae-0", "longer-0", "d2-mae-0", "tap6")}
+    options = {name: line["args"] for name, line in first.items()}
     assert options["longer-0"]["epochs"] >= options["mae-0"]["epochs"] >= 1
-    assert (options["d2-mae-0"]["decoder_tap"], options["tap6"]["decoder_tap"]) == (8, 6)
-    assert options["teacher"]["arch"]["embed_dim"] == 192
+    assert (options["d2-mae-0"]["decoder_tap"], options["tap6"]["decoder_tap"]) == (None, 6)
+    assert first["teacher"]["arch"]["embed_dim"] == 192
 
     # the second time nothing is run again, though the folder has moved; other lengths are refused
     moved = out.rename(tmp_path / "moved")
@@ -217,8 +314,8 @@ def test_commands_run_in_processes_of_their_own_and_a_failure_is_named(pictures,
     top1 = study.finetune("scratch", 0, "all", 1e-3)
     [values] = study.results.values()
     assert 0 <= top1 <= 100 and values["seconds"] > 0 and values["epoch"] == 1
-    options = read_log(tmp_path / "finetune/labelled-all/scratch/12-0-0.001/log.jsonl")[0]["args"]
-    assert options["shots"] is None and options["train_images"] == study.pictures("all") == 30
+    first = read_log(tmp_path / "finetune/labelled-all/scratch/12-0-0.001/log.jsonl")[0]
+    assert first["args"]["shots"] is None and first["train_images"] == study.pictures("all") == 30
     assert study.pictures("10") == 20 and study.pictures("100") == 30
 
     script = tmp_path / "script.py"

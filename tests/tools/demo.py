@@ -84,7 +84,7 @@ def track(out):
     folder = out / "track"
     run("track.py", "--data", f"lasot={short(data)}", "--init", out / "pretrain" / "encoder.pt",
         *settings("track"), "--out", folder)
-    run("track.py", "--eval", "--data", f"lasot={short(data)}", "--allow-partial", "--out", folder)
+    run("track.py", "--eval", "--data", f"lasot={short(data)}", "--out", folder)
     run("track.py", "--frames", video / "img", "--box", *box, "--out", folder)
 
 
@@ -96,13 +96,14 @@ def analyze(out):
     models.append("random")
     logs = [f"{name}={short(folder / 'log.jsonl')}" for name, folder in runs.items()]
     points = ROOT / "tests" / "assets" / "fig1.csv"
-    for command in (("cka", *models, "--data", data, "--batch-size", 128),
-                    ("attention", *models, "--data", data, "--images", 256),
-                    ("probe", *models, "--data", data),
-                    ("cost", "vit_tiny", "vit_tiny+rpe", "hiera_tiny", "--points", points,
-                     "--seconds", 1),
-                    ("curves", *logs)):
-        run("analyze.py", *command, "--out", out / "analyze")
+    for script, *command in (
+            ("analyze.py", "cka", *models, "--data", data, "--batch-size", 128),
+            ("analyze.py", "attention", *models, "--data", data, "--images", 256),
+            ("analyze.py", "cost", "vit_tiny", "vit_tiny+rpe", "hiera_tiny", "--points", points,
+             "--seconds", 1),
+            ("analyze.py", "curves", *logs),
+            ("tests/tools/miniature.py", "probe", *models, "--data", data)):
+        run(script, *command, "--out", out / "analyze")
 
 
 DEMOS = {demo.__name__: demo for demo in (pretrain, finetune, segment, track, analyze)}

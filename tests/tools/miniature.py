@@ -1,9 +1,10 @@
 r"""The paper in miniature: its questions, asked of a small ViT on a folder of pictures.
 
-    python tests/tools/miniature.py --data FOLDER                 # FOLDER/CLASS/*.png; two hours, 2 cores
-    python tests/tools/miniature.py --data FOLDER --minutes 60    # shortens all training in proportion
+    python tests/tools/miniature.py --data FOLDER        # FOLDER/CLASS/*.png; two hours on 2 cores
+    python tests/tools/miniature.py --data FOLDER --minutes 60    # shortens all training
     npm pack emoji-datasource-google && tar xzf emoji-datasource-google-*.tgz
     python tests/tools/miniature.py --data package                # emoji, classes by emoji.json
+    python tests/tools/miniature.py probe random MAE=mae.pt D2-MAE=encoder.pt --data FOLDER
 
 The networks are a quarter as wide as the paper's: the teacher is a ViT-Tiny of 3 heads (192 wide;
 paper: ViT-Base, 768), the student `vit_pico` (48 wide; paper: ViT-Tiny, 192). Pictures have 48x48
@@ -25,6 +26,9 @@ A third of the pictures of each labelled class are test pictures, kept out of pr
 fine-tuning. Variants of one entry of emoji.json, or names that differ in skin tone alone, count as
 one picture. A picture that equals a test picture or its mirror image, except for details that a
 thumbnail does not show, is not trained on. (Emoji of a man and of a woman are two pictures.)
+
+`probe` alone asks what the frozen features of any checkpoints know, layer by layer. Its inputs are
+those of analyze.py.
 """
 import csv
 import json
@@ -40,15 +44,17 @@ from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
+import torch
+import torch.nn.functional as F
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
+import analyze                                                                        # noqa: E402
 import toy                                                                            # noqa: E402
-from analyze import draw_lines                                                        # noqa: E402
-from demo import mean_and_error                                                       # noqa: E402
+from analyze import draw_lines, mean_and_error                                        # noqa: E402
 from models import InputError, Parser, list_images, open_image, plain_errors, read_log  # noqa: E402
 
 FULL_MINUTES = 130      # duration of the whole study on 2 cores
@@ -74,6 +80,7 @@ MAX_CLASSES = 32        # only the largest classes are labelled
 MIN_OF_CLASS = 20       # different pictures of a labelled class
 MAX_OF_CLASS = 100
 MIN_LEFT = {"val": 6, "train": 2}    # readable pictures of a class: probes draw 5 test pictures
+DRAWS = 20              # random choices of a probe's training images, the same for all models
 COPY = 1.0              # mean square difference of two thumbnails, in levels of 255
 
 
@@ -89,23 +96,29 @@ def identity(file):
     return TONES.sub("", Path(file).stem.lower())
 
 
-def list_pictures(folder):
-    """FOLDER/CLASS/... -> {class: [[file, its variants ...], ...]}, the plainest name first."""
+def list_pictures(folder, out=None):
+    """FOLDER/CLASS/... -> {class: [[file, its variants ...], ...]}, the plainest name first.
+    Nothing below `out` is a picture of it."""
     folder = Path(folder)
     if not folder.is_dir():
         raise InputError(f"--data {folder} is not a folder: give one that holds CLASS/*.png")
     if (folder / "emoji.json").is_file():
         return list_emoji(folder)
     groups = defaultdict(lambda: defaultdict(list))
-    for file in map(Path, list_images(folder)):
+    for file in map(Path, list_images(folder, out)):
         name, *inner = file.relative_to(folder).parts
         if inner:
             groups[name][file.parent, identity(file)].append(file)
-    if groups and groups.keys() <= {"train", "val", "valid", "validation", "test"}:
-        raise InputError(f"--data {folder} holds parts of a set, not classes: give one of them, "
-                         f"{folder / min(groups)} or another")
+    check_classes(folder, groups.keys())
     return {name: [sorted(files, key=lambda file: (len(file.name), file))
                    for _, files in sorted(found.items())] for name, found in groups.items()}
+
+
+def check_classes(folder, names):
+    """Raise InputError if the folders `names` are the parts of a data set."""
+    if names and names <= {"train", "val", "valid", "validation", "test"}:
+        raise InputError(f"--data {folder} holds parts of a set, not classes: give one of them, "
+                         f"{Path(folder, min(names))} or another")
 
 
 def list_emoji(package):
@@ -137,11 +150,11 @@ def on_white(file):
     return paper.convert("RGB")
 
 
-def choose(data, limit):
+def choose(data, limit, out=None):
     """Divide the pictures -> [(file, class)] of test pictures, of labelled pictures, and of all
     training pictures, at most `limit`. Raises InputError if there are too few."""
     rng = random.Random(0)
-    classes = dict(sorted(list_pictures(data).items()))
+    classes = dict(sorted(list_pictures(data, out).items()))
     for groups in classes.values():
         rng.shuffle(groups)
     large = [name for name in classes if len(classes[name]) >= MIN_OF_CLASS]
@@ -194,7 +207,7 @@ def prepare(root, data, limit=MAX_PICTURES):
 
     Raises InputError if too few can be used.
     """
-    test, labelled, training = choose(data, limit)
+    test, labelled, training = choose(data, limit, root.parent)
     thumbnails, left_out = write_pictures(test, root / "labelled/val")
     known = np.concatenate([thumbnails, thumbnails[:, :, ::-1]])    # mirror images, too
     left_out += write_pictures(labelled, root / "labelled/train", known)[1]
@@ -227,6 +240,86 @@ def count_pictures(root):
     folders = ("pictures/train", "labelled/train", "labelled/val", "tuning/train")
     count = {folder: len(list(root.glob(f"{folder}/*/*.png"))) for folder in folders}
     return {**count, "classes": len(list(root.glob("labelled/train/*")))}
+
+
+# --------------------------------------------------------------------------------------------------
+# Few-shot probes of every layer. Shapes: D width, t training and s test images, C classes
+# --------------------------------------------------------------------------------------------------
+def knn_scores(train, onehot, test, neighbours=5, temperature=0.07):
+    """k nearest neighbours by cosine similarity, each voting with weight exp(similarity /
+    temperature). train (t, D), onehot (t, C), test (s, D) -> (s, C)."""
+    similarity = F.normalize(test, dim=1) @ F.normalize(train, dim=1).T
+    nearest, ids = similarity.topk(min(neighbours, len(train)), dim=1)
+    return torch.einsum("sk,skc->sc", (nearest / temperature).exp(), onehot[ids])
+
+
+def ridge_scores(train, onehot, test, strength=0.01):
+    """Ridge regression onto one-hot labels, in its dual form: the features outnumber the images.
+
+    W = argmin |X W - Y|^2 + lambda |W|^2 gives X* W = X* X' (X X' + lambda I)^-1 Y; lambda =
+    strength * mean |x|^2, so that it does not depend on the scale of the features. train (t, D),
+    onehot (t, C), test (s, D) -> (s, C).
+    """
+    gram = train @ train.T
+    gram.diagonal().add_((strength * gram.diagonal().mean()).clamp(min=1e-12))
+    return test @ train.T @ torch.linalg.solve(gram, onehot)
+
+
+def draw_shots(labels, shots, seed):
+    """One random choice of `shots` training images per class, labels (n,) int -> their indices,
+    and those of all other images."""
+    order = np.random.default_rng(seed).permutation(len(labels))
+    train = [order[labels[order] == kind][:shots] for kind in np.unique(labels)]
+    return np.concatenate(train), np.setdiff1d(order, train)
+
+
+def probe_accuracy(features, labels, classifier, shots, draws, seed):
+    """Accuracy in % on the images that are not drawn for training -> a list over draws.
+
+    features (n, D), centred by the mean of the training images; labels (n,) int; classifier:
+    `knn_scores` or `ridge_scores`. Accuracy is averaged over classes, so that uninformative
+    features score 100 / C whatever the sizes of the classes.
+    """
+    features = features.double()
+    onehot = F.one_hot(torch.from_numpy(labels)).double()
+    accuracies = []
+    for draw in range(draws):
+        train, test = draw_shots(labels, shots, [seed, shots, draw])
+        mean = features[train].mean(dim=0)
+        scores = classifier(features[train] - mean, onehot[train], features[test] - mean)
+        truth = onehot[test]
+        correct = scores.argmax(dim=1) == truth.argmax(dim=1)
+        share = truth[correct].sum(dim=0) / truth.sum(dim=0)                # of each class
+        accuracies.append(100 * float(share.mean()))
+    return accuracies
+
+def probe(args):
+    """Few-shot probes: compares the accuracy of the frozen features of every layer of all inputs,
+    by nearest neighbours and by ridge regression. --data holds one folder per class."""
+    files = analyze.draw_files(args.data, args.images, args.seed, args.out)
+    classes = [Path(file).relative_to(args.data).parts[0] for file in files]
+    check_classes(args.data, set(classes))
+    names, labels, sizes = np.unique(classes, return_inverse=True, return_counts=True)
+    if len(names) < 2 or sizes.min() <= max(args.shots):
+        raise InputError(f"--data {args.data}: probe needs one folder per class, two or more, and "
+                         "in each more images than --shots; raise --images, or lower --shots")
+    models = analyze.load_models(args)
+    features = defaultdict(list)                                # (label, layer): [(B, D), ...]
+    for batch in analyze.batches(models, files, args.batch_size):
+        for label, model, images in batch:
+            for layer, tokens in enumerate(analyze.representations(model, images)):
+                features[label, layer].append(tokens.mean(dim=1).cpu())
+    lines = defaultdict(list)
+    for name, classifier in (("5-NN", knn_scores), ("ridge", ridge_scores)):
+        for shots in args.shots:
+            quantity = f"{name} accuracy (%), {shots} per class"
+            for (label, layer), parts in features.items():
+                accuracies = probe_accuracy(torch.cat(parts), labels, classifier, shots, DRAWS,
+                                            args.seed)
+                lines[quantity, label].append((layer, *mean_and_error(accuracies)))
+    draw_lines(args.out, "probe", lines, "layer",
+               f"{len(files)} images; mean and standard error over {DRAWS} choices of the shots; "
+               f"chance: {100 / len(names):.3g}%")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -313,10 +406,11 @@ class Study:
         return top1
 
     def analyze(self, name, inputs, *words):
-        """Run a command of analyze.py on {label: file or folder}; random: None. It draws NAME.png
-        -> rows of NAME.csv."""
+        """Run a command of analyze.py, or `probe`, on {label: file or folder}; random: None. It
+        draws NAME.png -> rows of NAME.csv."""
         inputs = [label if path is None else f"{label}={path}" for label, path in inputs.items()]
-        self.run("analyze.py", name, *inputs, *words, "--out", ".")
+        script = "tests/tools/miniature.py" if name == "probe" else "analyze.py"
+        self.run(script, name, *inputs, *words, "--out", ".")
         with open(self.out / f"{name}.csv", newline="") as file:
             return list(csv.DictReader(file))
 
@@ -498,25 +592,38 @@ def taps_table(taps, probe):
 
 
 def draw(args, study, top1, probe):
-    """Draw labels.png and probe_blocks.png; analyze.py has drawn cka, attention, fig4 and probe."""
+    """Draw labels.png and probe_blocks.png. The commands have drawn cka, attention, fig4, probe."""
     places = {shots: study.pictures(shots) / study.count["classes"] for shots in STEPS}
     lines = {("top-1 (%)", start): [(places[shots], *mean_and_error(top1[start, shots]))
                                     for shots in STEPS] for start in STARTS}
-    draw_lines(args, "labels", lines, "labelled pictures a class",
+    draw_lines(args.out, "labels", lines, "labelled pictures a class",
                f"mean and standard error of {RUNS * len(SEEDS)} runs")
 
     lines = {(f"{kind} accuracy (%), 5 per class", start):
              [(layer, *mean_and_error(values)) for layer, values in enumerate(zip(*curves))]
              for (kind, start), curves in probe.items() if not start.startswith("tap")}
-    draw_lines(args, "probe_blocks", lines, "layer", "frozen features of test pictures; mean and "
-               f"standard error over {len(SEEDS)} pre-training seeds")
+    draw_lines(args.out, "probe_blocks", lines, "layer", "frozen features of test pictures; mean "
+               f"and standard error over {len(SEEDS)} pre-training seeds")
 
 
 # --------------------------------------------------------------------------------------------------
 # Main
 # --------------------------------------------------------------------------------------------------
 def parse_args(argv=None):
+    """Options of the study or, if the first word is `probe`, of that command."""
+    words = sys.argv[1:] if argv is None else argv
+    if words[:1] == ["probe"]:
+        parser = Parser(probe.__doc__, prog="miniature.py probe [LABEL=]SOURCE ...")
+        add = parser.group("inputs and outputs")
+        add("inputs", nargs="+", help="checkpoints and other models: see `analyze.py --help`")
+        add("--out", default="out/analyze", help="folder for picture and table")
+        analyze.model_options(parser, add)
+        analyze.image_options(add)
+        add("--shots", low=1, nargs="+", default=[2, 5, 10], help="training images per class")
+        parser.set_defaults(command=probe)
+        return parser.parse_args(words[1:])
     parser = Parser(__doc__)
+    parser.set_defaults(command=run_study)
     add = parser.group("study")
     add("--data", required=True, help="folder of CLASS/*.png, or an unpacked npm package "
                                       "emoji-datasource-VENDOR")
@@ -525,7 +632,7 @@ def parse_args(argv=None):
     add("--minutes", type=float, low=1, default=FULL_MINUTES,
         help="shortens all training in proportion; starting two hundred commands takes 15 minutes "
              "in any case")
-    return parser.parse_args(argv)
+    return parser.parse_args(words)
 
 
 def open_study(args):
@@ -542,6 +649,10 @@ def open_study(args):
 
 
 def main(args):
+    args.command(args)
+
+
+def run_study(args):
     """Run the whole study, or what is left of it."""
     study = open_study(args)
     count = study.count
