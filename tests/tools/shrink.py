@@ -1,14 +1,15 @@
-"""Copy a folder of images once, each reduced to a short side of 256 pixels: training then reads it
+"""Copy a folder of images once, each reduced to a short side of 256 pixels. Training then reads it
 two to three times as fast.
 
     python tests/tools/shrink.py data/imagenet data/imagenet_256            # JPEG of quality 90
     python tests/tools/shrink.py data/imagenet data/imagenet_256 --raw      # PPM, larger and faster
     torchrun --nproc_per_node=8 pretrain_d2mae.py --data data/imagenet_256 --teacher mae_base.pt
 
-Folders and names stay, endings become .jpg or .ppm; pretrain_d2mae.py and finetune.py read the copy
-as they read the original. No image is enlarged. A file that cannot be read is named and left out.
-The command may be killed: the same command goes on with what is missing. Not for segmentation and
-tracking, whose labels and boxes belong to the original pixels.
+Folders and names stay, endings become .jpg or .ppm (of a.png and a.jpg: a.png.jpg and a.jpg.jpg).
+pretrain_d2mae.py and finetune.py read the copy as they read the original. No image is enlarged. A
+file that cannot be read is reported and not copied. Rerun a command that was killed: it writes what
+is missing. The copy does not serve segmentation and tracking, whose labels and boxes belong to the
+original pixels.
 """
 import argparse
 import collections
@@ -24,26 +25,28 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from models import InputError, list_images, open_image, plain_errors  # noqa: E402
+from models import InputError, Names, list_images, open_image, plain_errors  # noqa: E402
 
 
 class Shrink(Dataset):
-    """Item -> None once the file is written, or why its source cannot be read."""
+    """Item -> None once the file is written, or why its source cannot be read. pairs: [(source,
+    target)]; side, raw: see `shrink`."""
 
-    def __init__(self, pairs, args):
-        self.pairs = pairs    # [(source, target)]
-        self.args = args
+    def __init__(self, pairs, side, raw):
+        self.sources = Names(source for source, _ in pairs)
+        self.targets = Names(target for _, target in pairs)
+        self.side = side
+        self.raw = raw
 
     def __len__(self):
-        return len(self.pairs)
+        return len(self.sources)
 
     def __getitem__(self, index):
-        source, target = self.pairs[index]
         try:
-            data = shrink(source, self.args.side, self.args.raw)
+            data = shrink(self.sources[index], self.side, self.raw)
         except OSError as error:
             return str(error)
-        target = Path(target)
+        target = Path(self.targets[index])
         target.parent.mkdir(parents=True, exist_ok=True)
         scratch = target.with_name(f".{target.name}.tmp")    # hidden: never taken for an image
         try:
@@ -51,11 +54,12 @@ class Shrink(Dataset):
             os.replace(scratch, target)    # whole, or not there
         except OSError as error:
             scratch.unlink(missing_ok=True)
-            raise OSError(f"cannot write {target} ({error}): the same command goes on") from None
+            raise OSError(f"cannot write {target} ({error}): rerun the command to go on") from None
 
 
 def shrink(source, side, raw):
-    """Image file -> bytes of a JPEG or PPM file whose short side is at most `side`. OSError."""
+    """Image file -> bytes of a JPEG file, or of a PPM file if raw, whose short side is at most
+    `side`. Raises OSError."""
     image = open_image(source)
     factor = side / min(image.size)
     if factor < 1:
@@ -69,17 +73,17 @@ def shrink(source, side, raw):
     return file.getvalue()
 
 
-def list_pairs(args):
-    """-> [(source, target)], as strings, since there may be millions. Sources that differ in their
-    ending alone keep it: a.png.jpg."""
-    sources = list_images(args.src)
+def list_pairs(src, dst, ending):
+    """-> [(source, target)]. A source keeps its ending below the new one, a.png.jpg, where its
+    target would be that of another."""
+    sources = list_images(src)
     uses = collections.Counter(os.path.splitext(file)[0] for file in sources)
+    uses.update(sources)
     pairs = []
     for file in sources:
-        stem, ending = os.path.splitext(file)
-        name = stem if uses[stem] == 1 else stem + ending
-        target = os.path.join(args.dst, os.path.relpath(name, args.src))
-        pairs.append((file, target + (".ppm" if args.raw else ".jpg")))
+        stem = os.path.splitext(file)[0]
+        name = stem if uses[stem] == 1 else file
+        pairs.append((file, os.path.join(dst, os.path.relpath(name, src)) + ending))
     return pairs
 
 
@@ -87,7 +91,7 @@ def check(args):
     """Raise InputError unless the two folders fit together; note the options in DST."""
     src, dst = args.src.resolve(), args.dst.resolve()
     if src == dst or src in dst.parents or dst in src.parents:
-        raise InputError(f"DST {args.dst} and SRC {args.src} lie in each other: give a DST beside it")
+        raise InputError(f"DST {args.dst} and SRC {args.src} are nested: give a DST beside SRC")
     if (args.src / "annotations").is_dir():
         raise InputError(f"{args.src} holds annotations, which belong to the original pixels: "
                          "segmentation and tracking read the originals")
@@ -97,7 +101,7 @@ def check(args):
     options = dict(src=str(src), side=args.side, raw=args.raw)
     if note.exists() and json.loads(note.read_text()) != options:
         raise InputError(f"{args.dst} was begun with {note.read_text()}: give the same SRC, --side "
-                         "and --raw to go on, or another DST")
+                         "and --raw to resume, or another DST")
     args.dst.mkdir(parents=True, exist_ok=True)
     note.write_text(json.dumps(options))
 
@@ -110,7 +114,7 @@ def estimate(pairs, args, count=100):
         try:
             sizes.append(len(shrink(source, args.side, args.raw)))
         except OSError:
-            pass    # named when its turn comes
+            pass    # reported when its turn comes
     return sum(sizes) * len(pairs) / max(1, len(sizes))
 
 
@@ -132,7 +136,7 @@ def parse_args(argv=None):
 
 
 def main(args):
-    pairs = list_pairs(args)
+    pairs = list_pairs(args.src, args.dst, ".ppm" if args.raw else ".jpg")
     check(args)
     left = [(source, target) for source, target in pairs if not os.path.exists(target)]
     needed, free = estimate(left, args), shutil.disk_usage(args.dst).free
@@ -141,12 +145,13 @@ def main(args):
     if needed > free:
         raise InputError(f"{args.dst} has too little space: give another DST"
                          + ", or leave out --raw" * args.raw)
-    loader = DataLoader(Shrink(left, args), batch_size=None, num_workers=args.workers)
+    dataset = Shrink(left, args.side, args.raw)
+    loader = DataLoader(dataset, batch_size=None, num_workers=args.workers)
     unreadable = 0
     for error in tqdm(loader):
         if error:
             unreadable += 1
-            tqdm.write(f"{error}: left out", sys.stderr)
+            tqdm.write(f"not copied: {error}", sys.stderr)
     if unreadable == len(pairs):
         raise InputError(f"no image of {args.src} can be read")
     print(f"{args.dst}: {len(pairs) - unreadable} images, {unreadable} unreadable")
