@@ -608,6 +608,15 @@ def build_model(name=None, file=None, mean=None, std=None, vit={}, hiera={}, **o
     return model
 
 
+def load_model(path, name=None, **options):
+    """Read an encoder file, build its model with the `options` of `build_model`, and load it
+    -> model, what `read_encoder` returns. Raises InputError."""
+    file = read_encoder(path)
+    model = build_model(name, file, **options)
+    load_encoder(model, file)
+    return model, file
+
+
 def model_name(file):
     """Name in MODELS of the encoder in a file; the first, if the number of heads is unknown."""
     for name, sizes in MODELS.items():
@@ -782,7 +791,7 @@ def read_encoder(path):
     path, state (its tensors, by the names of timm, MAE and Hiera), others (all other tensors behind
     the same prefix, such as heads), arch (its sizes, see `infer_arch`), size_is_stored, supervised
     (there is a classifier), pooled (it reads the mean patch token), mean and std (None if not
-    stored).
+    stored), content (all that the file holds).
 
     Unwraps {'model'}, {'model_state'}, {'state_dict'}, drops prefixes (DistributedDataParallel,
     torch.compile, MAE-Lite, MoCo-v3, Hugging Face, Lightning) and joins q, k, v. Of several
@@ -804,13 +813,14 @@ def read_encoder(path):
         found = f"several encoders: {sorted(prefixes)}" if prefixes else "no ViT or Hiera encoder"
         raise InputError(f"checkpoint {path} has {found} (looked for a key ending in {stems[0]})")
     prefix = prefixes.pop()
+    supervised = any(k.endswith("classifier.weight") for k in state)    # Hugging Face's
     state = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
 
     # names, and one qkv
     for old, new in RENAMED:
         state = {k.replace(old, new): v for k, v in state.items()}
     join_qkv(state)
-    supervised = bool({"head.weight", "head.projection.weight"} & state.keys())
+    supervised |= bool({"head.weight", "head.projection.weight"} & state.keys())
     pooled = bool({"fc_norm.weight", "head.projection.weight"} & state.keys())
     state = {re.sub("^fc_norm", "norm", k): v for k, v in state.items()}
 
@@ -832,7 +842,8 @@ def read_encoder(path):
     mean, std = (content[k] if isinstance(content.get(k), (list, tuple)) else None
                  for k in ("mean", "std"))
     return SimpleNamespace(path=path, state=state, others=others, arch=arch, mean=mean, std=std,
-                           size_is_stored=size_is_stored, supervised=supervised, pooled=pooled)
+                           size_is_stored=size_is_stored, supervised=supervised, pooled=pooled,
+                           content=content)
 
 
 def join_qkv(state):
@@ -922,6 +933,8 @@ RENAMED = (    # in published files -> here; q_proj, layers: names of transforme
     ("layernorm_before.", "norm1."),
     ("layernorm_after.", "norm2."),
     ("layernorm.", "norm."),
+    ("head.norm.", "norm."),             # Hiera of timm
+    ("head.fc.", "head.projection."),
     ("gamma_1", "ls1.gamma"),
     ("gamma_2", "ls2.gamma"),
 )
@@ -1184,7 +1197,8 @@ def resume(args, run, steps, model, optimizer, scaler, **data):
                 file.unlink()
         if (out / "last.pt").exists():
             holder = [read_file(out / "last.pt")]
-            check_same_run(out / "last.pt", holder[0], {**plain(args), **data})
+            found = dict(data, arch=model.arch)
+            check_same_run(out / "last.pt", holder[0], {**plain(args), **found})
     if world > 1:
         dist.broadcast_object_list(holder, src=0)
     state = holder[0] or {"epoch": 0}
@@ -1439,6 +1453,9 @@ def list_images(folder, out=None):
     is everything below `out`: what a run writes is no data. Raises InputError if there is none."""
     if not Path(folder).is_dir():
         raise InputError(f"{folder} is not a folder: give a folder of images")
+    if out and os.path.realpath(out) == os.path.realpath(folder):
+        raise InputError(f"--out {out} is the folder of the images: give another, since nothing "
+                         "below --out is data")
     types = image_types()
     files = []
     left_out = Counter()
@@ -1452,7 +1469,7 @@ def list_images(folder, out=None):
         seen.add(real)
         with os.scandir(place) as entries:
             for entry in sorted(entries, key=lambda entry: entry.name):
-                ending = os.path.splitext(entry.name)[1].lower()
+                ending = "." + entry.name.rpartition(".")[2].lower()
                 if entry.name.startswith("."):
                     continue
                 if entry.is_dir():
@@ -1466,7 +1483,7 @@ def list_images(folder, out=None):
         raise InputError(f"{folder} holds no image that Pillow reads ({kinds})")
     if left_out and int(os.environ.get("RANK", 0)) == 0:
         print(f"{folder}: {left_out.total()} files of other endings left out ({kinds})")
-    return Names(sorted(files))
+    return sorted(files)
 
 
 def open_image(path):
@@ -1500,7 +1517,7 @@ class ImageDataset(Dataset):
     index). An unreadable file raises OSError."""
 
     def __init__(self, files, seed):
-        self.files = files
+        self.files = Names(files)
         self.seed = seed
 
     def __len__(self):

@@ -47,10 +47,10 @@ from torchvision.transforms.v2.functional import pil_to_tensor
 from torchvision.utils import save_image
 from tqdm import tqdm
 
-from models import (Block, ImageDataset, InputError, Names, Parser, attention_logits, build_model,
-                    eval_loader, init_distributed, init_mae, list_images, load_encoder, log, lr_at,
-                    normalize, param_groups, plain_errors, random_crop, read_encoder,
-                    representation, resume, save, sincos_2d, train_loader)
+from models import (Block, ImageDataset, InputError, Parser, attention_logits, build_model,
+                    eval_loader, init_distributed, init_mae, list_images, load_model, log,
+                    normalize, param_groups, plain_errors, random_crop, representation, resume,
+                    save, sincos_2d, train_loader)
 
 RECIPE = dict(    # Sec. 4; settings without an option. All others: `parse_args`
     betas=(0.9, 0.95), weight_decay=0.05,   # AdamW; no decay of biases, norms and tokens
@@ -243,21 +243,17 @@ def train(args):
     rank, world, device, dtype = run = init_distributed(args.device, args.dtype)
     torch.manual_seed(args.seed)
     model, teacher = (x and x.to(device) for x in build_student(args))
-    target_maps = model.distillation.target_maps if teacher else no_maps
-    train_set, val_set = make_data(args, model)
-    loader = train_loader(train_set, args.batch_size, args.accum_steps, 512, args.workers,
-                          args.seed, run)
-    val_loader = eval_loader(val_set, 64, args.workers, run)
+    loader, val_loader = build_loaders(args, model, run)
     accum_steps = loader.sampler.accum_steps
     steps = len(loader) // accum_steps    # optimizer steps per epoch
     peak_lr = args.base_lr * loader.sampler.total_batch / 256
     optimizer = AdamW(param_groups(model, args.weight_decay), peak_lr, args.betas, fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    data = dict(train_images=len(train_set))
+    data = dict(train_images=len(loader.dataset))    # compared on resuming
     first_epoch = resume(args, run, steps, model, optimizer, scaler, **data)
-
     student = torch.compile(model) if args.compile else model
-    target_maps = torch.compile(target_maps) if args.compile else target_maps
+    if args.compile and teacher:
+        model.distillation.target_maps = torch.compile(model.distillation.target_maps)
     if world > 1:
         student = DistributedDataParallel(student, gradient_as_bucket_view=True)
     if not first_epoch:
@@ -267,7 +263,7 @@ def train(args):
         loader.sampler.set_epoch(epoch)
         student.train()    # nothing below draws random numbers: masks come with the data
         bar = tqdm(loader, f"epoch {epoch + 1}/{args.epochs}", disable=rank > 0)
-        means = {}    # losses of the batch
+        means = {}    # of the losses over a batch
         for i, (images, noise) in enumerate(bar):
             step = epoch * steps + i // accum_steps
             update = (i + 1) % accum_steps == 0
@@ -275,7 +271,7 @@ def train(args):
             ids_keep, ids_masked = random_masking(noise, args.mask_ratio)
             student.require_backward_grad_sync = update    # DistributedDataParallel reads it
             with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-                maps = target_maps(teacher, images, ids_keep)
+                maps = teacher and model.distillation.target_maps(teacher, images, ids_keep)
                 losses = student(images, ids_keep, ids_masked, maps)
             scaler.scale(losses["loss"] / accum_steps).backward()
             means = {k: means.get(k, 0) + v.detach() / accum_steps for k, v in losses.items()}
@@ -296,7 +292,6 @@ def train(args):
                              grad_norm=grad_norm, **means)
                 bar.set_postfix(loss=f"{values['loss']:.4f}")
             means = {}
-
         if (epoch + 1) % args.eval_every == 0 or epoch + 1 == args.epochs:
             report(args, run, model, teacher, val_loader, epoch=epoch + 1, step=(epoch + 1) * steps)
         save(args, rank, "last.pt", model, epoch=epoch + 1, **data, norm_pix=args.norm_pix,
@@ -305,8 +300,12 @@ def train(args):
     save(args, rank, "encoder.pt", model.encoder, epoch=args.epochs)
 
 
-def no_maps(teacher, images, ids_keep):
-    """MAE has no teacher, and no target maps."""
+def lr_at(step, total, warmup, lr, min_lr):
+    """Learning rate of step `step` (from 0): linear warm-up from 0, then half a cosine."""
+    if step < warmup:
+        return lr * step / warmup
+    done = (step - warmup) / max(1, total - warmup)
+    return min_lr + (lr - min_lr) / 2 * (1 + math.cos(math.pi * done))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -322,7 +321,6 @@ def build_student(args):
     options = dict(img_size=args.image_size, mean=args.mean, std=args.std, hiera=dict(q_pool=2),
                    vit=dict(fixed_pos_embed=True))
     encoder = build_model(args.model, patch_size=args.patch_size, **options)
-    init_mae(encoder)    # Hiera's own initialisation is for classifiers
     tap = args.decoder_tap or (8 if args.method == "d2-mae" else encoder.depth)
     dim = 96 if hiera else max(96, encoder.embed_dim // 2)    # of the decoder; heads of 32
     kind = HieraMaskedAutoencoder if hiera else MaskedAutoencoder
@@ -333,9 +331,7 @@ def build_student(args):
     if not args.teacher:
         return model, None
 
-    file = read_encoder(args.teacher)
-    teacher = build_model(None, file, **options)
-    load_encoder(teacher, file)
+    teacher, file = load_model(args.teacher, **options)
     if teacher.grid != encoder.grid:
         raise InputError(f"--teacher {args.teacher} has {teacher.grid} tokens, the student "
                          f"{encoder.grid}: choose a --model of its kind, and its --patch-size")
@@ -383,9 +379,9 @@ class Images(ImageDataset):
         return pil_to_tensor(ImageOps.fit(image, self.image_size[::-1], Image.BICUBIC)), noise
 
 
-def make_data(args, model):
-    """-> training set and held-out set: the folders train and val of --data; without val, every
-    50th image is held out."""
+def build_loaders(args, model, run):
+    """Loaders of the training and the held-out images: the folders train and val of --data; without
+    val, every 50th image is held out."""
     root = Path(args.data)
     if (root / "annotations").is_dir():
         raise InputError(f"--data {root} holds annotations beside its images: give the folder of "
@@ -395,14 +391,18 @@ def make_data(args, model):
     if has_train and has_val:
         val = list_images(root / "val", args.out)
     else:
-        val = Names(train[i] for i in range(0, len(train), 50))
-        train = Names(file for i, file in enumerate(train) if i % 50)
+        val = train[::50]
+        train = [file for i, file in enumerate(train) if i % 50]
     if not train:
         raise InputError(f"--data {args.data} holds a single image: give more")
     count = min(len(val), args.val_images)
     val = [val[i * len(val) // count] for i in range(count)]    # from all folders
-    train_set = Images(train, args.seed, model.cells, model.encoder.img_size, args.crop_scale)
-    return train_set, Images(val, args.seed, model.cells, model.encoder.img_size)
+    size = model.encoder.img_size
+    train_set = Images(train, args.seed, model.cells, size, args.crop_scale)
+    loader = train_loader(train_set, args.batch_size, args.accum_steps, 512, args.workers,
+                          args.seed, run)
+    val_set = Images(val, args.seed, model.cells, size)
+    return loader, eval_loader(val_set, 64, args.workers, run)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -444,7 +444,7 @@ def evaluate(model, teacher, val_loader, mask_ratio, run):
         images = normalize(images, model.mean, model.std)
         ids_keep, ids_masked = random_masking(noise, mask_ratio)
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            maps = model.distillation.target_maps(teacher, images, ids_keep) if teacher else None
+            maps = teacher and model.distillation.target_maps(teacher, images, ids_keep)
             losses = model(images, ids_keep, ids_masked, maps)
         base = model.target(images, ids_masked).var(dim=-1, unbiased=False).mean()
         means = (torch.ones_like(base), losses["rec"], base, losses.get("attn", 0 * base))
@@ -524,6 +524,7 @@ class HieraMaskedAutoencoder(MaskedAutoencoder):
 
     def __init__(self, encoder, decoder_tap=12, decoder_dim=96, *args, **options):
         super().__init__(encoder, decoder_tap, decoder_dim, *args, **options)
+        init_mae(encoder)    # its own initialisation is for classifiers
         h, w = encoder.unit_grid
         self.cells = h * w    # mask units
         self.decoder_pos_embed = nn.Parameter(torch.zeros(1, 4 * h * w, decoder_dim))    # raster
