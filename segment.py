@@ -1,10 +1,10 @@
 """Semantic segmentation of ADE20K by Semantic FPN on a lightweight ViT (Sec. "transfer").
 
     torchrun --nproc_per_node=8 segment.py --init out/pretrain/encoder.pt    # D2-MAE: 39.0 mIoU
-    torchrun --nproc_per_node=8 segment.py --init out/rpe/best.pt            # fine-tuned, RPE: 42.8
-    python segment.py --eval                                                 # score of best.pt
+    torchrun --nproc_per_node=8 segment.py --init out/rpe/classifier.pt      # fine-tuned, RPE: 42.8
+    python segment.py --eval                                                 # score of segmenter.pt
     python segment.py --predict photo.jpg                                    # or a folder
-    python tests/tools/demo.py segment                                             # needs no files
+    python tests/tools/demo.py segment                                       # needs no files
 
 A plain ViT gives four maps of one size, after blocks 4, 6, 8 and 12. `Pyramid` makes them strides
 4, 8, 16 and 32; `SemanticFPN` brings them all to stride 4, adds and classifies. Position tables
@@ -15,26 +15,28 @@ Shapes: B images, K classes, h x w patch grid, D width of the encoder, C = D / 4
         s = patch size / 4, the stride of the class scores.
 Labels: (H, W) uint8, 0 .. K - 1, and 255 for pixels that are neither trained on nor scored.
 Data:   DIR/{images,annotations}/{training,validation}, as in ADEChallengeData2016; label files are
-        PNG of the image's name. Class names: DIR/objectInfo150.txt, or a name a line there.
+        PNG of the image's name. Class names: DIR/objectInfo150.txt, or one name per line there.
 
-NOTES, departures from the authors' code (mmsegmentation):
-- Crops, flips and colours are a function of (seed, epoch, image), whatever the number of workers
-  and processes. Dropout and drop path are drawn in each process, from (seed, epoch, process).
-- Training runs in bfloat16 or float16 on GPUs, as the paper says. The authors' configuration asks
-  for it by a key that MMEngine does not read, so their code trains in float32: --dtype fp32.
-- Evaluation runs in float32, like theirs; GPUs from Ampere on multiply in TensorFloat-32.
-- best.pt is the best of all evaluations, on the images that are scored; the authors select nothing.
-  The last line of log.jsonl is the score to compare with theirs.
-- Warm-up reaches the full rate at iteration 1500, MMEngine's one iteration earlier.
-- The position table and the class token are not decayed; mmsegmentation means to spare them, but
-  compares names without their prefix.
-- Hue shifts are continuous, not whole steps of OpenCV's 180.
-- Images smaller than a window are padded to it with the mean colour, zero once normalised.
-- With --accum-steps batch statistics are those of a micro-batch. Without GPUs they are those of
-  each process, since PyTorch's SyncBatchNorm needs GPUs.
-- `--predict` classifies the resized photograph and enlarges labels, not all logits, to its size.
+NOTES, details that the paper does not give, and departures from the authors' code, which runs in
+mmsegmentation:
+1. The loss is averaged over all pixels, ignored ones included, as by mmsegmentation's default
+   (avg_non_ignore=False in cross_entropy_loss.py).
+2. Training runs in bfloat16 or float16 on GPUs, as the paper says. The authors' configuration asks
+   for it by a key that MMEngine does not read, so their code trains in float32: --dtype fp32.
+3. Evaluation runs in float32, like theirs; GPUs from Ampere on multiply in TensorFloat-32.
+4. Warm-up reaches the full rate at iteration 1500, MMEngine's one iteration earlier.
+5. The position table and the class token are not decayed. mmsegmentation intends to exempt them,
+   but compares names without their prefix (layer_decay_optimizer_constructor.py).
+6. Hue shifts are continuous, not whole steps of OpenCV's 180.
+7. Images smaller than a window are padded to it with the mean colour, zero once normalised.
+8. Crops and test images are scaled by the shorter side of --image-size, whatever the shape of the
+   image: a picture keeps its ratio, in training as in evaluation.
+9. Crops, flips and colours depend on (seed, epoch, image): not on the number of workers or
+   processes. Dropout and drop path are drawn in each process, from (seed, epoch, process).
+10. With --accum-steps batch statistics are those of a micro-batch. Without GPUs they are those of
+    each process, since PyTorch's SyncBatchNorm needs GPUs.
+11. `--predict` classifies the resized photograph and enlarges labels, not all logits, to its size.
 """
-import functools
 import math
 from pathlib import Path
 
@@ -47,16 +49,15 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_
 from torch.optim import AdamW
-from torch.utils.data import DataLoader
 from torchvision.transforms import InterpolationMode, RandomCrop
 from torchvision.transforms.v2.functional import (adjust_hue, crop, pad, pil_to_tensor, resize,
                                                   to_pil_image)
 from torchvision.utils import draw_segmentation_masks
 from tqdm import tqdm
 
-from models import (ImageDataset, InputError, Parser, build_model, check_size, eval_loader,
-                    init_distributed, list_images, log, mix_seed, normalize, open_image,
-                    param_groups, plain_errors, read_encoder, read_file, resume, save,
+from models import (Block, ImageDataset, InputError, Parser, build_model, eval_loader,
+                    init_distributed, list_images, load_encoder, log, mix_seed, normalize,
+                    open_image, param_groups, plain_errors, read_encoder, read_text, resume, save,
                     train_loader)
 
 RECIPE = dict(    # settings without an option. All others: `parse_args`
@@ -67,8 +68,31 @@ IGNORE = 255    # label of pixels that are neither trained on nor scored
 
 
 # --------------------------------------------------------------------------------------------------
-# Method: pyramid, head and loss
+# Method: encoder, pyramid, head and loss
 # --------------------------------------------------------------------------------------------------
+class LayerScale(nn.Module):
+    def __init__(self, dim):
+        super().__init__()
+        self.gamma = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x):
+        return x * self.gamma
+
+
+class ScaledBlock(Block):
+    """Block of a `VisionTransformer` with LayerScale: both branches are multiplied by a trained
+    factor per channel, which starts at 1."""
+
+    def __init__(self, dim, *args):
+        super().__init__(dim, *args)
+        self.ls1 = LayerScale(dim)
+        self.ls2 = LayerScale(dim)
+
+    def forward(self, x, index=None):
+        x = x + self.drop_path(self.ls1(self.attn(self.norm1(x), index)))
+        return x + self.drop_path(self.ls2(self.mlp(self.norm2(x))))
+
+
 class Pyramid(nn.Module):
     """From the maps after the blocks `taps` to four (B, C, ., .), each half the size of the one
     before. Those of a plain ViT have one size and are enlarged or reduced; Hiera's stages are a
@@ -105,6 +129,7 @@ class SemanticFPN(nn.Module):
     def __init__(self, encoder, num_classes, width=128, dropout=0.1):
         super().__init__()
         self.encoder = encoder
+        self.arch, self.mean, self.std = encoder.arch, encoder.mean, encoder.std
         encoder.norm = nn.Identity()    # unused; DDP expects gradients for all parameters
         channels = encoder.embed_dim // 4                               # 48 for ViT-Tiny
         self.pyramid = Pyramid(encoder, channels)
@@ -134,8 +159,8 @@ class SemanticFPN(nn.Module):
 def segmentation_loss(logits, labels):
     """Cross entropy of logits (B, K, ., .), enlarged bilinearly, with labels (B, H, W).
 
-    The mean is over ignored pixels too, as in the authors' code: every process and micro-batch has
-    the same denominator, so their average is the loss of the whole batch.
+    The mean is over ignored pixels too: every process and micro-batch has the same denominator, so
+    their average is the loss of the whole batch.
     """
     logits = F.interpolate(logits.float(), labels.shape[1:], mode="bilinear")
     total = F.cross_entropy(logits, labels.long(), ignore_index=IGNORE, reduction="sum")
@@ -147,36 +172,39 @@ def segmentation_loss(logits, labels):
 # --------------------------------------------------------------------------------------------------
 def train(args):
     """Train into args.out: a new run, or the one that last.pt there continues."""
-    rank, world, device, dtype = run = init_distributed(args)
+    rank, world, device, dtype = run = init_distributed(args.device, args.dtype)
     torch.manual_seed(args.seed)
     model = build_segmenter(args).to(device)
-    train_set, val_set = (open_set(args, rank, split) for split in ("training", "validation"))
-    loader = train_loader(train_set, args, run)
-    steps = len(loader) // args.accum_steps    # optimizer steps per epoch
+    loader, val_loader, names = make_loaders(args, run, model)
+    accum_steps = loader.sampler.accum_steps
+    steps = len(loader) // accum_steps         # optimizer steps per epoch
     epochs = math.ceil(args.iters / steps)     # the last one may be cut short
     groups = param_groups(model, args.weight_decay, args.layer_decay, model.encoder.depth)
     optimizer = AdamW(groups, args.lr, args.betas, fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    state = resume(args, rank, world, model, optimizer, scaler)
-    best = state.get("best", -1.0)
-    args.classes = class_names(args)    # stored for --predict, not compared on resuming
+    data = dict(classes=names, training_images=len(loader.dataset), epochs=epochs)
+    first_epoch = resume(args, run, steps, model, optimizer, scaler, **data)
+
     network = torch.compile(model) if args.compile else model
     if world > 1:
         network = DistributedDataParallel(network, gradient_as_bucket_view=True)
 
-    for epoch in range(state["epoch"], epochs):
+    for epoch in range(first_epoch, epochs):
         loader.sampler.set_epoch(epoch)
         torch.manual_seed(mix_seed(args.seed, epoch, rank))    # of dropout and drop path
         network.train()
         bar = tqdm(loader, f"epoch {epoch + 1}/{epochs}", disable=rank > 0)
         for i, (images, labels) in enumerate(bar):
-            step = epoch * steps + i // args.accum_steps
-            update = (i + 1) % args.accum_steps == 0
-            images = normalize(images, args.mean, args.std)
+            step = epoch * steps + i // accum_steps
+            if step == args.iters:
+                break
+            update = (i + 1) % accum_steps == 0
+            images = normalize(images, model.mean, model.std)
             network.require_backward_grad_sync = update    # DistributedDataParallel reads it
             with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
                 loss = segmentation_loss(network(images), labels)
-            scaler.scale(loss / args.accum_steps).backward()
+            scaler.scale(loss / accum_steps).backward()
+            mean_loss = (mean_loss if i % accum_steps else 0) + loss.detach() / accum_steps
             if not update:
                 continue
 
@@ -191,19 +219,17 @@ def train(args):
 
             if step % args.log_every == 0:    # the only device-to-host sync
                 values = log(args, rank, world, epoch=epoch + 1, step=step, lr=lr,
-                             grad_norm=grad_norm, loss=loss)
+                             grad_norm=grad_norm, loss=mean_loss)
                 bar.set_postfix(loss=f"{values['loss']:.4f}")
-            if step + 1 == args.iters:
-                break
 
-        if (step + 1) // args.eval_every > epoch * steps // args.eval_every or epoch + 1 == epochs:
-            best = report(args, run, model, val_set, epoch + 1, step + 1, best)
-        save(args, rank, "last.pt", model, epoch=epoch + 1, best=best,
+        if (epoch + 1) % args.eval_every == 0 or epoch + 1 == epochs:
+            values = evaluate(model, val_loader, names, args.out, run)
+            log(args, rank, world, epoch=epoch + 1, step=min((epoch + 1) * steps, args.iters),
+                **values)
+        save(args, rank, "last.pt", model, epoch=epoch + 1, **data,
              optimizer=optimizer.state_dict(), scaler=scaler.state_dict())
-    if not Path(args.out, "best.pt").exists():    # lost after the run: the last model instead
-        save(args, rank, "best.pt", model, epoch=epochs, step=args.iters)
-    if rank == 0:
-        print(f"finished {args.iters} iterations; the best evaluation had mIoU {best:.2f}")
+
+    save(args, rank, "segmenter.pt", model, epoch=epochs, classes=names)
 
 
 def linear_lr(step, total, warmup, lr):
@@ -215,19 +241,47 @@ def linear_lr(step, total, warmup, lr):
 
 
 def build_segmenter(args):
-    """SemanticFPN on the encoder of --init, or on --model with random weights. A ViT gets relative
-    position bias and LayerScale, which start at 0 and 1 where the file has none."""
-    encoder = build_model(args.model, args.init, img_size=args.image_size, drop_path=args.drop_path,
-                          patch_size=args.patch_size, vit=dict(rel_pos_bias=True, layer_scale=1.0))
-    args.arch = encoder.arch
-    args.image_size = encoder.img_size
-    args.mean = encoder.mean
-    args.std = encoder.std
-    check_size(encoder.img_size, 2 * encoder.patch_size, "stride of the coarsest map")
-    model = SemanticFPN(encoder, args.num_classes, dropout=args.dropout)
-    if dist.is_initialized() and dist.get_backend() == "nccl":
+    """SemanticFPN of the options: on the encoder of --init, or on --model with random weights. By
+    default crops are the paper's 512 pixels, 512/224 of the image size of a smaller encoder."""
+    file = read_encoder(args.init) if args.init else None
+    arch = file.arch if file else {}
+    cell = 2 * (args.patch_size or arch.get("patch_size", 16))
+    sides = [min(512, side * 512 / 224) for side in arch.get("img_size", (224, 224))]
+    size = args.image_size or [round(side / cell) * cell for side in sides]
+    model = new_segmenter(file, args.num_classes, args.dropout, name=args.model, img_size=size,
+                          patch_size=args.patch_size, drop_path=args.drop_path, mean=args.mean,
+                          std=args.std)
+    if dist.is_initialized() and dist.get_backend() == "nccl":    # it needs GPUs
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     return model
+
+
+def new_segmenter(file, num_classes, dropout=0.1, **options):
+    """SemanticFPN on the encoder in a file (see `read_encoder`), or, without one, on an encoder of
+    random weights. A ViT gets relative position bias and LayerScale, which start at 0 and 1 where
+    the file has none. options: see `build_model`."""
+    encoder = build_model(file=file, vit=dict(rel_pos_bias=True, block=ScaledBlock), **options)
+    cell = 2 * encoder.patch_size
+    if any(side % cell for side in encoder.img_size):
+        raise InputError(f"--image-size {encoder.img_size} is not a multiple of {cell}, the stride "
+                         "of the coarsest map")
+    if file:
+        load_encoder(encoder, file)
+    return SemanticFPN(encoder, num_classes, dropout=dropout)
+
+
+def load_segmenter(path, img_size=None):
+    """The model in segmenter.pt or last.pt, for its own image size or another -> model, names of
+    its classes, options of its training (dict). Raises InputError for a file of another script."""
+    file = read_encoder(path)
+    stored = file.content.get("args", {})
+    if "zero_is_class" not in stored:
+        raise InputError(f"{path} is no segmentation model: give segmenter.pt of segment.py")
+    model = new_segmenter(file, stored["num_classes"], img_size=img_size)
+    heads = {k: v for k, v in file.content["model"].items() if not k.startswith("encoder.")}
+    model.load_state_dict(heads, strict=False)
+    names = file.content.get("classes") or stored["classes"]    # older files: among the options
+    return model.eval(), names, stored
 
 
 # --------------------------------------------------------------------------------------------------
@@ -310,85 +364,132 @@ def augment(image, labels, size, fill):
 
 
 class SegmentationSet(ImageDataset):
-    """Item (epoch, index) -> image (3, H, W) uint8, labels (H, W) uint8, of a pair of files.
+    """Item (epoch, index) -> image (3, H, W) uint8, labels (H, W) uint8, of the pairs of files in
+    ROOT/{images,annotations}/SPLIT. Raises InputError.
 
-    train=True: augmented crops; all randomness comes from (seed, epoch, index). train=False: the
-    image resized for windows, labels in their own size.
+    num_classes, zero_is_class: see `read_labels`. size: (h, w) of crops and windows. fill: colour,
+    three numbers in 0 .. 255, that pads augmented crops, whose randomness comes from (seed, epoch,
+    index); None: the image resized for windows, labels in their own size. out: folder whose images
+    are left out.
     """
 
-    def __init__(self, images, labels, args, train):
-        super().__init__(images, args, train)
-        self.label_files = labels
+    def __init__(self, root, split, num_classes, zero_is_class, size, seed=0, fill=None, out=None):
+        self.folder = Path(root, "images", split)
+        if not self.folder.is_dir():
+            there = next(place for place in self.folder.parents if place.is_dir()).resolve()
+            inside = ", ".join(sorted(path.name for path in there.iterdir())[:8])
+            raise InputError(f"{self.folder} is not a folder: --data must hold images and "
+                             f"annotations, each with {split}; {there} holds {inside or 'nothing'}")
+        super().__init__(list_images(self.folder, out), seed)
+        self.label_folder = Path(root, "annotations", split)
+        self.num_classes = num_classes
+        self.zero_is_class = zero_is_class
+        self.size = size
+        self.fill = fill
+
+    def label_file(self, index):
+        """Path of the labels of an image: PNG, by the same name."""
+        name = Path(self.files[index]).relative_to(self.folder)
+        return (self.label_folder / name).with_suffix(".png")
 
     def transform(self, image, index):
-        args = self.args
+        path = self.label_file(index)
         image = pil_to_tensor(image)
-        labels = read_labels(args, self.label_files[index])
-        if labels.shape != image.shape[1:]:    # an OSError: --skip-corrupt leaves the pair out
-            raise OSError(f"image {self.pictures[index]} and its labels "
-                          f"{self.label_files[index]} differ in size")
-        if self.train:
-            fill = [round(255 * c) for c in args.mean]
-            return augment(image, labels, args.image_size, fill)
-        return resize_for_test(image, args.image_size), labels
+        labels = read_labels(path, self.num_classes, self.zero_is_class)
+        if labels.shape != image.shape[1:]:
+            raise OSError(f"image {self.files[index]} and its labels {path} differ in size: "
+                          f"{tuple(image.shape[1:])}, upright by its EXIF orientation, and "
+                          f"{tuple(labels.shape)}, as stored; tests/tools/check.py lists all such "
+                          "pairs")
+        if self.fill:
+            return augment(image, labels, self.size, self.fill)
+        return resize_for_test(image, self.size), labels
 
 
-def open_set(args, rank, split):
-    """The "training" or "validation" set of --data, images and labels matched by name. All label
-    files are read first, by the loader processes: a wrong number would otherwise show hours later.
-    Raises InputError."""
-    folder = Path(args.data, "images", split)
-    if not folder.is_dir():
-        raise InputError(f"{folder} is not a folder: --data must hold images and annotations, each "
-                         f"with {split}; is {Path(args.data).resolve().parent} meant?")
-    images = list_images(folder)
-    labels = [Path(args.data, "annotations", split, Path(image).relative_to(folder))
-              .with_suffix(".png") for image in images]
-    setattr(args, f"{split}_images", len(images))    # compared on resuming
-    reader = DataLoader(labels, None, num_workers=args.workers,
-                        collate_fn=functools.partial(read_labels, args))
-    reader = tqdm(reader, f"reading {split} labels", disable=rank > 0, leave=False)
-    classes = max((numbers + 1).max().item() for numbers in reader)    # uint8: IGNORE + 1 is 0
-    if not classes:
-        raise InputError(f"no pixel of the {split} labels has a class: check --zero-is-class")
-    if rank == 0:
-        print(f"{split}: {len(images)} images, whose labels need --num-classes {classes}; given is "
-              f"{args.num_classes}")
-    return SegmentationSet(images, labels, args, split == "training")
+def make_loaders(args, run, model):
+    """-> loaders of training and validation, names of the classes. Process 0 looks at labels."""
+    labelling = args.num_classes, args.zero_is_class
+    size = model.encoder.img_size
+    fill = [round(255 * c) for c in model.mean]
+    train_set = SegmentationSet(args.data, "training", *labelling, size, args.seed, fill, args.out)
+    val_set = SegmentationSet(args.data, "validation", *labelling, size, out=args.out)
+    if run[0] == 0:
+        check_labels(train_set)
+        check_labels(val_set)
+    loader = train_loader(train_set, args.batch_size, args.accum_steps, 16, args.workers, args.seed,
+                          run)
+    val_loader = eval_loader(val_set, 1, args.workers, run)    # images differ in size
+    return loader, val_loader, class_names(args.data, *labelling)
 
 
 # --------------------------------------------------------------------------------------------------
 # Data: labels
 # --------------------------------------------------------------------------------------------------
-def read_labels(args, path):
-    """Label PNG (grey or palette; alpha is dropped) -> classes (H, W) uint8. Raises InputError.
-
-    ADE20K: 0 is ignored, 1 .. 150 are classes 0 .. 149. Labels are shifted here and nowhere else.
-    """
+def read_numbers(path):
+    """Numbers (H, W) int32 that a label file holds: a grey or palette image, whose transparency is
+    dropped, in a format that loses nothing. Raises OSError."""
     try:
-        bands = Image.open(path).split()
-    except (OSError, SyntaxError, ValueError):
-        bands = ()
-    if len(bands) not in (1, 2):
-        raise InputError(f"cannot read labels {path}: give a grey or palette PNG of class numbers")
-    numbers = np.asarray(bands[0]).astype(np.int64)    # a one-bit image has booleans
-    first = 1 - args.zero_is_class
+        image = Image.open(path)
+        bands = image.split()
+    except Exception as error:    # Pillow's plugins raise many kinds
+        raise OSError(f"cannot read labels {path} ({type(error).__name__}: {error}): give a good "
+                      "copy; tests/tools/check.py lists all such files") from None
+    if len(bands) > 2 or image.format not in ("PNG", "BMP", "TIFF"):
+        raise OSError(f"labels {path} are {image.format} of mode {image.mode}: give a grey or "
+                      "palette PNG of class numbers, which JPEG would change")
+    return np.asarray(bands[0]).astype(np.int32)    # a one-bit image has booleans
+
+
+def read_labels(path, num_classes, zero_is_class=False):
+    """Classes (H, W) uint8 of a label file. 255 becomes IGNORE. ADE20K: so does 0, and 1 .. 150 are
+    classes 0 .. 149; with zero_is_class, numbers are classes. Raises OSError for other numbers."""
+    first = 1 - zero_is_class
+    numbers = read_numbers(path)
     classes = np.where(numbers == IGNORE, -1, numbers - first)
-    if classes.max() >= args.num_classes:
-        raise InputError(f"labels {path} hold the number {classes.max() + first}, which is no "
-                         "class: check --num-classes and --zero-is-class")
+    if classes.max() >= num_classes:
+        raise OSError(f"labels {path} hold the number {classes.max() + first}, which is no class: "
+                      "check --num-classes and --zero-is-class; tests/tools/check.py shows all "
+                      "numbers")
     return torch.from_numpy(classes.astype(np.uint8))    # -1 becomes IGNORE
 
 
-def class_names(args):
-    """From objectInfo150.txt in --data, which comes with ADE20K, if it names so many classes; else
-    the numbers of label files."""
-    listed = Path(args.data, "objectInfo150.txt")
-    rows = listed.read_text().splitlines() if listed.exists() else []
+def check_labels(dataset, enough=256):
+    """Look at `enough` evenly spaced label files of a SegmentationSet, and at more until they show
+    two classes; print which numbers they hold. Raises InputError if these do not fit the options,
+    OSError for a bad file."""
+    first = 1 - dataset.zero_is_class
+    numbers = set()
+    used = set()    # without those that are ignored
+    step = max(1, len(dataset) // enough)
+    for looked, i in enumerate(sorted(range(len(dataset)), key=lambda i: i % step)):
+        if looked >= enough and len(used) > 1:
+            break
+        numbers.update(np.unique(read_numbers(dataset.label_file(i))).tolist())
+        used = {number for number in numbers if number >= first and number != IGNORE}
+    if len(used) < 2:
+        raise InputError(f"the labels in {dataset.label_folder} hold "
+                         f"{' and '.join(map(str, sorted(numbers)))} alone, of which "
+                         f"{'0 and ' * first}255 are ignored, but two classes are needed: write 1 "
+                         "for 255, and give --zero-is-class where 0 is a class")
+    needed = max(used) - first + 1
+    text = f"{len(dataset)} images, whose labels hold {len(numbers)} numbers from {min(numbers)} " \
+           f"to {max(numbers)} and need --num-classes {needed}; given is {dataset.num_classes}"
+    if needed != dataset.num_classes:
+        text += ": check --num-classes and --zero-is-class, by tests/tools/check.py"
+    if needed > dataset.num_classes:
+        raise InputError(f"{dataset.folder}: {text}")
+    print(f"{dataset.folder}: {text}")
+
+
+def class_names(root, num_classes, zero_is_class):
+    """Names from objectInfo150.txt in the folder of the data, which comes with ADE20K, if it lists
+    `num_classes`; else the numbers of label files."""
+    listed = Path(root, "objectInfo150.txt")
+    rows = read_text(listed).splitlines() if listed.exists() else []
     rows = [row for row in rows if row.strip() and not row.startswith("Idx")]    # the header
-    if len(rows) == args.num_classes:    # 5 columns, the last like "wall, panel"
+    if len(rows) == num_classes:    # 5 columns, the last like "wall, panel"
         return [row.split("\t")[-1].split(",")[0] for row in rows]
-    return [f"class {k + 1 - args.zero_is_class}" for k in range(args.num_classes)]
+    return [f"class {k + 1 - zero_is_class}" for k in range(num_classes)]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -402,29 +503,29 @@ def window_starts(length, window, stride):
 
 
 @torch.no_grad()
-def sliding_logits(model, image, stride):
+def sliding_logits(model, image, window, stride):
     """Class logits (K, H, W) float32 of a normalised image (3, H, W) of any size: the average over
-    overlapping windows of the size that the encoder is built for, in one batch."""
-    h, w = model.encoder.img_size
+    overlapping windows of `window` (h, w), the size that the model is built for, in one batch."""
+    h, w = window
     H, W = image.shape[1:]
     image = F.pad(image, (0, max(0, w - W), 0, max(0, h - H)))
     windows = [(..., slice(y, y + h), slice(x, x + w))
                for y in window_starts(H, h, stride) for x in window_starts(W, w, stride)]
-    scores = model(torch.stack([image[window] for window in windows]))
+    scores = model(torch.stack([image[window] for window in windows]))           # (., K, h/s, w/s)
     scores = scores.contiguous()    # channels may stand last in memory: slow sums
-    total = image.new_zeros(len(scores[0]), *image.shape[1:])
+    total = image.new_zeros(scores.shape[1], *image.shape[1:])
     count = torch.zeros_like(image[0])
-    for window, score in zip(windows, scores):                                   # (K, h/s, w/s)
+    for window, score in zip(windows, scores):
         total[window] += F.interpolate(score[None].float(), (h, w), mode="bilinear")[0]
         count[window] += 1
     return total.div_(count)[:, :H, :W]
 
 
-@torch.no_grad()
-def label_image(args, model, image, size):
+def label_image(model, image, size):
     """Classes (H, W) uint8, in the given size, of an image (3, ., .) uint8 by sliding windows."""
-    stride = 2 * min(args.image_size) // 3    # 341 of 512
-    logits = sliding_logits(model, normalize(image, args.mean, args.std), stride)
+    window = model.encoder.img_size
+    image = normalize(image[None], model.mean, model.std)[0]
+    logits = sliding_logits(model, image, window, 2 * min(window) // 3)    # stride 341 of 512
     logits = F.interpolate(logits[None], tuple(size), mode="bilinear")[0]
     return logits.argmax(dim=0).byte()
 
@@ -455,41 +556,31 @@ def summarize(confusion):
             "iou": [None if math.isnan(v) else round(100 * v, 2) for v in iou.tolist()]}
 
 
-def evaluate(args, run, model, val_set):
+def evaluate(model, val_loader, names, out, run):
     """Scores of the validation set, each image once for any number of processes -> dict; process 0
-    prints them and draws its first images, their truth and prediction into --out."""
+    prints them and draws its first images, their truth and prediction, into the folder `out`.
+    names: of the classes."""
     rank, world, device, _ = run
     model.eval()
     if world > 1:    # running statistics differ without SyncBatchNorm: process 0 saves its own
         for buffer in model.buffers():
             dist.broadcast(buffer, 0)
-    counts = torch.zeros(args.num_classes, args.num_classes, dtype=torch.long, device=device)
-    for i, (images, labels) in enumerate(eval_loader(val_set, 1, args, run)):
-        predicted = label_image(args, model, images[0], labels.shape[1:])
-        counts += confusion_matrix(predicted, labels[0], args.num_classes)
+    counts = torch.zeros(len(names), len(names), dtype=torch.long, device=device)
+    bar = tqdm(val_loader, "evaluation", leave=False, disable=rank > 0)
+    for i, (images, labels) in enumerate(bar):
+        predicted = label_image(model, images[0], labels.shape[1:])
+        counts += confusion_matrix(predicted, labels[0], len(names))
         if rank == 0 and i < 5:
-            draw_overlay(f"{args.out}/input_truth_prediction_{i + 1}.png", args.classes,
-                         images[0].cpu(), labels[0].cpu(), predicted.cpu())
+            draw_overlay(f"{out}/input_truth_prediction_{i + 1}.png", names, images[0].cpu(),
+                         labels[0].cpu(), predicted.cpu())
     if world > 1:
         dist.all_reduce(counts)
     values = summarize(counts)
     if rank == 0:
         tqdm.write(f"mIoU {values['miou']:.2f}, pixel accuracy {values['pixel_accuracy']:.2f} on "
-                   f"{values['pixels']} labelled pixels; windows of {args.image_size}, "
+                   f"{values['pixels']} labelled pixels; windows of {model.encoder.img_size}, "
                    f"{'TF32' if device.type == 'cuda' else 'float32'}")
     return values
-
-
-def report(args, run, model, val_set, epoch, step, best):
-    """Evaluate on all processes; process 0 logs, and saves a model whose mIoU is the best until
-    now -> best mIoU."""
-    rank, world, _, _ = run
-    values = evaluate(args, run, model, val_set)
-    log(args, rank, world, epoch=epoch, step=step, **values)
-    if values["miou"] > best or not Path(args.out, "best.pt").exists():
-        best = values["miou"]
-        save(args, rank, "best.pt", model, epoch=epoch, step=step, miou=best)
-    return best
 
 
 # --------------------------------------------------------------------------------------------------
@@ -520,14 +611,14 @@ def draw_overlay(path, names, picture, *maps, side=480):
     sheet.save(path)
 
 
-def predict(args, model, device):
-    """Label --predict, or every image below it, into OUT/predict: NAME_labels.png, a palette image
-    with the numbers of label files, and NAME_overlay.png. Raises OSError at the end if some images
-    cannot be read."""
-    root = Path(args.predict)
-    files = list_images(root) if root.is_dir() else [root]
-    first = 1 - args.zero_is_class
-    palette = sum(class_colors(args.num_classes), (0, 0, 0) * first)
+def predict(model, names, zero_is_class, path, out, device):
+    """Label an image, or every image below a folder but outside `out`, into out/predict:
+    NAME_labels.png, a palette image with the numbers of label files, and NAME_overlay.png. Raises
+    OSError at the end if some images cannot be read."""
+    root = Path(path)
+    files = list_images(root, out) if root.is_dir() else [root]
+    first = 1 - zero_is_class
+    palette = sum(class_colors(len(names)), (0, 0, 0) * first)
     bad = []
     for file in files:
         try:
@@ -535,12 +626,12 @@ def predict(args, model, device):
         except OSError as error:
             bad.append(str(error))
             continue
-        small = resize_for_test(image, args.image_size)    # full-size logits need too much memory
-        labels = label_image(args, model, small.to(device), small.shape[1:]).cpu()
+        small = resize_for_test(image, model.encoder.img_size)    # all logits would be too large
+        labels = label_image(model, small.to(device), small.shape[1:]).cpu()
         labels = resize(labels[None], image.shape[1:], InterpolationMode.NEAREST)
         name = Path(file).relative_to(root if root.is_dir() else root.parent).with_suffix("")
-        target = Path(args.out, "predict", name)
-        draw_overlay(f"{target}_overlay.png", args.classes, image, labels[0])
+        target = Path(out, "predict", name)
+        draw_overlay(f"{target}_overlay.png", names, image, labels[0])
         numbers = to_pil_image(labels + first)
         numbers.putpalette(palette)
         numbers.save(f"{target}_labels.png")
@@ -552,7 +643,7 @@ def predict(args, model, device):
 # --------------------------------------------------------------------------------------------------
 # Arguments: the defaults are the paper's
 # --------------------------------------------------------------------------------------------------
-USED = "eval predict init out model image_size patch_size data device workers skip_corrupt"
+USED = "eval predict init out image_size data device workers"
 
 
 def parse_args(argv=None):
@@ -562,10 +653,7 @@ def parse_args(argv=None):
     add("--model", help="encoder; default: that of --init, else vit_tiny, the paper's")
     add("--init",
         help="checkpoint of the encoder (README, 'Checkpoints'), default: random weights; with "
-             "--eval, --predict of this script, default: best.pt of --out")
-    add("--image-size", low=1, nargs="+",
-        help="side, or height and width, of crops and windows; default: the paper's 512, or "
-             "512/224 of a smaller --init; with --eval, --predict that of the file")
+             "--eval, --predict a file of this script, default: segmenter.pt of --out")
     add("--patch-size", low=1, help="side of a ViT patch; default: that of --init, else of --model")
     add("--drop-path", type=float, low=0, high=1, default=0.1,
         help="rate of the encoder's last block; grows linearly from 0; paper: 0.1")
@@ -578,10 +666,12 @@ def parse_args(argv=None):
         help="label files hold 1 .. this, and 0 or 255 for ignored pixels")
     add("--zero-is-class", action="store_true",
         help="label files hold 0 .. num-classes - 1, and 255 for ignored pixels")
+    parser.pixel_options(add, "the paper's 512 for crops and windows, or 512/224 of a smaller "
+                              "--init; with --eval, --predict that of the file")
 
     add = parser.group("recipe (Sec. 'transfer', ADE20K)")
     add("--iters", low=1, default=160_000,
-        help="optimizer steps, which this recipe counts instead of epochs; paper: 160000")
+        help="optimizer steps, by which this recipe counts instead of epochs; paper: 160000")
     add("--warmup-iters", low=0,
         help="linear from a millionth of --lr; default: 1500 of 160000, as the paper's")
     add("--lr", type=float, low=0, default=1e-4,
@@ -589,11 +679,11 @@ def parse_args(argv=None):
     add("--layer-decay", type=float, low=0, high=1, default=0.8,
         help="factor on the rate for every block towards the input; paper: 0.8")
 
-    add = parser.group("evaluation")
+    add = parser.group("evaluation, every 13 epochs by default: the paper's 16,000 iterations")
     add("--eval", action="store_true", help="score a checkpoint instead of training")
     add("--predict", metavar="PATH", help="label an image, or all images below a folder")
 
-    add = parser.run_options("out/segment", batch_size=16, eval_every=16_000, unit="iterations")
+    add = parser.run_options("out/segment", batch_size=16, eval_every=13)
     add("--compile", action="store_true", help="torch.compile the network for training")
     parser.set_defaults(**RECIPE)
     args = parser.parse_args(argv)
@@ -603,12 +693,11 @@ def parse_args(argv=None):
 
 
 def resolve(args):
-    """Fill in the defaults of training that depend on other options."""
+    """Fill in the defaults that depend on other options."""
+    if args.eval or args.predict:
+        args.init = args.init or f"{args.out}/segmenter.pt"
+        return args
     args.data = args.data or "data/ADEChallengeData2016"
-    arch = read_encoder(args.init)[1] if args.init else {}
-    cell = 2 * arch.get("patch_size", 16)
-    sides = [round(side * 512 / 224 / cell) * cell for side in arch.get("img_size", [224])]
-    args.image_size = args.image_size or [min(512, side) for side in sides]
     if args.warmup_iters is None:
         args.warmup_iters = args.iters * 1500 // 160_000
     if args.warmup_iters >= args.iters:
@@ -616,37 +705,27 @@ def resolve(args):
     return args
 
 
-def load_segmenter(args):
-    """The trained model for --eval and --predict. Raises InputError for a file of another script.
-    """
-    args.init = args.init or f"{args.out}/best.pt"
-    file = read_file(args.init)
-    stored = file.get("args", {})
-    if "zero_is_class" not in stored:
-        raise InputError(f"{args.init} is no segmentation model: give best.pt of this script")
-    for name in stored.keys() - USED.split():
-        setattr(args, name, stored[name])
-    args.data = args.data or stored["data"]
-    model = build_segmenter(args)
-    heads = {k: v for k, v in file["model"].items() if not k.startswith("encoder.")}
-    model.load_state_dict(heads, strict=False)
-    return model.eval()
-
-
 # --------------------------------------------------------------------------------------------------
 # Main
 # --------------------------------------------------------------------------------------------------
 def main(args):
     """The run that the options describe: training, --eval or --predict."""
+    args = resolve(args)
     if not (args.eval or args.predict):
-        train(resolve(args))
+        train(args)
         return
-    rank, _, device, _ = run = init_distributed(args)
-    model = load_segmenter(args).to(device)
+    rank, _, device, _ = run = init_distributed(args.device)
+    model, names, stored = load_segmenter(args.init, args.image_size)
+    model.to(device)
+    labelling = len(names), stored["zero_is_class"]
     if args.predict:
-        predict(args, model, device)
+        predict(model, names, stored["zero_is_class"], args.predict, args.out, device)
     if args.eval:
-        evaluate(args, run, model, open_set(args, rank, "validation"))
+        val_set = SegmentationSet(args.data or stored["data"], "validation", *labelling,
+                                  model.encoder.img_size, out=args.out)
+        if rank == 0:
+            check_labels(val_set)
+        evaluate(model, eval_loader(val_set, 1, args.workers, run), names, args.out, run)
 
 
 if __name__ == "__main__":
