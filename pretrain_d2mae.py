@@ -379,22 +379,27 @@ class Images(ImageDataset):
         return pil_to_tensor(ImageOps.fit(image, self.image_size[::-1], Image.BICUBIC)), noise
 
 
-def build_loaders(args, model, run):
-    """Loaders of the training and the held-out images: the folders train and val of --data; without
-    val, every 50th image is held out."""
-    root = Path(args.data)
+def list_data(root, out):
+    """List the training and the held-out images: those of the folders train and val of `root`, or,
+    without val, every 50th image held out. Nothing below `out` is data. Raises InputError."""
+    root = Path(root)
     if (root / "annotations").is_dir():
         raise InputError(f"--data {root} holds annotations beside its images: give the folder of "
                          "the images, such as images/training")
     has_train, has_val = ((root / part).is_dir() for part in ("train", "val"))
-    train = list_images(root / "train" if has_train else root, args.out)
+    train = list_images(root / "train" if has_train else root, out)
     if has_train and has_val:
-        val = list_images(root / "val", args.out)
-    else:
-        val = train[::50]
-        train = [file for i, file in enumerate(train) if i % 50]
+        return train, list_images(root / "val", out)
+    val = train[::50]
+    train = [file for i, file in enumerate(train) if i % 50]
     if not train:
-        raise InputError(f"--data {args.data} holds a single image: give more")
+        raise InputError(f"--data {root} holds a single image: give more")
+    return train, val
+
+
+def build_loaders(args, model, run):
+    """Loaders of the training images, and of at most args.val_images of the held-out ones."""
+    train, val = list_data(args.data, args.out)
     count = min(len(val), args.val_images)
     val = [val[i * len(val) // count] for i in range(count)]    # from all folders
     size = model.encoder.img_size
