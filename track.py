@@ -18,48 +18,56 @@ Shapes: B pairs, Z template tokens, S search tokens (a g x g grid), K of them ke
         H heads, d = D / H, T tokens of both; z and s pixels along the template and search crops.
 Boxes:  x, y, w, h (upper left corner, size) in pixels of a frame, or in [0, 1] of a square crop.
 
-NOTES, departures from the authors' code:
-- The elimination reads one row of the attention map, that of the template's centre token, so only
-  this row is computed (in float32); attention itself stays fused, for the queries that are kept.
-  While tracking, the template is embedded once. The numbers are the same.
-- Boxes are mapped out of a crop by the exact inverse of the mapping in, and mirrored about the same
-  centre, (size - 1) / 2. The authors map in with that centre but out, and mirror, with size / 2.
-- Each crop is flipped on its own. The authors flip both frames and then each crop again, which has
-  the same distribution.
-- A template has a visible frame at most 200 later, or is not drawn; the authors start at 199 and
-  widen the gap by 5 until one is found. Where a sequence has no such pair, another set may be
-  drawn, too; the authors stay in the same set.
-- The authors redraw a pair if a crop is all padding. None is here unless the centre of the box lies
-  outside the frame: with this jitter the crop holds it. Such pairs stay.
-- A crop that reaches the right or lower edge keeps the frame's last column or row; theirs loses it.
-- The batch norms of the head see one process's pairs, as theirs: 32 with their 4 GPUs. Other
-  numbers of processes or --accum-steps change that.
-- Biases, norms and position tables are not decayed; the authors decay all parameters by 1e-4.
-- No videos are withheld. Every --eval-every epochs, log.jsonl gets the mean loss and IoU of fixed
-  pairs from the training videos (val_loss, val_iou); the authors watch GOT-10k's validation set. As
-  theirs, the tracker is that of the last epoch.
-- All of GOT-10k trains; the authors take the 7,086 sequences of their list `vottrain`.
-- A file that cannot be read stops a training; with --skip-corrupt it is named once, and another
-  pair takes its place. The authors' code draws another pair without a word.
-- A frame whose true box has no extent fails in every metric, see `score_sequence`. Boxes are saved
-  with two decimals; --int cuts them off, as the authors do.
-- Evaluation is in float32, as theirs; GPUs from Ampere on multiply float32 matrices in
-  TensorFloat-32. Training is in bfloat16 or float16 on a GPU; theirs is in float32 (--dtype fp32).
-- Results lie in a folder named by the weights, so an interrupted evaluation resumes, and results of
-  other weights are neither mixed in nor deleted.
+NOTES, details that the paper does not give, and departures from the authors' code (OSTrack):
+1. The elimination reads one row of the attention map, that of the template's centre token. Only
+   this row is computed (in float32); attention itself stays fused, for the queries that are kept.
+   The authors compute the whole map (attn_blocks.py). The numbers are the same.
+2. While tracking, the template is embedded once; the authors embed it in every frame
+   (lib/test/tracker/ostrack.py). The numbers are the same.
+3. Boxes are mapped out of a crop by the exact inverse of the mapping in, about the centre
+   (size - 1) / 2. The authors map in with that centre (processing_utils.py,
+   transform_image_to_crop), but out with size / 2 (ostrack.py, map_box_back).
+4. Boxes are mirrored about the same centre; the authors mirror them about size / 2.
+5. Each crop is flipped on its own. The authors flip both frames and then each crop again
+   (base_functions.py), which has the same distribution.
+6. Only frames that a visible frame follows within 200 become templates. The authors start at 199
+   and widen the gap by 5 until they find one (sampler.py).
+7. If a sequence has no such pair, another one is drawn from any of the sets; the authors stay in
+   the same set (sampler.py).
+8. The authors redraw a pair if a crop is all padding (processing.py). Here this happens only if the
+   centre of the box lies outside the frame, and such pairs are kept.
+9. A crop that reaches the right or lower edge keeps the frame's last column or row. The authors
+   lose it (processing_utils.py, sample_target).
+10. The batch norms of the head see the pairs of one process, as the authors' do: 32 with their 4
+    GPUs. Another number of processes or --accum-steps changes that.
+11. Biases, norms and position tables are not decayed. The authors decay all parameters by 1e-4
+    (base_functions.py).
+12. No videos are held out. Every --eval-every epochs, log.jsonl gets the mean loss and IoU of fixed
+    pairs from the training videos (val_loss, val_iou). The authors watch GOT-10k's validation set.
+    The tracker is that of the last epoch, as theirs.
+13. All of GOT-10k trains. The authors take the 7,086 sequences of their list `vottrain`.
+14. An unreadable file ends a training. The authors silently draw another pair.
+15. A frame whose true box has no extent fails in every metric, see `score_sequence`.
+16. Boxes are saved with two decimals. The authors truncate them to whole pixels.
+17. Evaluation runs in float32, as theirs; GPUs from Ampere on multiply float32 matrices in
+    TensorFloat-32. Training runs in bfloat16 or float16 on a GPU; theirs in float32 (--dtype fp32).
+18. Results lie in a folder named by the checkpoint, so an interrupted evaluation resumes, and
+    results of other checkpoints are neither mixed in nor deleted.
 """
 import functools
 import json
 import math
+import os
 import re
 import zlib
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from PIL import ImageDraw, ImageOps
+from PIL import Image, ImageDraw, ImageOps
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_
@@ -70,10 +78,9 @@ from torchvision.transforms.v2.functional import (adjust_brightness, pil_to_tens
                                                   rgb_to_grayscale)
 from tqdm import tqdm
 
-from models import (InputError, Parser, SkipCorrupt, VisionTransformer, attention_logits,
-                    build_model, eval_loader, init_distributed, list_images, log, mix_seed,
-                    normalize, open_image, param_groups, plain_errors, read_file, resize_grid,
-                    resume, save, train_loader)
+from models import (InputError, Names, Parser, attend, attention_logits, build_model, eval_loader,
+                    init_distributed, list_images, load_model, log, mix_seed, normalize, open_image,
+                    param_groups, plain_errors, read_encoder, resume, save, train_loader)
 
 TRACKER = dict(    # OSTrack-256; stored beside the weights
     template_size=128, search_size=256,         # pixels along the crops
@@ -114,32 +121,39 @@ def block_with_elimination(block, x, ids, keep, centre):
 
     x = x[batch, kept]                                                      # (B, Z + keep, D)
     q = qkv[batch, kept, 0].transpose(1, 2)                                 # (B, H, Z + keep, d)
-    y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(x.shape)
-    x = x + block.drop_path(block.ls1(block.attn.proj(y)))
-    return x + block.drop_path(block.ls2(block.mlp(block.norm2(x)))), ids.gather(1, top)
+    y = attend(q, k, v).transpose(1, 2).reshape(x.shape)
+    x = x + block.drop_path(block.attn.proj(y))
+    return x + block.drop_path(block.mlp(block.norm2(x))), ids.gather(1, top)
 
 
 def position_table(encoder, size):
-    """The encoder's position table, resized bicubically to crops of `size` pixels -> trainable
-    (1, N, D). Raises InputError if patches do not fill the crop."""
+    """The encoder's position table without the class token, resized bicubically to crops of `size`
+    pixels -> trainable (1, N, D). Raises InputError if patches do not fill the crop."""
     if size % encoder.patch_size:
         raise InputError(f"crops of {size} pixels are no multiple of the patch size "
                          f"{encoder.patch_size}: change --template-size or --search-size")
-    side = size // encoder.patch_size
-    table = resize_grid(encoder.pos_embed.detach()[:, 1:], encoder.grid, (side, side))
-    return nn.Parameter(table.clone())
+    table = encoder.pos_embed.detach()[:, 1:].transpose(1, 2).unflatten(2, encoder.grid)
+    sides = [size // encoder.patch_size] * 2
+    table = F.interpolate(table, sides, mode="bicubic", align_corners=False)
+    return nn.Parameter(table.flatten(2).transpose(1, 2).contiguous())
 
 
 class Tracker(nn.Module):
-    """OSTrack: a VisionTransformer over template and search tokens together, and a centre head on
-    the search tokens. options: those of TRACKER that differ from the paper's.
+    """OSTrack: a ViT over template and search tokens together, and a centre head on the search
+    tokens.
 
-    The encoder's own position table is replaced by one for each crop.
+    encoder: a VisionTransformer without a head, with the `mean` and `std` that `build_model` gives
+    it. Its position table is replaced by one for each crop. options: entries of TRACKER that differ
+    from the paper's.
     """
 
     def __init__(self, encoder, **options):
         super().__init__()
         self.options = options = {**TRACKER, **options}
+        self.arch = {**encoder.arch, "tracker": options}
+        self.mean, self.std = encoder.mean, encoder.std
+        self.crops = {name: (options[f"{name}_factor"], options[f"{name}_size"])
+                      for name in ("template", "search")}    # for `crop_square`
         self.encoder = encoder
         encoder.template_pos_embed = position_table(encoder, options["template_size"])
         encoder.search_pos_embed = position_table(encoder, options["search_size"])
@@ -234,7 +248,7 @@ def decode(score, size, offset):
     peak = score.flatten(1).argmax(dim=1)                                   # (B,)
     x = peak % g
     y = peak // g
-    batch = torch.arange(len(peak), device=peak.device)
+    batch = torch.arange(peak.shape[0], device=peak.device)
     centre = torch.stack([x, y], dim=1) + offset[batch, :, y, x]            # (B, 2), in cells
     return torch.cat([centre / g, size[batch, :, y, x]], dim=1)
 
@@ -340,21 +354,19 @@ def clip_box(box, height, width, margin=10):
 class OnePassTracker:
     """Follows one target: start(frame, box), then step(frame) -> box, score for every other frame.
 
-    Frames are (3, H, W) uint8, boxes arrays x, y, w, h in pixels. Computes in float32.
+    model: a trained `Tracker`. Frames are (3, H, W) uint8, boxes arrays x, y, w, h in pixels.
+    Computes in float32.
     """
 
-    def __init__(self, model, mean, std, device):
+    def __init__(self, model, device):
         self.model = model.to(device).eval()
         self.window = hann_window(model.search_side).to(device)
-        self.mean = mean
-        self.std = std
 
     def crop(self, frame, name):
         """Template or search crop around the last box -> normalised (1, 3, size, size), side."""
-        options = self.model.options
-        crop, side = crop_square(frame, self.box, options[f"{name}_factor"],
-                                 options[f"{name}_size"])
-        return normalize(crop[None].to(self.window.device), self.mean, self.std), side
+        crop, side = crop_square(frame, self.box, *self.model.crops[name])
+        crop = crop[None].to(self.window.device)
+        return normalize(crop, self.model.mean, self.model.std), side
 
     @torch.inference_mode()
     def start(self, frame, box):
@@ -379,34 +391,27 @@ class OnePassTracker:
         self.box = clip_box(box, *frame.shape[1:])
         return self.box, score
 
-    def follow(self, files, box, workers):
-        """Frame files, read ahead by other processes -> yields box, score of each; the first box is
-        the given one."""
-        frames = DataLoader(files, batch_size=None, collate_fn=read_frame, num_workers=workers)
-        for i, frame in enumerate(frames):
-            yield self.step(frame) if i else self.start(frame, box)
-
 
 # --------------------------------------------------------------------------------------------------
 # Training
 # --------------------------------------------------------------------------------------------------
 def train(args):
     """Train into args.out: a new run, or the one that last.pt there continues."""
-    rank, world, device, dtype = run = init_distributed(args)
+    rank, world, device, dtype = run = init_distributed(args.device, args.dtype)
     torch.manual_seed(args.seed)
     model = build_tracker(args).to(device)
-    sets = open_sets(args.data)
-    args.sequences = [len(items) for items, _ in sets]    # compared on resuming
-    train_set = Pairs(sets, args, args.pairs, args.seed)
-    val_set = Pairs(sets, args, args.val_pairs, args.seed + 1)
-    loader = train_loader(train_set, args, run)
-    steps = len(loader) // args.accum_steps    # optimizer steps per epoch
-    optimizer = AdamW(optimizer_groups(model, args), args.lr, fused=True)
+    loader, val_loader = build_loaders(args, model, run)
+    accum_steps = loader.sampler.accum_steps
+    steps = len(loader) // accum_steps    # optimizer steps per epoch
+    optimizer = AdamW(optimizer_groups(model, args.weight_decay, args.encoder_lr), args.lr,
+                      fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    first_epoch = resume(args, rank, world, model, optimizer, scaler)["epoch"]
+    data = dict(sequences=[len(items) for items, _ in loader.dataset.sets])    # of each set
+    first_epoch = resume(args, run, steps, model, optimizer, scaler, **data)
+
     tracker = model
     if world > 1:
-        tracker = DistributedDataParallel(tracker, gradient_as_bucket_view=True)
+        tracker = DistributedDataParallel(model, gradient_as_bucket_view=True)
 
     for epoch in range(first_epoch, args.epochs):
         loader.sampler.set_epoch(epoch)
@@ -417,15 +422,17 @@ def train(args):
         for group in optimizer.param_groups:
             group["lr"] = lr * group["lr_scale"]
         bar = tqdm(loader, f"epoch {epoch + 1}/{args.epochs}", disable=rank > 0)
-        for i, batch in enumerate(bar):
-            step = epoch * steps + i // args.accum_steps
-            update = (i + 1) % args.accum_steps == 0
-            template, search, boxes = normalize_pair(batch, args)
+        means = {}    # losses of the batch
+        for i, (template, search, boxes) in enumerate(bar):
+            step = epoch * steps + i // accum_steps
+            update = (i + 1) % accum_steps == 0
+            template, search = (normalize(x, model.mean, model.std) for x in (template, search))
             tracker.require_backward_grad_sync = update    # DistributedDataParallel reads it
             with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
                 maps = tracker(template, search, keep_rate)
             losses = tracking_losses(*maps, boxes)
-            scaler.scale(losses["loss"] / args.accum_steps).backward()
+            scaler.scale(losses["loss"] / accum_steps).backward()
+            means = {k: means.get(k, 0) + v.detach() / accum_steps for k, v in losses.items()}
             if not update:
                 continue
 
@@ -437,57 +444,68 @@ def train(args):
 
             if step % args.log_every == 0:    # the only device-to-host sync
                 values = log(args, rank, world, epoch=epoch + 1, step=step, lr=lr,
-                             keep_rate=keep_rate, grad_norm=grad_norm, **losses)
+                             keep_rate=keep_rate, grad_norm=grad_norm, **means)
                 bar.set_postfix(loss=f"{values['loss']:.4f}")
+            means = {}
 
         if (epoch + 1) % args.eval_every == 0 or epoch + 1 == args.epochs:
-            report(args, run, model, val_set, epoch=epoch + 1, step=(epoch + 1) * steps)
-        save(args, rank, "last.pt", model, epoch=epoch + 1,
+            report(args, run, model, val_loader, epoch=epoch + 1, step=(epoch + 1) * steps)
+        save(args, rank, "last.pt", model, epoch=epoch + 1, **data,
              optimizer=optimizer.state_dict(), scaler=scaler.state_dict())
-    if rank == 0:
-        print(f"finished: the tracker is {args.out}/last.pt, where --eval and --frames look for it")
+
+    save(args, rank, "tracker.pt", model, epoch=args.epochs)
 
 
 @torch.no_grad()
-def report(args, run, model, val_set, epoch, step):
-    """Log and print mean loss and IoU on fixed pairs, in float32 and at the final keep rate."""
+def report(args, run, model, val_loader, epoch, step):
+    """Log and print mean loss and IoU on fixed pairs, in float32 and at the final keep rate. Batch
+    norms use the statistics of process 0, which are those that are saved."""
     rank, world, _, _ = run
+    if world > 1:
+        for buffer in model.buffers():
+            dist.broadcast(buffer, src=0)
     model.eval()
-    [batch] = eval_loader(val_set, len(val_set), args, run)
-    template, search, boxes = normalize_pair(batch, args)
+    [(template, search, boxes)] = val_loader
+    template, search = (normalize(x, model.mean, model.std) for x in (template, search))
     losses = tracking_losses(*model(template, search, args.keep_rate), boxes)
-    values = log(args, rank, world, epoch=epoch, step=step, val_loss=losses["loss"],
-                 val_iou=losses["iou"])
+    weight = world * boxes.shape[0] / len(val_loader.dataset)    # `log` averages over processes
+    values = log(args, rank, world, epoch=epoch, step=step, val_loss=weight * losses["loss"],
+                 val_iou=weight * losses["iou"])
     if rank == 0:
         tqdm.write(f"epoch {epoch}: IoU {values['val_iou']:.3f} on fixed pairs")
 
 
-def normalize_pair(batch, args):
-    """Batch of `Pairs` -> normalised template and search crops, boxes."""
-    template, search, boxes = batch
-    template = normalize(template, args.mean, args.std)
-    return template, normalize(search, args.mean, args.std), boxes
-
-
-def optimizer_groups(model, args):
-    """Parameters for AdamW: the encoder's learning rate is --encoder-lr times that of the head."""
-    groups = param_groups(model.encoder, args.weight_decay)
+def optimizer_groups(model, weight_decay, encoder_lr):
+    """Parameters for AdamW. encoder_lr: learning rate of the encoder over that of the head."""
+    groups = param_groups(model.encoder, weight_decay)
     for group in groups:
-        group["lr_scale"] = args.encoder_lr
-    return groups + param_groups(model.head, args.weight_decay)
+        group["lr_scale"] = encoder_lr
+    return groups + param_groups(model.head, weight_decay)
 
 
 def build_tracker(args):
-    """Tracker of the options, with the encoder of --init or random weights; fills in what a
-    checkpoint stores: args.arch, args.mean, args.std."""
-    encoder = build_model(args.model, args.init, vit=dict(drop_path=args.drop_path))
+    """Tracker of the options, with the encoder of --init or random weights."""
+    options = dict(mean=args.mean, std=args.std, img_size=args.image_size,
+                   vit=dict(drop_path=args.drop_path))
+    if args.init:
+        encoder, _ = load_model(args.init, args.model, **options)
+    else:
+        encoder = build_model(args.model, **options)
     if encoder.arch["kind"] != "vit":
         raise InputError("the tracker needs a plain ViT: choose another --model or --init")
-    model = Tracker(encoder, **{name: getattr(args, name) for name in TRACKER})
-    args.arch = {**encoder.arch, "tracker": model.options}
-    args.mean = encoder.mean
-    args.std = encoder.std
-    return model
+    return Tracker(encoder, **{name: getattr(args, name) for name in TRACKER})
+
+
+def build_loaders(args, model, run):
+    """-> loader of the training pairs, and of fixed pairs of the same sequences in one batch."""
+    sets = open_sets(args.data)
+    options = dict(model.crops, max_gap=args.max_gap, centre_jitter=args.centre_jitter,
+                   scale_jitter=args.scale_jitter)
+    train_set = Pairs(sets, args.pairs, args.seed, **options)
+    val_set = Pairs(sets, args.val_pairs, args.seed + 1, **options)
+    loader = train_loader(train_set, args.batch_size, args.accum_steps, 128, args.workers,
+                          args.seed, run)
+    return loader, eval_loader(val_set, len(val_set), args.workers, run)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -518,46 +536,48 @@ def jitter_box(rng, box, centre, scale):
 
 class Pairs(Dataset):
     """Item (epoch, index) -> template (3, z, z) and search crop (3, s, s) uint8 of a random pair of
-    frames, and the target's box (4,) in the search crop.
-
-    sets: see `open_sets`; they are drawn in equal shares. All randomness comes from (seed, epoch,
+    frames, and the target's box (4,) in the search crop. All randomness comes from (seed, epoch,
     index).
+
+    sets: see `open_sets`; they are drawn in equal shares. count: items of an epoch. template,
+    search: (factor, size) of the crops, see `crop_square`. max_gap: see `sample_pair`.
+    centre_jitter, scale_jitter: of the search crop, see `jitter_box`.
     """
 
-    def __init__(self, sets, args, count, seed):
+    def __init__(self, sets, count, seed, template, search, max_gap, centre_jitter, scale_jitter):
         self.sets = sets
-        self.args = args
         self.count = count
         self.seed = seed
-        self.skip = SkipCorrupt(2 ** 20, args)    # by hashes of messages
+        self.template = template
+        self.search = search
+        self.max_gap = max_gap
+        self.jitter = centre_jitter, scale_jitter
 
     def __len__(self):
         return self.count
 
     def __getitem__(self, key):
-        args = self.args
-        rng = np.random.default_rng(mix_seed(self.seed, *key))    # (epoch, index)
+        if not isinstance(key, tuple):
+            raise TypeError(f"give (epoch, index), such as pairs[0, {key}]; see EpochSampler")
+        rng = np.random.default_rng(mix_seed(self.seed, *key))
         (first, second), (target, box) = self.read_pair(rng)
-        template, _ = crop_square(first, target, args.template_factor, args.template_size)
-        around = jitter_box(rng, box, args.centre_jitter, args.scale_jitter)
-        search, side = crop_square(second, around, args.search_factor, args.search_size)
-        box = box_to_crop(box, around, side, args.search_size)
+        template, _ = crop_square(first, target, *self.template)
+        around = jitter_box(rng, box, *self.jitter)
+        search, side = crop_square(second, around, *self.search)
+        box = box_to_crop(box, around, side, self.search[1])
         return augment(rng, template, search, box)
 
     def read_pair(self, rng):
-        """Two frames (3, H, W) of a random sequence and their boxes (2, 4). With --skip-corrupt, an
-        unreadable file is named once, and another sequence is drawn."""
+        """Two frames (3, H, W) of a random sequence, and their boxes (2, 4). Raises OSError."""
         for _ in range(100):
             items, read = self.sets[rng.integers(len(self.sets))]
-            try:
-                frames, boxes, visible = read(items[rng.integers(len(items))])
-                has_area = boxes[:, 2:].min(axis=1) > 0
-                pair = sample_pair(rng, has_area & visible, self.args.max_gap)
-                if pair:
-                    return [read_frame(frames[i]) for i in pair], boxes[list(pair)]
-            except OSError as error:
-                self.skip(hash(str(error)) % 2 ** 20, error)
-        raise OSError("of 100 sequences of --data none had two readable frames with a visible box")
+            frames, boxes, visible, size = read(items[rng.integers(len(items))])
+            has_area = boxes[:, 2:].min(axis=1) > 0
+            pair = sample_pair(rng, has_area & visible, self.max_gap)
+            if pair:
+                return [read_frame(frames[i], size) for i in pair], boxes[list(pair)]
+        raise OSError("of 100 sequences of --data none has 20 frames, and 5 with a visible box: "
+                      "tests/tools/check.py lists what they hold")
 
 
 def augment(rng, template, search, box):
@@ -575,68 +595,84 @@ def augment(rng, template, search, box):
 
 
 # --------------------------------------------------------------------------------------------------
-# Data: sequences. read_* return the files of N frames, boxes (N, 4), visible (N,)
+# Data: sequences, one function for each data set
 # --------------------------------------------------------------------------------------------------
-LAYOUTS = {    # annotations; frame i as seen from one of them; the first i; labels of hidden frames
-    "lasot": (["[!.]*/groundtruth.txt", "[!.]*/[!.]*/groundtruth.txt"],
-              "{file.parent}/img/{i:08}.jpg", 1, {"full_occlusion.txt": 1, "out_of_view.txt": 1}),
-    "got10k": (["train/[!.]*/groundtruth.txt"],
-               "{file.parent}/{i:08}.jpg", 1, {"absence.label": 1, "cover.label": 0}),
-    "trackingnet": (["TRAIN_*/anno/[!.]*.txt"],
-                    "{file.parents[1]}/frames/{file.stem}/{i}.jpg", 0, {}),
-    "coco": [["annotations/instances_train*.json"]],
-}
+class Sequence(NamedTuple):
+    """N frames of one target. size: (width, height) that the boxes refer to, if it is stated."""
+    frames: list           # image files
+    boxes: np.ndarray      # (N, 4)
+    visible: np.ndarray    # (N,) bool
+    size: tuple = None
 
 
-def read_frame(file):
-    """Image file -> (3, H, W) uint8."""
-    return pil_to_tensor(open_image(file))
-
-
-def read_numbers(path, lines=None, columns=4):
-    """Text file of numbers divided by commas, tabs or spaces -> its first `lines`, all by default,
-    (lines, columns) float64; one column may be written as one line. Raises OSError."""
-    try:
-        numbers = np.loadtxt(path.read_text().replace(",", " ").splitlines(), ndmin=2)
-        numbers = (numbers.reshape(-1, 1) if columns == 1 else numbers)[:lines]
-        if numbers.shape != (lines or len(numbers), columns):
-            raise ValueError(f"{numbers.shape}, not {(lines, columns)}")
-        return numbers
-    except (OSError, ValueError) as error:
-        raise OSError(f"{path} is no table of {columns} numbers per frame ({error})") from None
-
-
-def read_video(layout, file):
-    """Video with the annotation `file`. Own videos in GOT-10k's layout may lack label files: the
-    target is then visible in all frames."""
-    _, frame, first, labels = LAYOUTS[layout]
+def read_lasot(file):
+    """LaSOT: .../NAME/groundtruth.txt, beside the folder img of the frames."""
+    file = Path(file)
     boxes = read_numbers(file)
-    n = len(boxes)
-    visible = np.ones(n, bool)
-    for name, hidden in labels.items():
-        label = file.with_name(name)
-        if layout == "lasot" or label.exists():
-            visible &= read_numbers(label, n, 1)[:, 0] != hidden
-    return [frame.format(file=file, i=i) for i in range(first, first + n)], boxes, visible
+    hidden = [read_numbers(file.with_name(name), len(boxes), 1)[:, 0] == 1
+              for name in ("full_occlusion.txt", "out_of_view.txt")]
+    frames = [f"{file.parent}/img/{i:08}.jpg" for i in range(1, len(boxes) + 1)]
+    return Sequence(frames, boxes, ~np.any(hidden, axis=0))
 
 
-def read_coco(file):
-    """-> numbers of all single objects, and a function that makes one a video of one frame."""
+def read_got10k(file):
+    """GOT-10k: train/NAME/groundtruth.txt, among the frames. Own videos in this layout may lack
+    label files: the target is then visible in all frames."""
+    file = Path(file)
+    boxes = read_numbers(file)
+    visible = np.ones(len(boxes), bool)
+    for label, hidden in ((file.with_name("absence.label"), 1), (file.with_name("cover.label"), 0)):
+        if label.exists():
+            visible &= read_numbers(label, len(boxes), 1)[:, 0] != hidden
+    frames = [f"{file.parent}/{i:08}.jpg" for i in range(1, len(boxes) + 1)]
+    return Sequence(frames, boxes, visible)
+
+
+def read_trackingnet(file):
+    """TrackingNet: TRAIN_*/anno/NAME.txt, and frames/NAME. The target is always visible."""
+    file = Path(file)
+    boxes = read_numbers(file)
+    folder = file.parents[1] / "frames" / file.stem
+    frames = [f"{folder}/{i}.jpg" for i in range(len(boxes))]
+    return Sequence(frames, boxes, np.ones(len(boxes), bool))
+
+
+def open_coco(file):
+    """COCO: annotations/instances_*.json -> numbers of its single objects, and a function that
+    makes one of them a sequence of one frame. Both are in shared memory. Raises InputError."""
     year = file.stem.removeprefix("instances_")
     folder = file.parents[1] / year
     if not folder.exists():
         folder = folder.parent / "images" / year    # OSTrack's layout
-    content = json.loads(file.read_text())
-    names = {image["id"]: image["file_name"] for image in content["images"]}
-    objects = [a for a in content["annotations"]
-               if not a.get("iscrowd") and min(a["bbox"][2:]) > 0]
-    files = np.array([f"{folder}/{names[a['image_id']]}" for a in objects])    # for all loaders
-    boxes = np.array([a["bbox"] for a in objects], float)
-    return range(len(objects)), functools.partial(read_still, files, boxes)
+    try:
+        content = json.loads(file.read_bytes())
+        images = {image["id"]: (i, image.get("width") or 0, image.get("height") or 0)
+                  for i, image in enumerate(content["images"])}
+        objects = [a for a in content["annotations"] if not a.get("iscrowd")]
+        rows = [(*images[a["image_id"]], *a["bbox"]) for a in objects if a["image_id"] in images
+                and len(a.get("bbox") or []) == 4 and min(a["bbox"][2:]) > 0]
+        table = torch.tensor(rows, dtype=torch.float64).share_memory_()         # (objects, 7)
+        files = Names(f"{folder}/{image['file_name']}" for image in content["images"])
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{file} is no annotation file of COCO ({type(error).__name__}: {error})"
+                         ) from None
+    lost = len(objects) - len(rows)
+    if lost and int(os.environ.get("RANK", 0)) == 0:
+        print(f"{file}: {lost} of {len(objects)} annotations skipped: no box, or no such image")
+    return range(len(rows)), functools.partial(read_still, files, table)
 
 
-def read_still(files, boxes, i):
-    return files[i:i + 1], boxes[i:i + 1], np.array([True])
+def read_still(files, table, i):
+    image, width, height = table[i, :3].int().tolist()
+    return Sequence([files[image]], table[i:i + 1, 3:].numpy(), np.array([True]), (width, height))
+
+
+SETS = {    # annotation files, and what reads them
+    "lasot": (("[!.]*/groundtruth.txt", "[!.]*/[!.]*/groundtruth.txt"), read_lasot),
+    "got10k": (("train/[!.]*/groundtruth.txt",), read_got10k),
+    "trackingnet": (("TRAIN_*/anno/[!.]*.txt",), read_trackingnet),
+    "coco": (("annotations/instances_train*.json",), open_coco),
+}
 
 
 def find_annotations(text):
@@ -644,26 +680,53 @@ def find_annotations(text):
     found = {}
     for entry in text.split(","):
         name, _, folder = entry.partition("=")
-        if name not in LAYOUTS:
-            raise InputError(f"--data {text}: give NAME=FOLDER,... of {', '.join(LAYOUTS)}")
-        patterns = LAYOUTS[name][0]
+        if name not in SETS or name in found:
+            raise InputError(f"--data {text}: give NAME=FOLDER,... of {', '.join(SETS)}, each once")
+        patterns, _ = SETS[name]
         found[name] = sorted(file for pattern in patterns for file in Path(folder).glob(pattern))
+        if name == "lasot":    # a sequence may lie there in both layouts
+            found[name] = list({file.parent.name: file for file in found[name]}.values())
     return found
 
 
 def open_sets(text):
-    """--data -> list of (items, function that reads the sequence of an item), one for each set."""
+    """--data -> list of (items, function that reads the `Sequence` of an item), one for each set.
+    """
     sets = []
     for name, files in find_annotations(text).items():
         if name == "lasot":
             files = [file for file in files if file.parent.name not in LASOT_TEST]
-        if not files:
+        items, read = Names(files), SETS[name][1]
+        if name == "coco" and files:
+            items, read = open_coco(files[-1])    # of 2014 and 2017 the later
+        if not items:
             raise InputError(f"--data {text}: {name} has no training sequence (README, 'Data')")
-        if name == "coco":
-            sets.append(read_coco(files[-1]))    # of 2014 and 2017 the later
-        else:
-            sets.append((files, functools.partial(read_video, name)))
+        sets.append((items, read))
     return sets
+
+
+def read_frame(file, size=None):
+    """Image file -> (3, H, W) uint8, upright. size: (width, height) that its boxes refer to: where
+    an upright image has them swapped, the boxes are those of the image as it is stored."""
+    image = open_image(file)
+    if size and size != image.size == size[::-1]:
+        image = Image.open(file).convert("RGB")
+    return pil_to_tensor(image)
+
+
+def read_numbers(path, lines=None, columns=4):
+    """Text file of numbers divided by commas, tabs or spaces -> its first `lines`, all by default,
+    (lines, columns) float64; one column may be written as one line. Raises OSError."""
+    try:
+        text = path.read_text("utf-8-sig").replace(",", " ")
+        numbers = np.loadtxt(text.splitlines(), ndmin=2)
+        numbers = (numbers.reshape(-1, 1) if columns == 1 else numbers)[:lines]
+        if numbers.shape != (lines or len(numbers), columns):
+            raise ValueError(f"{numbers.shape}, not {(lines, columns)}")
+        return numbers
+    except (OSError, ValueError) as error:
+        raise OSError(f"{path} is no UTF-8 text of {columns} numbers per frame ({error}); "
+                      "tests/tools/check.py lists all such files") from None
 
 
 # --------------------------------------------------------------------------------------------------
@@ -697,64 +760,80 @@ def score_sequence(boxes, truth, visible):
 def evaluate(args):
     """One-pass evaluation of a tracker, or of the text files of --results, on LaSOT's test set:
     prints AUC, P and P_norm. Processes share the sequences; those with a text file are not tracked
-    again. With --skip-corrupt, those with unreadable files are named and left out."""
-    rank, world, device, _ = init_distributed(args, minutes=24 * 60)    # processes may differ
+    again. A test set that lacks sequences or text files is scored, and labelled PARTIAL."""
+    rank, world, device, _ = init_distributed(args.device, minutes=24 * 60)    # shares may differ
     files = [file for file in find_annotations(args.data).get("lasot", [])
              if file.parent.name in LASOT_TEST]
     if args.results:
         folder = Path(args.results)
     else:
-        tracker = load_tracker(args, device)
+        tracker = load_tracker(args.init, device)
         weights = zlib.crc32(Path(args.init).read_bytes())    # others get another folder
-        folder = Path(args.out, "results", f"{weights:08x}{'-int' * args.int}")
-    skip = SkipCorrupt(len(files), args)
+        folder = Path(args.out, "results", f"{weights:08x}")
     sums = torch.zeros(4, device=device)    # AUC, P, P_norm, sequences
-    for i in tqdm(range(rank, len(files), world), disable=rank > 0):
-        path = folder / f"{files[i].parent.name}.txt"
-        try:
-            frames, truth, visible = read_video("lasot", files[i])
-            if not args.results and not path.exists():
-                boxes, _ = zip(*tracker.follow(frames, truth[0], args.workers))
-                write_boxes(path, boxes, args.int)
-            if path.exists():
-                boxes = read_numbers(path, len(truth))
-                success, precision, normed = score_sequence(boxes, truth, visible)
-                sums += torch.tensor([success.mean(), precision[20], normed[20], 1], device=device)
-        except OSError as error:
-            skip(i, str(error).splitlines()[-1])    # a loader process adds others
+    for file in tqdm(files[rank::world], disable=rank > 0):
+        path = folder / f"{file.parent.name}.txt"
+        frames, truth, visible, _ = read_lasot(file)
+        if not args.results and not path.exists():
+            boxes, _ = zip(*follow(tracker, frames, truth[0], args.workers))
+            write_boxes(path, boxes)
+        if path.exists():
+            boxes = read_numbers(path, len(truth))
+            check_format(path, boxes[0], truth[0])
+            success, precision, normed = score_sequence(boxes, truth, visible)
+            sums += torch.tensor([success.mean(), precision[20], normed[20], 1], device=device)
     if world > 1:
         dist.all_reduce(sums)
 
-    sequences = int(sums[3])
-    missing = len(LASOT_TEST) - sequences
-    if missing and not (sequences and args.allow_partial):
-        raise InputError(f"{missing} of LaSOT's {len(LASOT_TEST)} test sequences are missing in "
-                         f"--data or {folder}: --allow-partial scores the others")
+    count = int(sums[3])
+    if not count:
+        raise InputError(f"none of LaSOT's {len(LASOT_TEST)} test sequences is in --data "
+                         f"{args.data} and in {folder}")
     if rank == 0:
-        auc, p, p_norm = (100 * sums[:3] / sequences).tolist()
-        print(f"evaluated {sequences}/{len(LASOT_TEST)} sequences in "
-              f"{'TF32' if device.type == 'cuda' else 'float32'}; boxes in {folder}\n"
-              f"AUC {auc:.1f}, P {p:.1f}, P_norm {p_norm:.1f}{' PARTIAL' if missing else ''}")
+        auc, p, p_norm = (100 * sums[:3] / count).tolist()
+        partial = "" if count == len(LASOT_TEST) else " PARTIAL"
+        print(f"AUC {auc:.1f}, P {p:.1f}, P_norm {p_norm:.1f}{partial}, {count} of "
+              f"{len(LASOT_TEST)} sequences in {'TF32' if device.type == 'cuda' else 'float32'}; "
+              f"boxes in {folder}")
 
 
-def load_tracker(args, device):
-    """The trained tracker of --init, ready to follow."""
-    file = read_file(args.init)
-    arch = file.get("arch") or ""    # some foreign files store a name
-    if "tracker" not in arch:
-        raise InputError(f"checkpoint {args.init} is no tracker: give last.pt of a training")
-    options = arch.pop("tracker")
-    del arch["kind"]
-    model = Tracker(VisionTransformer(**arch), **options)
-    model.load_state_dict(file["model"])
-    return OnePassTracker(model, file["mean"], file["std"], device)
+def load_tracker(path, device):
+    """The trained tracker in tracker.pt or last.pt, as a `OnePassTracker`. Raises InputError."""
+    file = read_encoder(path)
+    if "tracker" not in file.arch:
+        raise InputError(f"checkpoint {path} is no tracker: give tracker.pt of a training")
+    model = Tracker(build_model(None, file), **file.arch["tracker"])
+    model.load_state_dict(file.content["model"])
+    return OnePassTracker(model, device)
 
 
-def write_boxes(path, boxes, whole):
-    """One x,y,w,h per line and frame, with two decimals or cut off to whole pixels."""
+def follow(tracker, files, box, workers):
+    """Track the target in `box` of the first frame through image files, which `workers` processes
+    read ahead -> yields box, score of each; the first box is the given one."""
+    frames = DataLoader(files, batch_size=None, collate_fn=read_frame, num_workers=workers)
+    for i, frame in enumerate(frames):
+        yield tracker.step(frame) if i else tracker.start(frame, box)
+
+
+def check_format(path, box, truth):
+    """Raise OSError unless the first box of a result, read as x, y, w, h, is the given one: `truth`
+    (4,), with an IoU of at least 0.5."""
+    box, truth = torch.tensor(np.stack([box, truth]))[:, None]                  # (1, 4) each
+    truth = box_convert(truth, "xywh", "xyxy")
+    formats = {"x,y,w,h": "xywh", "x1,y1,x2,y2": "xyxy", "x,y of the centre,w,h": "cxcywh"}
+    fits = [name for name, code in formats.items()
+            if box_iou(box_convert(box, code, "xyxy"), truth) >= 0.5]
+    if "x,y,w,h" not in fits:
+        raise OSError(f"line 1 of {path} is not the given box as x,y,w,h (upper left corner and "
+                      f"size in pixels){''.join(f', but as {name}' for name in fits)}: convert the "
+                      "boxes")
+
+
+def write_boxes(path, boxes):
+    """One x,y,w,h per line and frame, with two decimals."""
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch = path.with_suffix(".tmp")
-    np.savetxt(scratch, boxes, "%d" if whole else "%.2f", ",")
+    np.savetxt(scratch, boxes, "%.2f", ",")
     scratch.replace(path)
 
 
@@ -766,29 +845,37 @@ def track_frames(args):
     if Path(args.frames).is_file():
         raise InputError(f"--frames takes a folder of frames; of a video: mkdir frames; ffmpeg -i "
                          f"{args.frames} frames/%08d.jpg")
-    files = list_images(args.frames)
-    files.sort(key=lambda file: len(Path(file).stem))    # 2.jpg before 10.jpg
+    files = [file for file in list_images(args.frames, args.out)
+             if Path(file).name != "overlay.gif"]    # of another --out
+    files.sort(key=natural_order)
     box = re.findall(r"[-+.\d]+", " ".join(args.box or []))    # 303 2 60 80 or 303,2,60,80
     x, y, w, h = box = np.array(box if len(box) == 4 else [0] * 4, float)
     width, height = open_image(files[0]).size
     if not (0 <= x < x + w <= width and 0 <= y < y + h <= height):
         raise InputError(f"--frames needs --box X Y W H within a frame of {width} x {height}; if "
                          f"yours is x1 y1 x2 y2, give --box {x:g} {y:g} {w - x:g} {h - y:g}")
-    _, _, device, _ = init_distributed(args)
-    tracker = load_tracker(args, device)
-    boxes, scores = zip(*tqdm(tracker.follow(files, box, args.workers), total=len(files)))
-    write_boxes(Path(args.out, "boxes.txt"), boxes, args.int)
+    _, _, device, _ = init_distributed(args.device)
+    tracker = load_tracker(args.init, device)
+    boxes, scores = zip(*tqdm(follow(tracker, files, box, args.workers), total=len(files)))
+    write_boxes(Path(args.out, "boxes.txt"), boxes)
     draw_overlay(f"{args.out}/overlay.gif", files, boxes, scores)
     folders = {Path(file).parent for file in files}
     print(f"{len(files)} frames of {len(folders)} folder(s); {args.out} has boxes.txt, overlay.gif")
 
 
+def natural_order(file):
+    """Key for sorting: numbers in a name count as numbers, 2.jpg < 10.jpg, 0.08.jpg < 0.1.jpg."""
+    stem, _ = os.path.splitext(file)
+    parts = re.split(r"(\d+(?:\.\d+)?)", stem)    # text and numbers in turns
+    return [float(part) if i % 2 else part for i, part in enumerate(parts)]
+
+
 def draw_overlay(path, files, boxes, scores):
-    """Animated GIF, 400 pixels along its longer side, of the frames with box and score; of a long
-    video every n-th frame, at most 150."""
-    every = math.ceil(len(files) / 150)
+    """Animated GIF, 400 pixels along its longer side, of the frames with box and score, 30 a
+    second; of a long video every n-th frame, at most 150."""
+    shown = range(0, len(files), math.ceil(len(files) / 150))
     pictures = []
-    for i in range(0, len(files), every):
+    for i in shown:
         frame = open_image(files[i])
         picture = ImageOps.contain(frame, (400, 400))
         x, y, w, h = boxes[i] * 400 / max(frame.size)
@@ -796,7 +883,9 @@ def draw_overlay(path, files, boxes, scores):
         draw.rectangle((x, y, x + w, y + h), outline="red", width=3)
         draw.text((6, 4), f"score {scores[i]:.2f}", "red", font_size=18)
         pictures.append(picture)
-    pictures[0].save(path, save_all=True, append_images=pictures[1:], duration=33 * every, loop=0)
+    ends = np.round(np.array([*shown, len(files)]) * 100 / 30)    # GIF counts hundredths
+    pictures[0].save(path, save_all=True, append_images=pictures[1:], loop=0,
+                     duration=(10 * np.diff(ends)).astype(int).tolist())
 
 
 # --------------------------------------------------------------------------------------------------
@@ -837,7 +926,7 @@ volleyball-18 volleyball-19""".split()
 # --------------------------------------------------------------------------------------------------
 # Arguments: the defaults are the paper's
 # --------------------------------------------------------------------------------------------------
-USED = "eval frames box int data init results allow_partial workers skip_corrupt out device"
+USED = "eval frames box data init results workers out device"
 
 
 def parse_args(argv=None):
@@ -845,7 +934,7 @@ def parse_args(argv=None):
     parser = Parser(__doc__)
     add = parser.group("method (OSTrack-256)")
     add("--init", help="encoder to start from (README, 'Checkpoints'); default: random weights; "
-                       "with --eval or --frames the tracker; default: last.pt in --out")
+                       "with --eval or --frames the tracker; default: tracker.pt in --out")
     add("--model", help="encoder; default: that of --init, or the paper's vit_tiny (12 heads)")
     add("--template-size", low=1, help="pixels along the template crop; default: 128, the paper's")
     add("--search-size", low=1, help="pixels along the search crop; default: 256, the paper's")
@@ -855,6 +944,7 @@ def parse_args(argv=None):
     add("--head-channels", low=8, help="of the head's first layer; default: 256, the paper's")
     add("--drop-path", type=float, default=0.1,
         help="of the last block; the rates grow linearly from 0")
+    parser.pixel_options(add, "that of --init, else 224: of the encoder's own position table")
 
     add = parser.group("training (OSTrack-256), data")
     add("--data",
@@ -869,22 +959,26 @@ def parse_args(argv=None):
     add = parser.group("use of a trained tracker")
     add("--eval", action="store_true", help="one-pass evaluation on the test sequences of --data")
     add("--results", help="with --eval: folder of NAME.txt, x,y,w,h per frame, to score instead")
-    add("--allow-partial", action="store_true",
-        help="with --eval: evaluate although test sequences are missing")
     add("--frames", help="track the target of --box through the images of this folder")
     add("--box", nargs="+", help="x y w h of the target in the first frame, in pixels")
-    add("--int", action="store_true", help="write boxes as whole pixels, cut off as OSTrack does")
 
     parser.run_options("out/track", batch_size=128, eval_every=10, clip_grad=0.1)
     parser.set_defaults(**TRACKER, **RECIPE)
     args = parser.parse_args(argv)
     if args.eval or args.frames:
-        args.init = args.init or f"{args.out}/last.pt"
         parser.check_unread(args, "a trained tracker", USED)
     return args
 
 
+def resolve(args):
+    """Fill in the default that depends on other options: the tracker of --eval and --frames."""
+    if args.eval or args.frames:
+        args.init = args.init or f"{args.out}/tracker.pt"
+    return args
+
+
 def main(args):
+    args = resolve(args)
     if args.eval:
         evaluate(args)
     elif args.frames:

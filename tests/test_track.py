@@ -2,8 +2,9 @@
 import argparse
 import json
 import math
+import pickle
 import shutil
-import time
+from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,8 @@ from torchvision.ops import box_convert, generalized_box_iou_loss
 import benchmark
 import toy
 import track
-from models import Block, InputError, VisionTransformer, build_model, load_encoder, read_log
+from models import (Block, InputError, VisionTransformer, build_model, load_encoder, normalize,
+                    read_log)
 
 BOXES = [(5 + i, 8 + i // 2, 14, 10) for i in range(24)]    # of a red rectangle on grey
 LINES = "\n".join(",".join(map(str, box)) for box in BOXES)
@@ -51,6 +53,7 @@ def small_tracker(**options):
     """Template 2 x 2 and search 8 x 8 tokens, batch norms away from their initial state."""
     torch.manual_seed(1)
     encoder = VisionTransformer(img_size=64, patch_size=8, embed_dim=48, depth=3, num_heads=3)
+    encoder.mean, encoder.std = (0.5,) * 3, (0.25,) * 3
     tracker = track.Tracker(encoder, template_size=16, search_size=64, eliminate_blocks=(2,),
                             head_channels=64, **options)
     for module in tracker.head.modules():
@@ -66,7 +69,7 @@ def few_pairs_to_evaluate(monkeypatch):
 
 
 def one_pass(tracker):
-    return track.OnePassTracker(tracker, (0.5,) * 3, (0.25,) * 3, torch.device("cpu"))
+    return track.OnePassTracker(tracker, torch.device("cpu"))
 
 
 def save_encoder(path, model, **more):
@@ -225,6 +228,32 @@ def test_elimination_ranks_in_float32_under_autocast():
     with torch.autocast("cpu", torch.bfloat16):
         _, kept = track.block_with_elimination(block, x, ids, 2, centre=0)
     assert sorted(kept[0].tolist()) == [6, 7]
+
+
+class Network(nn.Module):
+    """What a deployed tracker computes for a frame, without elimination and with it."""
+
+    def __init__(self, tracker):
+        super().__init__()
+        self.tracker = tracker
+
+    def forward(self, template, search):
+        boxes = [track.decode(*self.tracker(template, search, rate)) for rate in (1, 0.7)]
+        return torch.stack(boxes)
+
+
+@torch.no_grad()
+def test_the_network_is_exported_for_any_batch():
+    network = Network(small_tracker())
+    batch = torch.export.Dim("batch")
+    crops = torch.randn(5, 3, 16, 16), torch.randn(5, 3, 64, 64)
+    exported = torch.export.export(network, tuple(x[:2] for x in crops),
+                                   dynamic_shapes=({0: batch}, {0: batch})).module()
+    for size in (1, 2, 5):
+        inputs = [x[:size] for x in crops]
+        plain, reduced = network(*inputs)
+        assert rel_error(exported(*inputs), torch.stack([plain, reduced])) < 1e-5
+        assert (plain - reduced).abs().max() > 1e-4
 
 
 class PeaksAt(nn.Module):
@@ -460,9 +489,9 @@ def test_boxes_without_area_are_never_sampled(monkeypatch):
     boxes[7:15, 2] = 0
     boxes[15:22, 3] = np.nan
     boxes[22:, 2:] = -1
-    monkeypatch.setattr(track, "read_frame", lambda i: i)
-    sets = [([0], lambda item: (range(30), boxes, np.ones(30, bool)))]
-    pairs = track.Pairs(sets, track.parse_args([]), 8, 0)
+    monkeypatch.setattr(track, "read_frame", lambda i, size: i)
+    sets = [([0], lambda item: track.Sequence(range(30), boxes, np.ones(30, bool)))]
+    pairs = pairs_of_sets(sets)
     for seed in range(40):
         frames, _ = pairs.read_pair(np.random.default_rng(seed))
         assert 0 <= frames[0] < frames[1] < 7
@@ -483,7 +512,8 @@ def four_sets(tmp_path_factory):
     (part / "anno").mkdir()
     (part / "anno" / "abc.txt").write_text(LINES)
     write_video(root / "coco" / "train2014", BOXES[:2], "COCO_train2014_{:012d}.jpg")
-    images = [dict(id=i, file_name=f"COCO_train2014_{i:012d}.jpg") for i in (1, 2)]
+    images = [dict(id=i, file_name=f"COCO_train2014_{i:012d}.jpg", width=64, height=48)
+              for i in (1, 2)]
     things = [dict(image_id=image, bbox=box, iscrowd=crowd)
               for image, box, crowd in ((1, BOXES[0], 0), (2, BOXES[1], 0), (2, (7, 9, 14, 0), 0),
                                         (1, (0, 0, 60, 40), 1))]
@@ -509,9 +539,12 @@ def test_of_two_years_of_coco_the_later_is_read(folder_of_images, four_sets, tmp
     assert len(items) == 2 and frame.endswith("train2017/000000000001.jpg") and Path(frame).exists()
 
 
-def pairs_of(data, *options):
-    args = track.parse_args([str(option) for option in (*SMALL, *options)])
-    return track.Pairs(track.open_sets(data), args, args.pairs, args.seed)
+def pairs_of_sets(sets, seed=0):
+    return track.Pairs(sets, 8, seed, (2.0, 32), (4.0, 64), 200, 3.0, 0.25)
+
+
+def pairs_of(data, seed=0):
+    return pairs_of_sets(track.open_sets(data), seed)
 
 
 def test_every_data_set_is_read(four_sets):
@@ -520,8 +553,9 @@ def test_every_data_set_is_read(four_sets):
     assert counts == {"lasot": 1, "got10k": 1, "trackingnet": 1, "coco": 2}
     hidden = {}
     for name, (items, read) in sets.items():
-        frames, boxes, visible = read(items[0])
+        frames, boxes, visible, size = read(items[0])
         assert track.read_frame(frames[-1]).shape == (3, 48, 64)
+        assert size == ((64, 48) if name == "coco" else None)
         assert boxes[0].tolist() == [5, 8, 14, 10]
         hidden[name] = np.flatnonzero(np.logical_not(visible) & (boxes[:, 2] > 0)).tolist()
     assert hidden == {"lasot": [3, 6], "got10k": [3, 4], "trackingnet": [], "coco": []}
@@ -534,8 +568,8 @@ def test_own_videos_need_no_labels_and_hidden_folders_are_no_data(tmp_path):
         write_video(tmp_path / "train" / name)
         (tmp_path / "train" / name / "groundtruth.txt").write_text(LINES)
     (files, read), = track.open_sets(f"got10k={tmp_path}")
-    assert [file.parent.name for file in files] == ["mine"]
-    frames, boxes, visible = read(files[0])
+    assert [Path(file).parent.name for file in files] == ["mine"]
+    frames, boxes, visible, _ = read(files[0])
     assert visible.all() and len(boxes) == 24 and Path(frames[-1]).exists()
     pairs_of(f"got10k={tmp_path}")[0, 0]
 
@@ -563,9 +597,10 @@ def test_pairs_depend_on_seed_epoch_and_index_alone(four_sets):
     item, again, next_epoch = pairs[0, 7], pairs[0, 7], pairs[1, 7]
     assert all(torch.equal(a, b) for a, b in zip(item, again))
     assert not torch.equal(item[1], next_epoch[1])
-    other_seed = pairs_of(four_sets, "--seed", 1)[0, 7]
-    assert not torch.equal(item[1], other_seed[1])
+    assert not torch.equal(item[1], pairs_of(four_sets, seed=1)[0, 7][1])
     assert torch.equal(before, torch.get_rng_state())    # the process's generator is left alone
+    with pytest.raises(TypeError, match=r"give \(epoch, index\), such as pairs\[0, 7\]"):
+        pairs[7]
 
 
 def test_boxes_of_pairs_are_where_the_target_is(trained):
@@ -588,33 +623,115 @@ def test_boxes_of_pairs_are_where_the_target_is(trained):
     assert bias.abs().max() < 0.35
 
 
-def test_a_missing_frame_stops_training_or_is_named_once(tmp_path, capfd):
-    """The two sequences have one readable frame too few, and all of them."""
-    folder = write_lasot(tmp_path / "lasot", names=("airplane-2", "bear-1"))
+def test_a_missing_frame_stops_training(tmp_path):
+    folder = write_lasot(tmp_path / "lasot", names=("airplane-2",))
     for i in range(1, 24):
-        (folder / "bear" / "bear-1" / "img" / f"{i:08}.jpg").unlink()
-    options = ["--data", f"lasot={folder}", "--out", tmp_path / "out", *SMALL, "--pairs", 60]
-    with pytest.raises(OSError, match="cannot read image .*bear-1/img/.*.jpg.*--skip-corrupt"):
+        (folder / "airplane" / "airplane-2" / "img" / f"{i:08}.jpg").unlink()
+    options = ["--data", f"lasot={folder}", "--out", tmp_path / "out", *SMALL]
+    with pytest.raises(OSError, match="cannot read image .*airplane-2/img/.*.jpg.*tools/check.py"):
         here(track, *options)
-    here(track, *options, "--skip-corrupt", "--workers", 2)
-    named = [line for line in capfd.readouterr().err.splitlines() if line.endswith("left out")]
-    assert "bear-1/img" in named[0] and len(set(named)) > 5
-    # by the training, where both loader processes may meet it at once, and by the evaluation
-    assert max(map(named.count, named)) <= 3
 
 
-def test_a_sequence_without_its_annotation_is_named_or_replaced(tmp_path, capfd):
-    folder = write_lasot(tmp_path / "lasot", names=("airplane-2", "bear-1"))
-    (folder / "bear" / "bear-1" / "out_of_view.txt").unlink()
-    pairs = pairs_of(f"lasot={folder}")
-    with pytest.raises(OSError, match="bear-1/out_of_view.txt is no table.*--skip-corrupt"):
-        [pairs[0, k] for k in range(8)]
-    pairs = pairs_of(f"lasot={folder}", "--skip-corrupt")
-    assert len([pairs[0, k] for k in range(8)]) == 8
-    assert capfd.readouterr().err.count("left out") == 1
-    (folder / "airplane" / "airplane-2" / "out_of_view.txt").unlink()
-    with pytest.raises(OSError, match="of 100 sequences of --data none"):
-        pairs[0, 0]
+def test_a_sequence_without_its_labels_is_named(tmp_path):
+    folder = write_lasot(tmp_path / "lasot", names=("airplane-2",))
+    file = folder / "airplane" / "airplane-2" / "out_of_view.txt"
+    file.write_text("0,0,0")
+    with pytest.raises(OSError, match="airplane-2/out_of_view.txt is no .* text of 1 numbers"):
+        pairs_of(f"lasot={folder}")[0, 0]
+    file.unlink()
+    with pytest.raises(OSError, match="airplane-2/out_of_view.txt is no .*No such file"):
+        pairs_of(f"lasot={folder}")[0, 0]
+
+
+def test_sequences_without_a_pair_are_told(tmp_path):
+    folder = write_lasot(tmp_path / "lasot", names=("airplane-2",))
+    (folder / "airplane" / "airplane-2" / "out_of_view.txt").write_text(",".join("1" * 24))
+    with pytest.raises(OSError, match="of 100 sequences of --data none has 20 frames"):
+        pairs_of(f"lasot={folder}")[0, 0]
+
+
+def test_a_byte_order_mark_is_no_number_and_utf_16_is_told(tmp_path):
+    file = tmp_path / "groundtruth.txt"
+    file.write_text(LINES, "utf-8-sig")
+    assert track.read_numbers(file)[0].tolist() == list(BOXES[0])
+    file.write_text(LINES, "utf-16")
+    with pytest.raises(OSError, match="groundtruth.txt is no UTF-8 text of 4 numbers per frame"):
+        track.read_numbers(file)
+
+
+# ---- COCO ----------------------------------------------------------------------------------------
+def write_coco(folder, images, annotations):
+    (folder / "annotations").mkdir(parents=True)
+    (folder / "train2017").mkdir()
+    content = json.dumps(dict(images=images, annotations=annotations))
+    (folder / "annotations" / "instances_train2017.json").write_text(content)
+    return f"coco={folder}"
+
+
+@pytest.mark.parametrize("upright", [False, True])
+def test_boxes_of_a_turned_photograph_fit_the_frame(upright, tmp_path):
+    """The stored pixels are 60 x 40 and EXIF turns them to 40 x 60. Some tools box the stored
+    pixels, others the upright ones, and COCO's width and height tell which."""
+    stored = Image.new("RGB", (60, 40), (90, 90, 90))
+    stored.paste((230, 40, 60), (4, 6, 24, 16))
+    exif = Image.Exif()
+    exif[0x0112] = 6    # turn by 90 degrees, clockwise
+    box = (40 - 16, 4, 10, 20) if upright else (4, 6, 20, 10)
+    w, h = (40, 60) if upright else (60, 40)
+    data = write_coco(tmp_path / "coco", [dict(id=7, file_name="a.jpg", width=w, height=h)],
+                      [dict(image_id=7, bbox=box)])
+    stored.save(tmp_path / "coco/train2017/a.jpg", quality=95, subsampling=0, exif=exif)
+    (items, read), = track.open_sets(data)
+    frames, boxes, _, size = read(items[0])
+    frame = track.read_frame(frames[0], size)
+    x, y, w, h = boxes[0].astype(int)
+    assert frame.shape[1:] == (60, 40) if upright else (40, 60)
+    inside = frame[:, y + 2:y + h - 2, x + 2:x + w - 2].float()
+    assert inside[0].mean() > 200 and inside[1].mean() < 80
+    template, search, box = pairs_of(data)[0, 0]
+    assert (template[0].int() - template[1].int()).max() > 100    # it holds the target
+
+
+def test_annotations_without_box_or_image_are_skipped_and_counted(tmp_path, capsys):
+    images = [dict(id=7, file_name="a.jpg", width=60, height=40)]
+    things = [dict(image_id=7, bbox=[1, 2, 3, 4]), dict(image_id=7), dict(image_id=7, bbox=[]),
+              dict(image_id=7, bbox=None), dict(image_id=8, bbox=[1, 2, 3, 4]),
+              dict(image_id=7, bbox=[1, 2, 0, 4]), dict(image_id=7, bbox=[1, 2, 3]),
+              dict(image_id=7, bbox=[0, 0, 9, 9], iscrowd=1)]
+    (items, read), = track.open_sets(write_coco(tmp_path / "coco", images, things))
+    assert len(items) == 1 and read(0).boxes.tolist() == [[1, 2, 3, 4]]
+    assert "6 of 7 annotations skipped" in capsys.readouterr().out
+    with pytest.raises(InputError, match="coco has no training sequence"):
+        track.open_sets(write_coco(tmp_path / "none", images, things[1:]))
+
+
+@pytest.mark.parametrize("text", ["[1, 2]", "{}", "no json", '{"images": [1], "annotations": []}',
+                                  '{"images": [], "annotations": [{"bbox": [1, 2, 3, 4]}]}'])
+def test_another_json_is_no_annotation_of_coco(text, tmp_path):
+    data = write_coco(tmp_path / "coco", [], [])
+    (tmp_path / "coco/annotations/instances_train2017.json").write_text(text)
+    with pytest.raises(InputError, match="instances_train2017.json is no annotation file of COCO"):
+        track.open_sets(data)
+
+
+def test_loader_processes_get_lists_in_shared_memory(four_sets, tmp_path):
+    """20,000 names and boxes take no room in what is handed to a process that is not forked."""
+    images = [dict(id=i, file_name=f"{i:012}.jpg") for i in range(10_000)]
+    things = [dict(image_id=i % 10_000, bbox=[1, 2, 3, 4]) for i in range(20_000)]
+    data = write_coco(tmp_path / "coco", images, things)
+    pairs = pairs_of(f"{four_sets.split(',coco')[0]},{data}")
+    assert len(pairs.sets[3][0]) == 20_000 and len(pickle.dumps(pairs)) > 1_000_000
+    assert len(ForkingPickler.dumps(pairs)) < 10_000
+
+
+def test_pairs_are_the_same_in_processes_that_are_not_forked(four_sets):
+    pairs = pairs_of(four_sets)
+    keys = [(0, index) for index in range(4)]
+    loader = torch.utils.data.DataLoader(pairs, 4, sampler=keys, num_workers=1,
+                                         multiprocessing_context="forkserver")
+    (template, _, boxes), = loader
+    assert torch.equal(template, torch.stack([pairs[key][0] for key in keys]))
+    assert torch.equal(boxes, torch.stack([pairs[key][2] for key in keys]))
 
 
 # ---- training ------------------------------------------------------------------------------------
@@ -625,6 +742,9 @@ def test_checkpoint_is_plain_and_an_encoder(trained):
     load_encoder(encoder, trained / "out" / "last.pt")
     saved = state["model"]["encoder.blocks.3.attn.qkv.weight"]
     assert torch.equal(encoder.blocks[3].attn.qkv.weight, saved)
+    final = state_of(trained / "out" / "tracker.pt")
+    assert {"model", "epoch", "arch", "mean", "std", "args"} == set(final)
+    assert all(torch.equal(w, state["model"][name]) for name, w in final["model"].items())
 
 
 def test_log_has_every_loss_and_fixed_pairs_are_evaluated(trained, tmp_path, capsys):
@@ -637,7 +757,7 @@ def test_log_has_every_loss_and_fixed_pairs_are_evaluated(trained, tmp_path, cap
          "--epochs", 3, "--out", tmp_path)
     values = [line["val_loss"] for line in read_log(tmp_path / "log.jsonl") if "val_loss" in line]
     assert len(values) == 3    # the same pairs: only the batch norms' statistics have changed
-    assert f"finished: the tracker is {tmp_path}/last.pt" in capsys.readouterr().out
+    assert "epoch 3: IoU 0." in capsys.readouterr().out
 
 
 def test_rates_drop_and_elimination_begins_at_their_epochs(trained, tmp_path, monkeypatch):
@@ -662,7 +782,7 @@ def test_rates_drop_and_elimination_begins_at_their_epochs(trained, tmp_path, mo
 
 
 def test_crops_are_multiples_of_the_patch():
-    encoder = VisionTransformer(img_size=28, patch_size=14, embed_dim=48, depth=1, num_heads=3)
+    encoder = build_model("vit_pico", img_size=28, patch_size=14)
     with pytest.raises(InputError, match="crops of 128 pixels .* patch size 14"):
         track.Tracker(encoder)
 
@@ -697,7 +817,7 @@ def test_remedies_may_change_on_resume_but_not_the_method(trained, tmp_path, cap
     capsys.readouterr()
     here(track, *options, "--lr", 1e-4, "--clip-grad", 1, "--accum-steps", 2)    # is finished
     out = capsys.readouterr().out
-    assert "lr is now 0.0001, was 0.0004" in out and "finished: the tracker is" in out
+    assert "lr is now 0.0001, was 0.0004" in out and "the run is finished" in out
     after = state_of(tmp_path / "last.pt")
     assert all(torch.equal(w, after["model"][name]) for name, w in before["model"].items())
 
@@ -709,7 +829,7 @@ def two_processes(trained, tmp_path_factory):
     write_lasot(root / "three", names=("airplane-1", "bear-2", "zebra-10"))
     write_lasot(root / "broken", names=("airplane-1", "bear-2"))
     (root / "broken" / "bear" / "bear-2" / "img" / "00000009.jpg").unlink()
-    evaluation = ["--eval", "--init", trained / "out" / "last.pt", "--allow-partial", *USE]
+    evaluation = ["--eval", "--init", trained / "out" / "last.pt", *USE]
     runs = dict(train=["--data", f"lasot={trained / 'lasot'}", *SMALL, "--batch-size", 2,
                        "--drop-path", 0],
                 three=[*evaluation, "--data", f"lasot={root / 'three'}"],
@@ -724,10 +844,7 @@ def two_processes(trained, tmp_path_factory):
         options = [*options, "--out", str(root / f"{name}-two")]
         lines.append(f"    track.main(track.parse_args({options}))")
     (root / "script.py").write_text("\n".join(lines))
-    started = time.time()
-    done = run(root / "script.py", torchrun=2, check=False)
-    done.seconds = time.time() - started
-    return root, runs, done
+    return root, runs, run(root / "script.py", torchrun=2, check=False)
 
 
 def test_two_processes_train_as_one_with_accumulation(two_processes):
@@ -740,6 +857,26 @@ def test_two_processes_train_as_one_with_accumulation(two_processes):
     for name, weight in one["model"].items():
         if "running" not in name and "num_batches" not in name:    # process 0 sees half of them
             assert (weight - two["model"][name]).abs().max() < 2e-5, name
+    logs = [read_log(root / f"train-{name}" / "log.jsonl")[1:] for name in ("one", "two")]
+    losses = [[line["loss"] for line in log if "loss" in line] for log in logs]
+    assert np.allclose(*losses, rtol=1e-4) and len(losses[0]) == 8    # those of the whole batch
+
+
+def test_two_processes_log_the_evaluation_of_the_tracker_that_they_save(two_processes, monkeypatch):
+    """Each process has its own batch statistics, and those of process 0 are saved."""
+    monkeypatch.setitem(track.RECIPE, "val_pairs", VAL_PAIRS)    # as in the processes
+    root, runs, _ = two_processes
+    [logged] = [line for line in read_log(root / "train-two" / "log.jsonl") if "val_iou" in line]
+    model = track.load_tracker(root / "train-two" / "tracker.pt", torch.device("cpu")).model
+    args = track.parse_args(runs["train"])
+    _, val_loader = track.build_loaders(args, model, (0, 1, torch.device("cpu"), torch.float32))
+    val_set = val_loader.dataset
+    template, search, boxes = map(torch.stack, zip(*(val_set[0, k] for k in range(VAL_PAIRS))))
+    template, search = (normalize(x, model.mean, model.std) for x in (template, search))
+    with torch.no_grad():
+        losses = track.tracking_losses(*model(template, search, args.keep_rate), boxes)
+    assert logged["val_iou"] == pytest.approx(losses["iou"].item(), rel=1e-5)
+    assert logged["val_loss"] == pytest.approx(losses["loss"].item(), rel=1e-5)
 
 
 def test_trains_in_bfloat16_on_the_cpu(trained, tmp_path):
@@ -771,9 +908,10 @@ def test_encoder_of_another_size_starts_a_tracker(tmp_path):
     encoder = build_model("vit_pico", img_size=48, patch_size=8)
     save_encoder(tmp_path / "e.pt", encoder, mean=[0.5] * 3, std=[0.2] * 3)
     args = track.parse_args(["--init", f"{tmp_path}/e.pt", "--template-size", "32",
-                             "--search-size", "64"])
+                             "--search-size", "64", "--std", "0.25", "0.25", "0.25"])
     tracker = track.build_tracker(args)
-    assert args.mean == [0.5] * 3 and args.std == [0.2] * 3 and args.arch["embed_dim"] == 48
+    assert tracker.mean == (0.5,) * 3 and tracker.std == (0.25,) * 3
+    assert tracker.arch["embed_dim"] == 48
     assert (tracker.encoder.template_pos_embed.shape[1], tracker.search_side) == (16, 8)
     assert torch.equal(tracker.encoder.blocks[2].mlp.fc1.weight, encoder.blocks[2].mlp.fc1.weight)
 
@@ -782,13 +920,14 @@ def test_heads_of_a_file_that_does_not_store_them(tmp_path):
     torch.save(build_model("deit_tiny").state_dict(), tmp_path / "deit.pth")
     for options, heads in (([], 12), (["--model", "deit_tiny"], 3)):
         args = track.parse_args(["--init", f"{tmp_path}/deit.pth", *options])
-        track.build_tracker(args)
-        assert args.arch["num_heads"] == heads
+        assert track.build_tracker(args).arch["num_heads"] == heads
 
 
 # ---- use -----------------------------------------------------------------------------------------
 def score_line(capsys):
-    return next(line for line in capsys.readouterr().out.splitlines() if line.startswith("AUC"))
+    """The scores and what they count, without the folder of the boxes."""
+    lines = capsys.readouterr().out.splitlines()
+    return next(line.split("; boxes in")[0] for line in lines if line.startswith("AUC"))
 
 
 def result_file(out):
@@ -797,66 +936,106 @@ def result_file(out):
 
 
 def test_both_layouts_of_lasot_score_the_same(trained, tmp_path, capsys):
+    """And a sequence that lies there in both counts once."""
     write_lasot(tmp_path / "flat", nested=False)
+    write_lasot(tmp_path / "both", nested=False)
+    write_lasot(tmp_path / "both")
     lines = []
-    for folder in (trained / "lasot", tmp_path / "flat"):
+    for folder in (trained / "lasot", tmp_path / "flat", tmp_path / "both"):
         here(track, "--eval", "--data", f"lasot={folder}", "--init", trained / "out" / "last.pt",
-             "--out", tmp_path / folder.name, "--allow-partial", *USE)
+             "--out", tmp_path / folder.name, *USE)
         lines.append(score_line(capsys))
-    assert lines[0] == lines[1] and "PARTIAL" in lines[0]
+    assert lines[0] == lines[1] == lines[2]
+    assert lines[0].endswith(" PARTIAL, 1 of 280 sequences in float32")
+    assert len(track.open_sets(f"lasot={tmp_path / 'both'}")[0][0]) == 1
     text = result_file(tmp_path / "flat").read_text()
     assert text.startswith("5.00,8.00,14.00,10.00\n") and len(text.splitlines()) == 24
 
 
-def test_missing_sequences_are_no_score_of_the_set(trained, tmp_path, capsys):
-    options = ["--eval", "--data", f"lasot={trained / 'lasot'}", "--out", trained / "out", *USE]
-    with pytest.raises(InputError, match="279 of LaSOT's 280 test sequences are missing"):
-        here(track, *options)
-    here(track, *options, "--allow-partial")
-    assert "evaluated 1/280 sequences" in capsys.readouterr().out
-
-
-def test_a_test_sequence_that_cannot_be_read_is_named_or_left_out(trained, tmp_path, capfd):
+def test_a_test_sequence_that_cannot_be_read_is_named(trained, tmp_path):
     data = write_lasot(tmp_path / "lasot", names=("airplane-1", "bear-2"))
     (data / "bear" / "bear-2" / "img" / "00000009.jpg").unlink()
-    options = ["--eval", "--data", f"lasot={data}", "--init", trained / "out" / "last.pt",
-               "--allow-partial", *USE, "--out", tmp_path]
-    with pytest.raises(OSError, match="cannot read image .*00000009.jpg.*--skip-corrupt"):
-        here(track, *options)
-    here(track, *options, "--skip-corrupt", "--workers", 1)
-    out, err = capfd.readouterr()
-    assert "evaluated 1/280 sequences" in out and "PARTIAL" in out
-    named = [line for line in err.splitlines() if line.endswith("left out")]
-    assert len(named) == 1 and "cannot read image" in named[0] and "00000009.jpg" in named[0]
-    shutil.rmtree(data / "airplane")
-    with pytest.raises(InputError, match="280 of LaSOT's 280 test sequences are missing"):
-        here(track, *options, "--skip-corrupt")
+    with pytest.raises(OSError, match="cannot read image .*bear-2/img/00000009.jpg"):
+        here(track, "--eval", "--data", f"lasot={data}", "--init", trained / "out" / "tracker.pt",
+             *USE, "--out", tmp_path)
+
+
+def test_use_reads_tracker_pt_of_out_and_files_of_older_versions(trained, tmp_path, capsys):
+    options = ["--eval", "--data", f"lasot={trained / 'lasot'}", *USE]
+    lines = []
+    shutil.copytree(trained / "out", tmp_path / "out")
+    (tmp_path / "out" / "last.pt").unlink()
+    here(track, *options, "--out", tmp_path / "out")
+    lines.append(score_line(capsys))
+    old = state_of(trained / "out" / "last.pt")
+    old["arch"]["layer_scale"] = None
+    torch.save(old, tmp_path / "old.pt")
+    here(track, *options, "--out", tmp_path / "old", "--init", tmp_path / "old.pt")
+    lines.append(score_line(capsys))
+    assert lines[0] == lines[1]
+
+
+class Frozen(argparse.Namespace):
+    def __setattr__(self, name, value):
+        raise AttributeError(f"args.{name} is written after resolve")
+
+
+def test_options_are_read_only_once_they_are_resolved(trained, tmp_path, monkeypatch):
+    def freeze(args):
+        frozen = Frozen()
+        vars(frozen).update(vars(resolve(args)))
+        return frozen
+
+    resolve = track.resolve
+    monkeypatch.setattr(track, "resolve", freeze)
+    data = ["--data", f"lasot={trained / 'lasot'}", "--out", tmp_path / "out"]
+    here(track, *data, *SMALL, "--epochs", 1)
+    here(track, *data, "--eval", *USE)
+    here(track, *data, "--eval", "--results", result_file(tmp_path / "out").parent, *USE)
+    here(track, *data, "--frames", trained / "lasot/airplane/airplane-1/img", "--box", *BOXES[0],
+         *USE)
+    with pytest.raises(AttributeError, match="args.seed is written after resolve"):
+        freeze(track.parse_args([])).seed = 1
 
 
 @pytest.mark.parametrize("separator", [",", "\t", " "])
 def test_text_files_of_any_tracker_are_scored(trained, tmp_path, capsys, separator):
     (tmp_path / "airplane-1.txt").write_text(LINES.replace(",", separator))
     here(track, "--eval", "--data", f"lasot={trained / 'lasot'}", "--results", tmp_path,
-         "--allow-partial", "--device", "cpu")
+         "--device", "cpu")
     right = 22 / 24    # two frames without the target fail; IoU > 1 never holds
     assert f"AUC {100 * right * 20 / 21:.1f}, P {100 * right:.1f}," in score_line(capsys)
 
 
 @pytest.mark.parametrize("change, message", [
-    (lambda lines: [line + ",0.9" for line in lines], "no table of 4 numbers"),
-    (lambda lines: lines[:-1], r"no table of 4 numbers per frame \(\(23, 4\), not \(24, 4\)\)"),
-    (lambda lines: ["a,b,c,d"], "no table of 4 numbers")])
+    (lambda lines: [line + ",0.9" for line in lines], "no UTF-8 text of 4 numbers"),
+    (lambda lines: lines[:-1], r"text of 4 numbers per frame \(\(23, 4\), not \(24, 4\)\)"),
+    (lambda lines: ["a,b,c,d"], "no UTF-8 text of 4 numbers")])
 def test_broken_text_files_are_told(trained, tmp_path, change, message):
     (tmp_path / "airplane-1.txt").write_text("\n".join(change(LINES.splitlines())))
     with pytest.raises(OSError, match=message):
         here(track, "--eval", "--data", f"lasot={trained / 'lasot'}", "--results", tmp_path,
-             "--allow-partial", "--device", "cpu")
+             "--device", "cpu")
+
+
+@pytest.mark.parametrize("convert, likely", [
+    (lambda x, y, w, h: (x, y, x + w, y + h), ", but as x1,y1,x2,y2: convert"),
+    (lambda x, y, w, h: (x + w / 2, y + h / 2, w, h), ", but as x,y of the centre,w,h: convert"),
+    (lambda x, y, w, h: (x + 40, y, w, h), r"in pixels\): convert"),
+    (lambda x, y, w, h: (x / 64, y / 48, w / 64, h / 48), r"in pixels\): convert")])
+def test_boxes_of_another_format_are_refused(convert, likely, trained, tmp_path):
+    """Line 1 of a result is the given box."""
+    lines = [",".join(map(str, convert(*box))) for box in BOXES]
+    (tmp_path / "airplane-1.txt").write_text("\n".join(lines))
+    with pytest.raises(OSError, match=f"line 1 of .*airplane-1.txt is not the given box.*{likely}"):
+        here(track, "--eval", "--data", f"lasot={trained / 'lasot'}", "--results", tmp_path,
+             "--device", "cpu")
 
 
 def test_only_what_is_missing_is_tracked_and_nothing_is_deleted(trained, tmp_path):
     """Results belong to the weights; those of others stay as they are."""
     options = ["--eval", "--data", f"lasot={trained / 'lasot'}", "--out", tmp_path, "--init",
-               tmp_path / "a.pt", "--allow-partial", *USE]
+               tmp_path / "a.pt", *USE]
     shutil.copy(trained / "out" / "last.pt", tmp_path / "a.pt")
     here(track, *options)
     file = result_file(tmp_path)
@@ -873,7 +1052,8 @@ def test_only_what_is_missing_is_tracked_and_nothing_is_deleted(trained, tmp_pat
 def test_two_processes_evaluate_to_the_same_numbers(two_processes, capsys):
     root, runs, done = two_processes
     here(track, *runs["three"], "--out", root / "three-one")
-    assert [line for line in done.stdout.splitlines() if line[:3] == "AUC"] == [score_line(capsys)]
+    lines = [line.split("; boxes in")[0] for line in done.stdout.splitlines() if line[:3] == "AUC"]
+    assert lines == [score_line(capsys)]
     texts = [sorted((file.name, file.read_text()) for file in folder.glob("*.txt"))
              for name in ("one", "two") for folder in (root / f"three-{name}").glob("results/*")]
     assert texts[0] == texts[1] and len(texts[0]) == 3
@@ -903,7 +1083,7 @@ def test_your_own_frames_give_boxes_and_an_overlay(trained, tmp_path, capsys, mo
     open_image = track.open_image
     monkeypatch.setattr(track, "open_image", lambda file: seen.append(file) or open_image(file))
     here(track, "--frames", tmp_path / "frames", "--box", ",".join(map(str, BOXES[0])), "--out",
-         tmp_path / "mine", "--init", trained / "out" / "last.pt", *USE)
+         tmp_path / "mine", "--init", trained / "out" / "tracker.pt", *USE)
     assert [int(Path(file).stem) for file in seen[1:13]] == list(range(1, 13))
     assert "12 frames of 1 folder(s)" in capsys.readouterr().out
     boxes = (tmp_path / "mine" / "boxes.txt").read_text().splitlines()
@@ -925,6 +1105,22 @@ def test_narrow_frames_and_frames_of_different_sizes_are_drawn(size, tmp_path):
     assert max(picture.size) == 400 and picture.n_frames == 2
 
 
+@pytest.mark.parametrize("count, still", [(10, True), (100, False), (301, False)])
+def test_an_overlay_plays_as_long_as_the_video(count, still, tmp_path):
+    """At 30 frames per second. GIF counts hundredths, and Pillow merges frames that are equal."""
+    Image.new("RGB", (64, 48)).save(tmp_path / "0.png")
+    boxes = [np.array([1.0, 1, 20, 20]) + (0 if still else i % 30) * np.array([1, 0, 0, 0])
+             for i in range(count)]
+    track.draw_overlay(tmp_path / "a.gif", [tmp_path / "0.png"] * count, boxes, [0.5] * count)
+    picture = Image.open(tmp_path / "a.gif")
+    seconds = 0
+    for i in range(picture.n_frames):
+        picture.seek(i)
+        seconds += picture.info["duration"] / 1000
+    assert seconds == pytest.approx(count / 30, abs=0.0051)
+    assert picture.n_frames == (1 if still else math.ceil(count / math.ceil(count / 150)))
+
+
 def test_folders_of_frames_are_counted(trained, tmp_path, capsys):
     write_video(tmp_path / "a", BOXES[:2])
     (tmp_path / "a" / "b").mkdir()
@@ -934,11 +1130,31 @@ def test_folders_of_frames_are_counted(trained, tmp_path, capsys):
     assert "3 frames of 2 folder(s)" in capsys.readouterr().out
 
 
-def test_own_frames_are_tracked_as_in_the_evaluation(trained, tmp_path):
-    args = track.parse_args(["--init", f"{trained}/out/last.pt"])
-    tracker = track.load_tracker(args, torch.device("cpu"))
+def test_what_a_run_wrote_is_no_frame(trained, tmp_path, monkeypatch, capsys):
+    """Nothing below --out is read as a frame, nor is the overlay of a run with another --out."""
+    write_video(tmp_path / "video", BOXES[:3])
+    monkeypatch.chdir(tmp_path / "video")
+    options = ["--frames", ".", "--box", *BOXES[0], "--init", trained / "out" / "tracker.pt", *USE]
+    for out in ("own", "own", "other"):
+        here(track, *options, "--out", out)
+        assert "3 frames of 1 folder(s)" in capsys.readouterr().out
+    with pytest.raises(InputError, match="--out . is the folder of the images: give another"):
+        here(track, *options, "--out", ".")
+
+
+@pytest.mark.parametrize("names", [
+    ["0.0.jpg", "0.04.jpg", "0.08.jpg", "0.1.jpg", "0.12.jpg", "9.96.jpg", "10.0.jpg"],    # seconds
+    ["1.jpg", "2.jpeg", "3.jpg", "10.JPEG", "11.jpg", "100.jpg"],
+    ["clip2/frame9.png", "clip2/frame10.png", "clip10/frame1.png"],
+    ["00000001.jpg", "00000002.jpg", "00000010.jpg"], ["a.jpg", "b.jpg", "b1.jpg", "b2.jpg"]])
+def test_numbers_in_names_of_frames_are_numbers(names):
+    assert sorted(sorted(names), key=track.natural_order) == names
+
+
+def test_own_frames_are_tracked_as_in_the_evaluation(trained):
+    tracker = track.load_tracker(trained / "out" / "last.pt", torch.device("cpu"))
     frames = sorted((trained / "lasot" / "airplane" / "airplane-1" / "img").iterdir())
-    followed = [box for box, _ in tracker.follow(frames, np.array(BOXES[0]), workers=2)]
+    followed = [box for box, _ in track.follow(tracker, frames, np.array(BOXES[0]), workers=2)]
     tracker.start(track.read_frame(frames[0]), np.array(BOXES[0]))
     stepped = [tracker.step(track.read_frame(frame))[0] for frame in frames[1:]]
     assert np.array_equal(followed[1:], stepped)
@@ -953,11 +1169,13 @@ def test_own_frames_are_tracked_as_in_the_evaluation(trained, tmp_path):
     (["--data", "DATA", "--init", "HIERA"], "plain ViT"),
     (["--data", "DATA", "--init", "CUT"], "pos_embed"),
     (["--data", "DATA", "--search-size", 250], "no multiple of the patch size 16"),
-    (["--eval", "--data", "lasot=EMPTY", "--init", "BEST"], "280 of LaSOT's 280 test sequences"),
-    (["--eval", "--data", "coco=EMPTY", "--init", "BEST"], "280 of LaSOT's 280 test sequences are missing"),
+    (["--data", "coco=EMPTY,coco=EMPTY"], "each once"),
+    (["--eval", "--data", "lasot=EMPTY", "--init", "BEST"], "none of LaSOT's 280 test sequences"),
+    (["--eval", "--data", "coco=EMPTY", "--init", "BEST"], "none of LaSOT's 280 test sequences"),
     (["--eval", "--data", "DATA", "--init", "ENCODER"], "is no tracker"),
-    (["--eval", "--data", "DATA"], "does not exist"),
-    (["--eval", "--data", "DATA", "--results", "EMPTY"], "280 of LaSOT's 280 test sequences are missing"),
+    (["--eval", "--data", "DATA"], "out/tracker.pt does not exist"),
+    (["--eval", "--data", "DATA", "--results", "EMPTY"],
+     "none of LaSOT's 280 test sequences is in --data .* and in .*empty"),
     (["--frames", "FRAMES"], "needs --box X Y W H"),
     (["--frames", "FRAMES", "--box", 10, 10, 0, 5], "needs --box X Y W H"),
     (["--frames", "FRAMES", "--box", 30, 10, 44, 24],
@@ -1021,5 +1239,5 @@ def test_toy_videos_train_and_are_evaluated_as_the_demo_does(tmp_path, capsys):
     here(track, *data, "--model", "vit_pico", "--template-size", 32, "--search-size", 64,
          "--head-channels", 64, "--keep-rate", 0.8, "--drop-path", 0, "--epochs", 1, "--pairs", 16,
          "--batch-size", 8, "--lr", 1e-3, "--encoder-lr", 0.5)
-    here(track, "--eval", *data, "--allow-partial")
-    assert "evaluated 1/280 sequences in float32" in capsys.readouterr().out
+    here(track, "--eval", *data)
+    assert score_line(capsys).endswith(" PARTIAL, 1 of 280 sequences in float32")
