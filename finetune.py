@@ -1,15 +1,15 @@
-"""Fine-tuning and transfer of a pre-trained encoder to image classification (Sec. "experiments").
+r"""Fine-tuning and transfer of a pre-trained encoder to image classification (Sec. "experiments").
 
     torchrun --nproc_per_node=8 finetune.py --data data/imagenet --init out/pretrain/encoder.pt
     torchrun --nproc_per_node=8 finetune.py --data data/imagenet --init encoder.pt --rpe \
         --epochs 1000
-    torchrun --nproc_per_node=2 finetune.py --recipe transfer --dataset cifar100 --download \
-        --init encoder.pt
+    torchrun --nproc_per_node=2 finetune.py --recipe cifar --data data/cifar100 --init encoder.pt
     python finetune.py --data my_pictures --init encoder.pt --shots 10 --batch-size 32
     python finetune.py --data data/imagenet --init encoder.pt --keep-blocks 6 \
         --data-fraction 0.1 --seed 1                                  # one point of Fig. 4
-    python finetune.py --init out/finetune/best.pt --predict cat.jpg my_folder
-    python tests/tools/demo.py finetune                                     # needs no files
+    python finetune.py --eval --data data/imagenet --init mae_finetuned_vit_base.pth
+    python finetune.py --predict cat.jpg my_folder                    # by the run in out/finetune
+    python tests/tools/demo.py finetune                               # needs no files
 
 The classifier is head(fc_norm(mean patch token)). Its encoder starts from --init, whole or up to
 one of its blocks, or from random weights; its head starts from random weights. A recipe is one dict
@@ -17,31 +17,34 @@ of RECIPES; `--recipe mae mixup=0 erasing=0` overrides entries of it. Read RECIP
 
 Shapes: B images, K classes, H x W pixels.
 
-NOTES, departures from the authors' code:
-- Crops, flips and RandAugment are a function of (seed, epoch, image), mixing, erasing and
-  stochastic depth one of (seed, epoch, process): a run does not depend on the number of workers,
-  and one that was killed resumes to the same bits (on a CPU, or on GPUs of one kind with
-  deterministic kernels).
-- Every test image is counted once for any number of processes; the authors repeat some to fill a
-  batch. Evaluation runs in float32, as theirs does; GPUs from Ampere on multiply in TensorFloat-32.
-- best.pt is the best of all evaluations, one every epoch by default, on the images that are scored;
-  the authors evaluate every 10 epochs.
-- Mixup, CutMix and the rectangles of random erasing are torchvision's: a batch is mixed with itself
-  shifted by one image (timm: reversed), and CutMix rounds its rectangle differently.
-- The final norm is loaded from supervised files alone, as in the authors' DeiT rows; after
-  pre-training it starts as the identity.
-- Random weights of a plain ViT, also of the blocks that --keep-blocks leaves out, are MAE's (Xavier
-  uniform, a head of std 2e-5); the authors' are timm's (truncated normal of std 0.02, the head
-  too). With --rpe both follow BEiT, with a head of std 2e-5.
-- With --rpe, the qkv biases of --init are loaded. The authors' model has a q_bias and a v_bias in
-  their place, so those of a plain MAE file are not found, and start at zero; that k has no bias
-  changes nothing, as the softmax cancels it.
-- Transfer: the authors publish epochs, warm-up and rate of CIFAR-100, and one rate for the other
-  data sets; all other entries of DATASETS are chosen here, in the proportions of CIFAR-100.
+NOTES, details that the paper does not give, and departures from the authors' code:
+1. Crops, flips and RandAugment depend on (seed, epoch, image); mixing, erasing and stochastic depth
+   on (seed, epoch, process), and mixing stays within a micro-batch. So a run does not depend on the
+   number of workers. A killed run finishes with bit-identical weights on one number of CPU threads,
+   or on GPUs of one kind with deterministic kernels.
+2. Every test image counts once for any number of processes. The authors' code repeats some to fill
+   a batch, and evaluates every 10 epochs.
+3. Evaluation runs in float32, as the authors' does. GPUs from Ampere on multiply float32 matrices
+   in TensorFloat-32.
+4. Nothing is chosen on the test images: classifier.pt holds the last epoch.
+5. Mixup, CutMix and the rectangles of random erasing are torchvision's. A batch is mixed with
+   itself shifted by one image (timm: reversed), and CutMix rounds its rectangle differently.
+6. The final norm is loaded from supervised files alone, as in the authors' DeiT rows. After
+   pre-training it starts as the identity.
+7. Untrained weights, including blocks that --keep-blocks leaves out, use MAE's initialisation
+   (Xavier uniform, a head of std 2e-5). The authors' use timm's (truncated normal of std 0.02, the
+   head too). With --rpe both follow BEiT, here with a head of std 2e-5.
+8. With --rpe, the qkv biases of --init are loaded. The authors' model has a q_bias and a v_bias in
+   their place, so it does not find those of a plain MAE file, and starts them at zero. That k has
+   no bias changes nothing, as the softmax cancels it.
+9. Images that are not square: a random crop has a ratio of 3/4 .. 4/3 times width / height, and a
+   test image is resized to cover 256/224 of both sides.
+10. The authors publish epochs, warm-up and rate of CIFAR-100, and one rate for the other small data
+   sets. The other entries of "flowers" and "small" are chosen here, in CIFAR-100's proportions.
 """
 import argparse
 import math
-from functools import partial
+import os
 from pathlib import Path
 
 import torch
@@ -52,19 +55,18 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_
 from torch.optim import SGD, AdamW
-from torchvision import datasets
 from torchvision.transforms import RandomErasing, v2
-from torchvision.transforms.v2.functional import (center_crop, pil_to_tensor, resize,
-                                                  to_pil_image)
+from torchvision.transforms.v2.functional import center_crop, pil_to_tensor, to_pil_image
 from tqdm import tqdm
 
 from models import (ImageDataset, InputError, Parser, bounded, build_model, eval_loader,
-                    init_distributed, list_images, log, lr_at, mix_seed, normalize, open_image,
-                    param_groups, plain_errors, random_crop, read_file, resume, save, train_loader)
+                    init_distributed, list_images, load_encoder, log, mix_seed, normalize,
+                    open_image, param_groups, plain_errors, random_crop, read_encoder, resume, save,
+                    train_loader)
 
 BICUBIC = Image.Resampling.BICUBIC
 IMPROVED = dict(    # the paper's: light augmentation suits a small model
-    epochs=300, warmup_epochs=5, batch_size=1024, base_lr=1e-3,    # each has an option
+    epochs=300, warmup_epochs=5.0, batch_size=1024, base_lr=1e-3,    # each has an option
     clip_grad=0.0,                              # so has this
     optimizer="adamw", min_lr=1e-6, weight_decay=0.05,
     layer_decay=0.85,     # block k of n trains at lr * decay^(n + 1 - k), the embedding as k = 0
@@ -75,29 +77,17 @@ IMPROVED = dict(    # the paper's: light augmentation suits a small model
     rand_augment=10.0,    # mean level in 0 .. 10; torchvision counts to 30
     erasing=0.0,          # probability
     min_crop=0.08)        # smallest area of a crop
-RECIPES = {    # the others override IMPROVED
+CIFAR = dict(             # transfer: crop and flip alone
+    IMPROVED, epochs=50, warmup_epochs=10.0, batch_size=512, optimizer="sgd", base_lr=0.05,
+    weight_decay=0.0, layer_decay=0.75, clip_grad=1.0, mixup=0.0, rand_augment=0.0)
+RECIPES = {
     "improved": IMPROVED,
-    "mae": dict(         # that of MAE, made for large models
+    "mae": dict(          # that of MAE, made for large models
         IMPROVED, epochs=100, drop_path=0.1, smoothing=0.1, mixup=0.8, cutmix=1.0,
         rand_augment=9.0, erasing=0.25),
-    "transfer": dict(    # other data sets: crop and flip alone; DATASETS overrides it
-        IMPROVED, epochs=50, warmup_epochs=10, batch_size=512, optimizer="sgd", base_lr=0.05,
-        weight_decay=0.0, layer_decay=0.75, clip_grad=1.0, mixup=0.0, rand_augment=0.0),
-}
-# make: a data set of torchvision (loader=str: its items are file names, which are not read); train,
-# val: its parts for training and testing; recipe: entries of "transfer" that differ from CIFAR's.
-CIFAR = dict(train=[True], val=[False], recipe={})
-SMALL = dict(train=["trainval"], val=["test"],
-             recipe=dict(epochs=100, warmup_epochs=20, base_lr=0.015))
-DATASETS = {
-    "folder": dict(recipe={}),
-    "cifar10": dict(CIFAR, make=datasets.CIFAR10),
-    "cifar100": dict(CIFAR, make=datasets.CIFAR100),
-    "flowers": dict(SMALL, make=partial(datasets.Flowers102, loader=str), train=["train", "val"],
-                    recipe=dict(epochs=150, warmup_epochs=30, base_lr=0.015)),
-    "pets": dict(SMALL, make=datasets.OxfordIIITPet),
-    "aircraft": dict(SMALL, make=partial(datasets.FGVCAircraft, loader=str)),
-    "cars": dict(SMALL, make=partial(datasets.StanfordCars, loader=str), train=["train"]),
+    "cifar": CIFAR,
+    "flowers": dict(CIFAR, epochs=150, warmup_epochs=30.0, base_lr=0.015),
+    "small": dict(CIFAR, epochs=100, warmup_epochs=20.0, base_lr=0.015),    # pets, aircraft, cars
 }
 
 
@@ -162,48 +152,44 @@ def random_erasing(images, probability):
         if torch.rand(()) < probability:
             top, left, h, w, _ = RandomErasing.get_params(
                 image, (0.02, 1 / 3), (0.3, 1 / 0.3), [0.0])    # area, aspect, unused value
-            if (h, w) != tuple(image.shape[1:]):    # what ten failed draws give
+            if (h, w) != tuple(image.shape[1:]):    # get_params returns it after ten failures
                 image[:, top:top + h, left:left + w].normal_()
 
 
-def build_mixing(args):
-    """Mixup (arXiv 1710.09412) or CutMix (1905.04899); if both are on, one of them at random for
-    each batch: images (B, 3, H, W), labels (B,) -> images, targets (B, K). If neither is on, images
-    and labels pass through."""
-    kinds = ((v2.MixUp, args.mixup), (v2.CutMix, args.cutmix))
-    choices = [kind(alpha=alpha, num_classes=len(args.classes)) for kind, alpha in kinds if alpha]
+def build_mixing(mixup, cutmix, classes):
+    """Mixup (arXiv 1710.09412) or CutMix (1905.04899) of the given alphas; if both are above 0, one
+    of them at random for each batch: images (B, 3, H, W), labels (B,) -> images, targets (B, K). If
+    neither is, images and labels pass through."""
+    kinds = ((v2.MixUp, mixup), (v2.CutMix, cutmix))
+    choices = [kind(alpha=alpha, num_classes=classes) for kind, alpha in kinds if alpha]
     return v2.RandomChoice(choices or [v2.Identity()])
 
 
 # --------------------------------------------------------------------------------------------------
 # Method: model and optimizer
 # --------------------------------------------------------------------------------------------------
-def build_classifier(args):
-    """Classifier of args.classes, its encoder from --init if given; the defaults that depend on
-    that file are filled in."""
-    model = build_model(args.model, args.init, args.keep_blocks, img_size=args.image_size,
-                        patch_size=args.patch_size, num_classes=len(args.classes),
-                        drop_path=args.drop_path, vit=dict(rel_pos_bias=args.rpe))
-    args.arch = model.arch
-    args.image_size = model.img_size
-    args.mean = args.mean or model.mean
-    args.std = args.std or model.std
+def build_classifier(args, classes):
+    """Classifier of so many classes, its encoder from --init if given."""
+    file = read_encoder(args.init) if args.init else None
+    model = build_model(args.model, file, args.mean, args.std, img_size=args.image_size,
+                        patch_size=args.patch_size, num_classes=classes, drop_path=args.drop_path,
+                        vit=dict(rel_pos_bias=args.rpe))
     if args.rpe and model.arch["kind"] != "vit":
         raise InputError("--rpe is defined for ViT: Hiera attends in windows and pools its tokens")
     if (args.keep_blocks or 0) > model.depth:
         raise InputError(f"--keep-blocks {args.keep_blocks}: {args.init} has {model.depth} blocks")
+    loaded = load_encoder(model, file, args.keep_blocks) if file else []
     if args.rpe:
-        init_beit(model)
+        init_beit(model, loaded)
     return model
 
 
-def init_beit(model):
+def init_beit(model, loaded):
     """Initialise the matrices that --init has not filled as BEiT (arXiv 2106.08254), and so the
     authors' models with relative position bias: normal, of std 0.02, which attn.proj and mlp.fc2 of
-    block k divide by sqrt(2 k)."""
-    kept = {"head.weight", *getattr(model, "loaded", ())}
+    block k divide by sqrt(2 k). loaded: names of the others."""
     for name, p in model.named_parameters():
-        if p.dim() > 1 and name.endswith("weight") and name not in kept:
+        if p.dim() > 1 and name.endswith("weight") and name not in {"head.weight", *loaded}:
             std = 0.02
             if name.endswith(("attn.proj.weight", "mlp.fc2.weight")):
                 std /= math.sqrt(2 + 2 * int(name.split(".")[1]))    # which counts from 0
@@ -223,40 +209,41 @@ def build_optimizer(model, args, lr):
 # --------------------------------------------------------------------------------------------------
 def train(args):
     """Train into args.out: a new run, or the one that last.pt there continues."""
-    rank, world, device, dtype = run = init_distributed(args, minutes=120 if args.download else 10)
+    rank, world, device, dtype = run = init_distributed(args.device, args.dtype)
     torch.manual_seed(args.seed)
-    train_set, test_set = make_data(args, rank, world)
-    model = build_classifier(args).to(device)
-    mixing = build_mixing(args)
-    loader = train_loader(train_set, args, run)
-    steps = len(loader) // args.accum_steps    # optimizer steps per epoch
-    peak_lr = args.base_lr * loader.sampler.batch_size / 256
+    train_items, test_items, classes = list_data(args.data, args.out)
+    model = build_classifier(args, len(classes)).to(device)
+    mixing = build_mixing(args.mixup, args.cutmix, len(classes))
+    loader, test_loader = build_loaders(args, model, train_items, test_items, run)
+    accum_steps = loader.sampler.accum_steps
+    steps = len(loader) // accum_steps    # optimizer steps per epoch
+    peak_lr = args.base_lr * loader.sampler.total_batch / 256
     optimizer = build_optimizer(model, args, peak_lr)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    state = resume(args, rank, world, model, optimizer, scaler)
-    kept = state["epoch"] and Path(args.out, "best.pt").exists()
-    best = state["best"] if kept else {"top1": -1.0}
-
+    data = dict(train_images=len(loader.dataset), classes=classes)    # compared on resuming
+    first_epoch = resume(args, run, steps, model, optimizer, scaler, **data)
     network = torch.compile(model) if args.compile else model
     if world > 1:
         network = DistributedDataParallel(network, gradient_as_bucket_view=True)
 
-    for epoch in range(state["epoch"], args.epochs):
+    for epoch in range(first_epoch, args.epochs):
         loader.sampler.set_epoch(epoch)
         torch.manual_seed(mix_seed(args.seed, epoch, rank))    # of mixing, erasing and drop path
         network.train()
         bar = tqdm(loader, f"epoch {epoch + 1}/{args.epochs}", disable=rank > 0)
+        mean_loss = 0.0    # of the batch
         for i, (images, labels) in enumerate(bar):
-            step = epoch * steps + i // args.accum_steps
-            update = (i + 1) % args.accum_steps == 0
-            images = normalize(images, args.mean, args.std)
+            step = epoch * steps + i // accum_steps
+            update = (i + 1) % accum_steps == 0
+            images = normalize(images, model.mean, model.std)
             random_erasing(images, args.erasing)
             images, targets = mixing(images, labels)
             network.require_backward_grad_sync = update    # DistributedDataParallel reads it
             with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
                 logits = network(images)                                        # (B, K)
             loss = F.cross_entropy(logits.float(), targets, label_smoothing=args.smoothing)
-            scaler.scale(loss / args.accum_steps).backward()
+            scaler.scale(loss / accum_steps).backward()
+            mean_loss += loss.detach() / accum_steps
             if not update:
                 continue
 
@@ -271,121 +258,126 @@ def train(args):
 
             if step % args.log_every == 0:    # the only device-to-host sync
                 values = log(args, rank, world, epoch=epoch + 1, step=step, lr=lr,
-                             grad_norm=grad_norm, loss=loss)
+                             grad_norm=grad_norm, loss=mean_loss)
                 bar.set_postfix(loss=f"{values['loss']:.4f}")
-
-        if (epoch + 1) % args.eval_every == 0 and epoch + 1 < args.epochs:
-            best = report(args, run, model, test_set, epoch + 1, steps, best)
-        save(args, rank, "last.pt", model, epoch=epoch + 1, best=best,
+            mean_loss = 0.0
+        if (epoch + 1) % args.eval_every == 0 or epoch + 1 == args.epochs:
+            report(args, run, model, test_loader, epoch + 1, (epoch + 1) * steps, len(classes))
+        save(args, rank, "last.pt", model, epoch=epoch + 1, **data,
              optimizer=optimizer.state_dict(), scaler=scaler.state_dict())
 
-    report(args, run, model, test_set, args.epochs, steps, best)
+    save(args, rank, "classifier.pt", model, epoch=args.epochs, **data)
+
+
+def lr_at(step, total, warmup, lr, min_lr):
+    """Learning rate of step `step` (from 0): linear warm-up from 0, then half a cosine."""
+    if step < warmup:
+        return lr * step / warmup
+    done = (step - warmup) / max(1, total - warmup)
+    return min_lr + (lr - min_lr) / 2 * (1 + math.cos(math.pi * done))
 
 
 # --------------------------------------------------------------------------------------------------
 # Data
 # --------------------------------------------------------------------------------------------------
 def centre_crop(image, size):
-    """The authors' test image: shorter side to size / 0.875 (256 for 224), bicubic, then the centre
-    -> Pillow RGB of `size`, height and width."""
-    return center_crop(resize(image, [int(max(size) / 0.875)], BICUBIC), size)
+    """The authors' test image: resized bicubically to cover `size` (h, w) / 0.875 (256 for 224),
+    then the centre -> Pillow RGB of `size`."""
+    h, w = (int(side / 0.875) for side in size)
+    if image.width * h > image.height * w:    # wider than the crop: what is cut off is at the sides
+        w = int(h * image.width / image.height)
+    else:
+        h = int(w * image.height / image.width)
+    return center_crop(image.resize((w, h), BICUBIC), size)
 
 
 class LabelledImages(ImageDataset):
     """Item (epoch, index) -> image (3, h, w) uint8, label. All randomness comes from (seed, epoch,
     index).
 
-    items: [(picture, label)], a picture being a path or pixels (H, W, 3). Training images are
-    cropped, flipped and RandAugmented, test images centre crops.
+    labels: (n,) int64. image_size: (h, w). Test images are centre crops. With min_crop, training
+    images: random crops of at least that share of the area, flipped, then RandAugmented if
+    magnitude > 0; pixels that this uncovers get the colour `fill`.
     """
 
-    def __init__(self, items, args, train=True):
-        pictures, self.labels = zip(*items)
-        super().__init__(pictures, args, train)
+    def __init__(self, files, labels, image_size, seed=0, min_crop=None, magnitude=0.0,
+                 fill=(124, 116, 104)):
+        super().__init__(files, seed)
+        self.labels = labels
+        self.image_size = image_size
+        self.min_crop = min_crop
+        self.magnitude = magnitude
+        self.fill = fill
 
     def transform(self, image, index):
-        args = self.args
-        label = self.labels[index]
-        if not self.train:
-            return pil_to_tensor(centre_crop(image, args.image_size)), label
-        pixels = random_crop(image, args.image_size, (args.min_crop, 1))
-        if args.rand_augment:
-            fill = tuple(round(255 * value) for value in args.mean)
-            image = rand_augment(to_pil_image(pixels), args.rand_augment, fill)
+        label = self.labels[index].item()
+        if self.min_crop is None:
+            return pil_to_tensor(centre_crop(image, self.image_size)), label
+        pixels = random_crop(image, self.image_size, (self.min_crop, 1))
+        if self.magnitude:
+            image = rand_augment(to_pil_image(pixels), self.magnitude, self.fill)
             pixels = pil_to_tensor(image)
         return pixels, label
 
 
-def make_data(args, rank, world):
-    """-> training set, test set, of the same classes. With --download, process 0 comes first."""
-    if args.download and rank > 0:
-        dist.barrier()
-    items, args.classes = list_items(args, "train")
-    test_items, test_classes = list_items(args, "val")
-    if args.download and rank == 0 and world > 1:
-        dist.barrier()
-    check_classes(args.classes, test_classes, "the training set", "the test set")
-    items = select(items, args.data_fraction, args.shots, args.seed)
-    args.train_images = len(items)    # compared on resuming, as are the classes
-    args.test_images = len(test_items)
-    return LabelledImages(items, args), LabelledImages(test_items, args, train=False)
+def build_loaders(args, model, train_items, test_items, run):
+    """Loaders of the training images that --shots and --data-fraction leave, and of the test
+    images; both given as (files, labels)."""
+    files, labels = train_items
+    kept = select(labels, args.data_fraction, args.shots, args.seed)
+    fill = tuple(round(255 * value) for value in model.mean)
+    train_set = LabelledImages([files[i] for i in kept.tolist()], labels[kept], model.img_size,
+                               args.seed, args.min_crop, args.rand_augment, fill)
+    loader = train_loader(train_set, args.batch_size, args.accum_steps, 256, args.workers,
+                          args.seed, run)
+    test_set = LabelledImages(*test_items, model.img_size)
+    return loader, eval_loader(test_set, 128, args.workers, run)
 
 
-def list_items(args, split):
-    """Split "train" or "val" of --dataset -> [(picture, label)], class names; or InputError."""
-    if args.dataset == "folder":
-        return list_folder(Path(args.data).resolve(), split)
-    items = []
-    for part in DATASETS[args.dataset][split]:
-        try:
-            pairs, classes = list_torchvision(args, part)
-        except (ImportError, OSError, RuntimeError, ValueError) as error:
-            raise InputError(f"--dataset {args.dataset} cannot be read from {args.data} "
-                             f"({str(error).splitlines()[0]}): add --download, or give its folder "
-                             "as --data; the cars: github.com/pytorch/vision/issues/7545") from None
-        items += [(picture, int(label)) for picture, label in pairs]
-    return items, list(classes)
+def list_data(root, out):
+    """List the training and the test images, root/{train,val}/CLASS/... -> two (files, labels), and
+    the sorted names of their classes. Nothing below `out` is data. Raises InputError."""
+    *train_items, classes = list_split(root, "train", out)
+    *test_items, test_classes = list_split(root, "val", out)
+    check_classes(classes, test_classes, "the training set", "the test set")
+    return train_items, test_items, classes
 
 
-def list_folder(root, split):
-    """root/split/CLASS/... -> [(file, label)], class names, or InputError."""
-    folders = sorted(f for f in (root / split).glob("[!.]*") if f.is_dir())
-    if not folders:
-        remedy = "it must hold train/CLASS/ and val/CLASS/ (ImageNet's val: see valprep.sh)"
-        if root.name in ("train", "val"):
-            remedy = f"give the folder above, {root.parent}"
-        raise InputError(f"--data {root} has no folders of classes in {split}: {remedy}")
-    items = [(file, label) for label, folder in enumerate(folders) for file in list_images(folder)]
-    return items, [folder.name for folder in folders]
+def list_split(root, split, out):
+    """The images root/split/CLASS/... -> their files, labels (n,) int64, sorted names of classes.
+    """
+    root = Path(root).resolve()
+    folder = root / split
+    if not folder.is_dir():
+        found = ", ".join(sorted(f.name for f in root.glob("[!.]*") if f.is_dir())[:5])
+        raise InputError(f"--data {root} has no folder {split}: it must hold train/CLASS/ and "
+                         f"val/CLASS/, and holds {found or 'no folders'}")
+    files = list_images(folder, out)
+    start = len(str(folder)) + 1
+    try:
+        names = [file[start:file.index(os.sep, start)] for file in files]
+    except ValueError:
+        raise InputError(f"{folder} holds images that are in no folder of a class: it must hold "
+                         "CLASS/* (ImageNet's val: see valprep.sh)") from None
+    classes = sorted(set(names))
+    if len(classes) == 1:
+        raise InputError(f"{folder} has one class, {classes[0]}: its folders are the classes; move "
+                         f"those of {folder / classes[0]} there if they are meant")
+    number = {name: label for label, name in enumerate(classes)}
+    return files, torch.tensor([number[name] for name in names]), classes
 
 
-def list_torchvision(args, part):
-    """A part of a data set of torchvision -> [(file or pixels, label)], class names."""
-    data = DATASETS[args.dataset]["make"](args.data, part, download=args.download)
-    if args.dataset.startswith("cifar"):
-        return zip(data.data, data.targets), data.classes
-    if args.dataset != "pets":
-        return [data[i] for i in range(len(data))], data.classes
-    root = Path(args.data, "oxford-iiit-pet")    # this set takes no loader: read its list of files
-    rows = Path(root, "annotations", f"{part}.txt").read_text().splitlines()
-    pairs = [(f"{root}/images/{name}.jpg", int(label) - 1)    # of name, label from 1, and two more
-             for name, label, _, _ in map(str.split, rows)]
-    return pairs, data.classes
-
-
-def select(items, fraction, shots, seed):
-    """Keep a fraction or `shots` of each class's items (at least one), in their order. Subsets are
-    nested."""
-    members = {}    # of each class
-    for index, (_, label) in enumerate(items):
-        members.setdefault(label, []).append(index)
+def select(labels, fraction, shots, seed):
+    """Keep a fraction or `shots` of each class's items (at least one) -> their sorted indices.
+    Subsets are nested. labels: (n,) int64."""
     kept = []
-    for label, indices in members.items():
+    members = labels.argsort(stable=True).split(labels.bincount().tolist())    # of each class
+    for label, indices in enumerate(members):
         generator = torch.Generator().manual_seed(mix_seed(seed, label))
-        order = torch.randperm(len(indices), generator=generator).tolist()
+        order = torch.randperm(len(indices), generator=generator)
         share = max(1, round(fraction * len(indices)))
-        kept += [indices[i] for i in order[:share][:shots]]
-    return [items[i] for i in sorted(kept)]
+        kept.append(indices[order[:share][:shots]])
+    return torch.cat(kept).sort().values
 
 
 def check_classes(a, b, name_a, name_b):
@@ -399,35 +391,26 @@ def check_classes(a, b, name_a, name_b):
 # --------------------------------------------------------------------------------------------------
 # Evaluation
 # --------------------------------------------------------------------------------------------------
-def report(args, run, model, test_set, epoch, steps, best):
-    """Evaluate on all processes; process 0 logs, saves the best classifier until now, and prints
-    the result of a finished run -> top1 and epoch of the best."""
+def report(args, run, model, test_loader, epoch, step, classes):
+    """Evaluate on all processes; process 0 logs."""
     rank, world, _, _ = run
-    values = evaluate(args, run, model, test_set)
-    if values["top1"] > best["top1"]:
-        best = dict(top1=values["top1"], epoch=epoch)
-        save(args, rank, "best.pt", model, **best)
-    log(args, rank, world, epoch=epoch, step=epoch * steps, **values)
-    if rank == 0 and epoch == args.epochs:
-        print(f"finished: top-1 {values['top1']:.2f} in the last epoch, {epoch}, and "
-              f"{best['top1']:.2f} in the best, {best['epoch']}, which {args.out}/best.pt holds "
-              "and which was chosen on the test images")
-        if values["mean_class"] < 110 / len(args.classes):
-            print("that is no better than chance: give more --epochs, a higher --base-lr or an "
-                  "--init (README, 'Your own images')")
-    return best
+    values = evaluate(model, test_loader, classes, run)
+    log(args, rank, world, epoch=epoch, step=step, **values)
+    if rank == 0 and epoch == args.epochs and values["mean_class"] < 110 / classes:
+        print("that is no better than chance: give more --epochs, a higher --base-lr or an --init "
+              "(README, 'Your own images')")
 
 
 @torch.no_grad()
-def evaluate(args, run, model, test_set):
+def evaluate(model, test_loader, classes, run):
     """Accuracies in % and loss over the test images, in float32, each image once for any number of
-    processes -> dict, which process 0 prints."""
+    processes -> dict, which process 0 prints. classes: their number."""
     rank, world, device, _ = run
     model.eval()
-    sums = torch.zeros(len(args.classes), 4, device=device)    # images, right, in five, loss
-    for images, labels in eval_loader(test_set, 128, args, run):
-        logits = model(normalize(images, args.mean, args.std))                  # (B, K)
-        guesses = logits.topk(min(5, len(args.classes))).indices                # best first
+    sums = torch.zeros(classes, 4, device=device)    # images, right, in five, loss
+    for images, labels in tqdm(test_loader, "evaluation", leave=False, disable=rank > 0):
+        logits = model(normalize(images, model.mean, model.std))                # (B, K)
+        guesses = logits.topk(min(5, classes)).indices                          # best first
         right = guesses == labels[:, None]                                      # (B, 5)
         loss = F.cross_entropy(logits, labels, reduction="none")
         row = torch.stack([torch.ones_like(loss), right[:, 0], right.any(dim=1), loss], dim=1)
@@ -435,8 +418,6 @@ def evaluate(args, run, model, test_set):
     if world > 1:
         dist.all_reduce(sums)
     n, right, in_five, loss = sums.sum(dim=0).tolist()
-    if not n:
-        raise InputError("no test image can be read: nothing is left to evaluate on")
     of_class = 100 * sums[:, 1] / sums[:, 0]                # NaN for a class without images
     values = dict(top1=100 * right / n, top5=100 * in_five / n, val_loss=loss / n,
                   mean_class=of_class.nanmean().item(), test_images=int(n))
@@ -447,45 +428,72 @@ def evaluate(args, run, model, test_set):
     return values
 
 
-def load_classifier(args):
-    """The classifier of --init, by default best.pt of --out; by default its data set is that of
-    its training."""
-    args.init = args.init or f"{args.out}/best.pt"
-    file = read_file(args.init)
-    stored = file.get("args", {})
-    if "recipe" not in stored:
-        raise InputError(f"{args.init} is no classifier: give best.pt of this script as --init")
-    args.classes = stored["classes"]
-    args.rpe = stored["rpe"]
-    args.drop_path = 0.0
-    args.data = args.data or (f"data/{args.dataset}" if args.dataset else stored["data"])
-    args.dataset = args.dataset or stored["dataset"]
-    model = build_classifier(args)
-    head = {k: v for k, v in file["model"].items() if k.startswith("head.")}
-    model.load_state_dict(head, strict=False)
-    print(f"{args.init}: epoch {file['epoch']}, {len(args.classes)} classes, images of "
-          f"{args.image_size} pixels")
-    return model.eval()
+def load_classifier(file, name=None, **options):
+    """Classifier in a file (see `read_encoder`), of any publisher, whose head reads the mean patch
+    token -> model, number of its classes. name: a size in MODELS; options: of `build_model`. Raises
+    InputError."""
+    head = {k: v for k, v in file.others.items() if k.startswith("head.")}
+    if not (head and file.pooled):
+        found = "a head without fc_norm, so over the class token" if file.supervised else "no head"
+        raise InputError(f"checkpoint {file.path} holds {found}: --eval and --predict need one "
+                         "over the mean patch token; train it by --init without them")
+    classes = len(next(iter(head.values())))
+    rpe = any(key.endswith("bias_table") for key in file.state)
+    model = build_model(name, file, num_classes=classes, vit=dict(rel_pos_bias=rpe), **options)
+    file.state.update(head)    # loaded with the encoder
+    lacking = model.state_dict().keys() - load_encoder(model, file)
+    if lacking:
+        raise InputError(f"checkpoint {file.path} is no whole classifier: it lacks "
+                         f"{', '.join(lacking)}")
+    return model.eval(), classes
+
+
+def use_classifier(args):
+    """--eval and --predict: score the classifier in --init, or print what it sees."""
+    rank, _, device, _ = run = init_distributed(args.device)
+    file = read_encoder(args.init)
+    model, classes = load_classifier(file, args.model, mean=args.mean, std=args.std,
+                                     img_size=args.image_size)
+    model.to(device)
+    stored = file.content
+    if isinstance(stored.get("args"), dict):    # MAE's files hold a Namespace
+        stored = {**stored["args"], **stored}
+    names = stored.get("classes")    # None in files of others
+    if rank == 0:
+        print(f"{args.init}: {classes} classes, images of {model.img_size} pixels")
+    if args.eval or args.data:
+        root = args.data or stored.get("data", "data/imagenet")
+        files, labels, folders = list_split(root, "val", args.out)
+        if len(folders) != classes:
+            raise InputError(f"{args.init} has {classes} classes, {root} {len(folders)} folders in "
+                             "val: give the data set that it was trained on")
+        names = names or folders
+        check_classes(names, folders, args.init, root)
+    if args.eval:
+        test_set = LabelledImages(files, labels, model.img_size)
+        evaluate(model, eval_loader(test_set, 128, args.workers, run), classes, run)
+    if args.predict:
+        predict(model, names or [f"class {k}" for k in range(classes)], args.predict, device)
 
 
 @torch.no_grad()
-def predict(args, model, device):
-    """Print the five likeliest classes of each image of --predict and their probabilities. Raises
-    OSError at the end if some images cannot be read."""
+def predict(model, classes, paths, device):
+    """Print the five likeliest of the named classes, and their probabilities, for each image file
+    and each image in a folder. Raises OSError at the end if some images cannot be read."""
     files = []
-    for name in args.predict:
-        files += list_images(name) if Path(name).is_dir() else [name]
+    for path in paths:
+        files += list_images(path) if Path(path).is_dir() else [path]
     bad = []
     for file in files:
         try:
-            image = centre_crop(open_image(file), args.image_size)
+            image = centre_crop(open_image(file), model.img_size)
         except OSError as error:
             bad.append(str(error))
             continue
         pixels = pil_to_tensor(image)[None].to(device)
-        logits = model(normalize(pixels, args.mean, args.std))[0]
-        top = logits.softmax(0).topk(min(5, len(args.classes)))
-        print(f"{file}: " + ", ".join(f"{args.classes[k]} {100 * p:.1f}%" for p, k in zip(*top)))
+        logits = model(normalize(pixels, model.mean, model.std))[0]
+        top = logits.softmax(0).topk(min(5, len(classes)))
+        print(f"{file}: " + ", ".join(f"{classes[k]} {100 * p:.1f}%" for p, k in zip(*top)))
     if bad:
         raise OSError("; ".join(bad))
 
@@ -493,19 +501,23 @@ def predict(args, model, device):
 # --------------------------------------------------------------------------------------------------
 # Arguments: the defaults are the paper's recipes
 # --------------------------------------------------------------------------------------------------
+LARGEST = dict(layer_decay=1, drop_path=1, smoothing=1, rand_augment=10, erasing=1, min_crop=1)
+USED = "eval predict init out model image_size mean std device data"    # by --eval and --predict
+
+
 def recipe_word(text):
-    """An argparse type: the name of a recipe, or KEY=VALUE for a number in it, as a pair."""
+    """An argparse type: the name of a recipe, or KEY=VALUE for an entry of it, as a pair."""
     if text in RECIPES:
         return text
     key, _, value = text.partition("=")
-    if not isinstance(IMPROVED.get(key), float):
+    kind = type(IMPROVED.get(key))
+    if kind is str and value in ("adamw", "sgd"):
+        return key, value
+    if kind not in (int, float):
         raise argparse.ArgumentTypeError(f"{text} is neither a recipe ({', '.join(RECIPES)}) nor "
-                                         "KEY=VALUE for a number in IMPROVED of finetune.py")
-    return key, bounded(float, 0, 10)(value)
-
-
-USED = "eval predict init out model image_size mean std device"    # by --eval and --predict
-EVALUATED = " dataset data download workers skip_corrupt"          # by --eval alone
+                                         "KEY=VALUE for an entry of IMPROVED in finetune.py; "
+                                         "optimizer is adamw or sgd")
+    return key, bounded(kind, int(kind is int), LARGEST.get(key, math.inf))(value)
 
 
 def parse_args(argv=None):
@@ -513,22 +525,18 @@ def parse_args(argv=None):
     parser = Parser(__doc__)
     add = parser.group("model")
     add("--init", help="checkpoint to start from (README, 'Checkpoints'); default: random weights; "
-                       "with --eval, --predict the classifier, by default best.pt of --out")
+                       "with --eval, --predict the classifier, by default classifier.pt of --out")
     add("--keep-blocks", low=0,
         help="load only the embedding and the first KEEP_BLOCKS blocks of --init (Fig. 4)")
     add("--model", help="default: that of --init, else vit_tiny, the paper's; for small images "
                         "vit_nano (1.4M parameters), vit_pico (0.4M)")
     add("--rpe", action="store_true",
         help="relative position bias in every block, zero where --init has none")
-    add("--image-size", low=1, nargs="+",
-        help="side, or height and width, in pixels; default: that of --init, else 224")
     add("--patch-size", low=1, help="side of a ViT patch; default: that of --init, else of --model")
 
     add = parser.group("data")
-    add("--dataset", choices=tuple(DATASETS),
-        help="folder (default): train/CLASS and val/CLASS in --data; others: of torchvision")
-    add("--data", help="root of the data set; default: data/imagenet, or data/DATASET")
-    add("--download", action="store_true", help="let torchvision download it into --data first")
+    add("--data", help="folder that holds train/CLASS/ and val/CLASS/ (tests/tools/datasets.py "
+        "writes some); default: data/imagenet, with --eval that of the classifier's training")
     add("--data-fraction", type=float, low=0, high=1, default=1.0,
         help="share of each class's training images (Fig. 4)")
     add("--shots", low=1, help="training images per class; default: all")
@@ -536,51 +544,48 @@ def parse_args(argv=None):
 
     add = parser.group("recipe; these options override its entries")
     add("--recipe", type=recipe_word, nargs="+",
-        help="improved, mae or transfer, then KEY=VALUE for entries to override; default: improved")
-    add("--epochs", low=1, help="paper: improved 300 (1000 with --rpe), mae 100, CIFAR-100 50")
+        help="improved, mae, cifar, flowers or small (pets, aircraft, cars), then KEY=VALUE for "
+             "entries to override; default: improved")
+    add("--epochs", low=1, help="paper: improved 300 (1000 with --rpe), mae 100, cifar 50")
     add("--warmup-epochs", type=float, low=0,
         help="linear from 0; default: the recipe's, scaled down for shorter runs")
     add("--base-lr", type=float, low=0,
-        help="per 256 images: lr = base_lr * batch_size / 256; paper: 1e-3, CIFAR-100 0.05")
-    add("--lr", choices=["--base-lr"], help=argparse.SUPPRESS)    # argparse then names --base-lr
+        help="per 256 images: lr = base_lr * batch_size / 256; paper: 1e-3, cifar 0.05")
 
     add = parser.group("evaluation")
     add("--eval", action="store_true", help="evaluate a classifier on the test images, and exit")
     add("--predict", nargs="+", metavar="PATH",
-        help="print the likeliest classes of images, or of all images in folders, and exit")
+        help="print the likeliest classes of images, or of all images in folders, and exit; files "
+             "of others hold no names of classes: --data takes those of its folders")
 
     add = parser.run_options("out/finetune", batch_size=None, eval_every=1, clip_grad=None)
     add("--compile", action="store_true", help="torch.compile the model for training")
     args = parser.parse_args(argv)
     if args.eval or args.predict:
-        parser.check_unread(args, "a trained classifier", USED + EVALUATED * args.eval)
+        parser.check_unread(args, "a trained classifier", USED + " workers" * args.eval)
     return args
 
 
 def resolve(args):
     """Fill in the recipe and the defaults that depend on other options; raise InputError for
     contradictory ones."""
-    args.dataset = args.dataset or "folder"
-    args.data = args.data or f"data/{'imagenet' if args.dataset == 'folder' else args.dataset}"
+    if args.eval or args.predict:
+        args.init = args.init or f"{args.out}/classifier.pt"
+        return args
+    args.data = args.data or "data/imagenet"
     words = ["improved", *(args.recipe or [])]
-    changes = [word for word in words if word not in RECIPES]
     args.recipe = [word for word in words if word in RECIPES][-1]
     recipe = dict(RECIPES[args.recipe])
-    if args.recipe == "transfer":
-        recipe.update(DATASETS[args.dataset]["recipe"])
-    recipe.update(changes)
-    if args.epochs:    # a shorter run warms up less, a longer one as long
-        recipe["warmup_epochs"] *= min(1, args.epochs / recipe["epochs"])
-    for key, value in recipe.items():
-        if getattr(args, key, None) is None:
-            setattr(args, key, value)
+    changes = dict(word for word in words if word not in RECIPES)
+    changes.update({k: v for k, v in vars(args).items() if k in recipe and v is not None})
+    if "epochs" in changes:    # a shorter run warms up less, a longer one as long
+        recipe["warmup_epochs"] *= min(1, changes["epochs"] / recipe["epochs"])
+    vars(args).update({**recipe, **changes})
 
     if args.warmup_epochs >= args.epochs:
         raise InputError(f"--warmup-epochs must be fewer than --epochs {args.epochs}")
     if args.keep_blocks is not None and not args.init:
         raise InputError("--keep-blocks takes blocks of a pre-trained encoder: give --init FILE")
-    if args.download and args.dataset == "folder":
-        raise InputError("--download has no effect on folders: give --dataset")
     return args
 
 
@@ -589,18 +594,11 @@ def resolve(args):
 # --------------------------------------------------------------------------------------------------
 def main(args):
     """The run that the options describe: training, --eval or --predict."""
-    if not (args.eval or args.predict):
-        train(resolve(args))
-        return
-    run = init_distributed(args)
-    device = run[2]
-    model = load_classifier(args).to(device)
-    if args.eval:
-        items, classes = list_items(args, "val")
-        check_classes(args.classes, classes, args.init, args.data)
-        evaluate(args, run, model, LabelledImages(items, args, train=False))
-    if args.predict:
-        predict(args, model, device)
+    args = resolve(args)
+    if args.eval or args.predict:
+        use_classifier(args)
+    else:
+        train(args)
 
 
 if __name__ == "__main__":

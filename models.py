@@ -880,6 +880,8 @@ def infer_arch(state, path):
         stages = np.diff([0, *opens, depth]).tolist()
         arch = dict(kind="hiera", embed_dim=width, depth=depth, stages=stages)
         cell = 4
+    elif "cls_token" not in state:
+        raise InputError(f"checkpoint {path} lacks cls_token, which every ViT here has")
     else:
         depth = 12 if depth == 13 else depth                # a student of D2-MAE
         arch = dict(kind="vit", embed_dim=width, depth=depth, patch_size=kernel)

@@ -3,7 +3,7 @@ finetune.py and pretrain_d2mae.py read.
 
     python tests/tools/datasets.py cifar100 data/cifar100                # downloads
     python tests/tools/datasets.py pets data/pets --source downloads     # has oxford-iiit-pet
-    torchrun --nproc_per_node=2 finetune.py --data data/cifar100 --init encoder.pt
+    torchrun --nproc_per_node=2 finetune.py --recipe cifar --data data/cifar100 --init encoder.pt
 
 CIFAR becomes PNG files, without loss; the files of the other data sets are copied byte for byte.
 val holds the test images. train holds all other images, which includes the validation images of
