@@ -129,7 +129,8 @@ class SemanticFPN(nn.Module):
     def __init__(self, encoder, num_classes, width=128, dropout=0.1):
         super().__init__()
         self.encoder = encoder
-        self.arch, self.mean, self.std = encoder.arch, encoder.mean, encoder.std
+        self.arch, self.img_size = encoder.arch, encoder.img_size
+        self.mean, self.std = encoder.mean, encoder.std
         encoder.norm = nn.Identity()    # unused; DDP expects gradients for all parameters
         channels = encoder.embed_dim // 4                               # 48 for ViT-Tiny
         self.pyramid = Pyramid(encoder, channels)
@@ -175,7 +176,7 @@ def train(args):
     rank, world, device, dtype = run = init_distributed(args.device, args.dtype)
     torch.manual_seed(args.seed)
     model = build_segmenter(args).to(device)
-    loader, val_loader, names = make_loaders(args, run, model)
+    loader, val_loader, names = build_loaders(args, model, run)
     accum_steps = loader.sampler.accum_steps
     steps = len(loader) // accum_steps         # optimizer steps per epoch
     epochs = math.ceil(args.iters / steps)     # the last one may be cut short
@@ -406,10 +407,10 @@ class SegmentationSet(ImageDataset):
         return resize_for_test(image, self.size), labels
 
 
-def make_loaders(args, run, model):
+def build_loaders(args, model, run):
     """-> loaders of training and validation, names of the classes. Process 0 looks at labels."""
     labelling = args.num_classes, args.zero_is_class
-    size = model.encoder.img_size
+    size = model.img_size
     fill = [round(255 * c) for c in model.mean]
     train_set = SegmentationSet(args.data, "training", *labelling, size, args.seed, fill, args.out)
     val_set = SegmentationSet(args.data, "validation", *labelling, size, out=args.out)
@@ -460,20 +461,22 @@ def check_labels(dataset, enough=256):
     first = 1 - dataset.zero_is_class
     numbers = set()
     used = set()    # without those that are ignored
-    step = max(1, len(dataset) // enough)
+    step = math.ceil(len(dataset) / enough)
     for looked, i in enumerate(sorted(range(len(dataset)), key=lambda i: i % step)):
         if looked >= enough and len(used) > 1:
             break
         numbers.update(np.unique(read_numbers(dataset.label_file(i))).tolist())
         used = {number for number in numbers if number >= first and number != IGNORE}
+    ignored = "0 and 255 are ignored" if first else "255 is ignored"
     if len(used) < 2:
         raise InputError(f"the labels in {dataset.label_folder} hold "
-                         f"{' and '.join(map(str, sorted(numbers)))} alone, of which "
-                         f"{'0 and ' * first}255 are ignored, but two classes are needed: write 1 "
-                         "for 255, and give --zero-is-class where 0 is a class")
+                         f"{' and '.join(map(str, sorted(numbers)))} alone; {ignored}, and two "
+                         "classes are needed: write 1 for 255, and give --zero-is-class where 0 is "
+                         "a class")
     needed = max(used) - first + 1
-    text = f"{len(dataset)} images, whose labels hold {len(numbers)} numbers from {min(numbers)} " \
-           f"to {max(numbers)} and need --num-classes {needed}; given is {dataset.num_classes}"
+    text = f"{len(dataset)} images; labels hold {len(numbers)} numbers from {min(numbers)} to " \
+           f"{max(numbers)} ({ignored}) and need --num-classes {needed}; given is " \
+           f"{dataset.num_classes}"
     if needed != dataset.num_classes:
         text += ": check --num-classes and --zero-is-class, by tests/tools/check.py"
     if needed > dataset.num_classes:
@@ -523,7 +526,7 @@ def sliding_logits(model, image, window, stride):
 
 def label_image(model, image, size):
     """Classes (H, W) uint8, in the given size, of an image (3, ., .) uint8 by sliding windows."""
-    window = model.encoder.img_size
+    window = model.img_size
     image = normalize(image[None], model.mean, model.std)[0]
     logits = sliding_logits(model, image, window, 2 * min(window) // 3)    # stride 341 of 512
     logits = F.interpolate(logits[None], tuple(size), mode="bilinear")[0]
@@ -578,7 +581,7 @@ def evaluate(model, val_loader, names, out, run):
     values = summarize(counts)
     if rank == 0:
         tqdm.write(f"mIoU {values['miou']:.2f}, pixel accuracy {values['pixel_accuracy']:.2f} on "
-                   f"{values['pixels']} labelled pixels; windows of {model.encoder.img_size}, "
+                   f"{values['pixels']} labelled pixels; windows of {model.img_size}, "
                    f"{'TF32' if device.type == 'cuda' else 'float32'}")
     return values
 
@@ -611,6 +614,22 @@ def draw_overlay(path, names, picture, *maps, side=480):
     sheet.save(path)
 
 
+def use_segmenter(args):
+    """--eval and --predict: score the model in --init, or label images."""
+    rank, _, device, _ = run = init_distributed(args.device)
+    model, names, stored = load_segmenter(args.init, args.image_size)
+    model.to(device)
+    zero_is_class = stored["zero_is_class"]
+    if args.eval:
+        val_set = SegmentationSet(args.data or stored["data"], "validation", len(names),
+                                  zero_is_class, model.img_size, out=args.out)
+        if rank == 0:
+            check_labels(val_set)
+        evaluate(model, eval_loader(val_set, 1, args.workers, run), names, args.out, run)
+    if args.predict:
+        predict(model, names, zero_is_class, args.predict, args.out, device)
+
+
 def predict(model, names, zero_is_class, path, out, device):
     """Label an image, or every image below a folder but outside `out`, into out/predict:
     NAME_labels.png, a palette image with the numbers of label files, and NAME_overlay.png. Raises
@@ -626,7 +645,7 @@ def predict(model, names, zero_is_class, path, out, device):
         except OSError as error:
             bad.append(str(error))
             continue
-        small = resize_for_test(image, model.encoder.img_size)    # all logits would be too large
+        small = resize_for_test(image, model.img_size)    # full-size logits need too much memory
         labels = label_image(model, small.to(device), small.shape[1:]).cpu()
         labels = resize(labels[None], image.shape[1:], InterpolationMode.NEAREST)
         name = Path(file).relative_to(root if root.is_dir() else root.parent).with_suffix("")
@@ -711,21 +730,10 @@ def resolve(args):
 def main(args):
     """The run that the options describe: training, --eval or --predict."""
     args = resolve(args)
-    if not (args.eval or args.predict):
+    if args.eval or args.predict:
+        use_segmenter(args)
+    else:
         train(args)
-        return
-    rank, _, device, _ = run = init_distributed(args.device)
-    model, names, stored = load_segmenter(args.init, args.image_size)
-    model.to(device)
-    labelling = len(names), stored["zero_is_class"]
-    if args.predict:
-        predict(model, names, stored["zero_is_class"], args.predict, args.out, device)
-    if args.eval:
-        val_set = SegmentationSet(args.data or stored["data"], "validation", *labelling,
-                                  model.encoder.img_size, out=args.out)
-        if rank == 0:
-            check_labels(val_set)
-        evaluate(model, eval_loader(val_set, 1, args.workers, run), names, args.out, run)
 
 
 if __name__ == "__main__":

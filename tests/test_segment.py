@@ -42,7 +42,7 @@ def scores(*options):
     args = segment.resolve(parsed("--eval", *options))
     model, names, stored = segment.load_segmenter(args.init)
     data = SegmentationSet(args.data, "validation", len(names), stored["zero_is_class"],
-                           model.encoder.img_size)
+                           model.img_size)
     run = (0, 1, torch.device("cpu"), torch.float32)
     return segment.evaluate(model, eval_loader(data, 1, 0, run), names, args.out, run)
 
@@ -610,7 +610,7 @@ def test_processes_share_the_evaluation(data, two_processes, tmp_path):
     assert sum(iou > 0 for iou in one["iou"] if iou is not None) > 1    # no constant
     printed = f"on {one['pixels']} labelled pixels; windows of (32, 32), float32"
     assert printed in done.stdout + done.stderr
-    assert done.stdout.count("images/training: 6 images, whose labels hold") == 1    # process 0
+    assert done.stdout.count("images/training: 6 images; labels hold") == 1    # process 0
 
 
 def test_eval_gives_the_score_of_training_again(data, finished, tmp_path, capsys):
@@ -803,7 +803,7 @@ def test_predictions_are_not_labelled_again(photos, finished, tmp_path, capsys):
     (["--model", "hiera_tiny", "--image-size", 48, "--patch-size", 16], "not a multiple of 32"),
     (["--model", "hiera_tiny", "--image-size", 64], "--patch-size has no effect on hiera_tiny"),
     (["--model", "vit_small_"], "--model vit_small_ is none of vit_pico"),
-    (["--num-classes", 4], "from 0 to 5 and need --num-classes 5; given is 4: check --num-classes"),
+    (["--num-classes", 4], "from 0 to 5 .* need --num-classes 5; given is 4: check --num-classes"),
     (["--data", "nowhere"], "nowhere/images/training is not a folder"),
     (["--init", "nowhere.pt"], "nowhere.pt does not exist"),
     (["--iters", 1000, "--warmup-iters", 1500], "--warmup-iters must be fewer than --iters 1000"),
@@ -921,7 +921,7 @@ def test_labels_of_fewer_than_two_classes_are_refused_before_training(numbers, o
     """Masks of 0 and 255 had an mIoU of 100."""
     root = masks(tmp_path / "data", numbers)
     found = " and ".join(map(str, numbers))
-    with pytest.raises(InputError, match=f"/training hold {found} alone, .*write 1 for 255"):
+    with pytest.raises(InputError, match=f"/training hold {found} alone; .*write 1 for 255"):
         here(segment, *QUICK, "--num-classes", 150, *options, "--data", root, "--out",
              tmp_path / "out")
     assert not (tmp_path / "out" / "log.jsonl").exists()
@@ -951,8 +951,9 @@ def test_what_the_labels_need_and_what_is_given_is_said_at_the_start(data, capsy
     printed = capsys.readouterr().out
     assert "need --num-classes 5; given is 150: check --num-classes" in printed
     segment.check_labels(opened(data))
-    assert capsys.readouterr().out.endswith("images/training: 6 images, whose labels hold 6 "
-        "numbers from 0 to 5 and need --num-classes 5; given is 5\n")
+    assert capsys.readouterr().out.endswith(
+        "images/training: 6 images; labels hold 6 numbers from 0 to 5 (0 and 255 are ignored) and "
+        "need --num-classes 5; given is 5\n")
 
 
 @pytest.mark.parametrize("split, file", [("training", 2), ("validation", 7)])
