@@ -40,7 +40,7 @@ NOTES, details that the paper does not give, and departures from the authors' co
 9. Images that are not square: a random crop has a ratio of 3/4 .. 4/3 times width / height, and a
    test image is resized to cover 256/224 of both sides.
 10. The authors publish epochs, warm-up and rate of CIFAR-100, and one rate for the other small data
-   sets. The other entries of "flowers" and "small" are chosen here, in CIFAR-100's proportions.
+    sets. The other entries of "flowers" and "small" are chosen here, in CIFAR-100's proportions.
 """
 import argparse
 import math
@@ -65,7 +65,7 @@ from models import (ImageDataset, InputError, Parser, bounded, build_model, eval
                     train_loader)
 
 BICUBIC = Image.Resampling.BICUBIC
-IMPROVED = dict(    # the paper's: light augmentation suits a small model
+IMPROVED = dict(    # the paper's (finetuning_exp.py): light augmentation suits a small model
     epochs=300, warmup_epochs=5.0, batch_size=1024, base_lr=1e-3,    # each has an option
     clip_grad=0.0,                              # so has this
     optimizer="adamw", min_lr=1e-6, weight_decay=0.05,
@@ -82,7 +82,7 @@ CIFAR = dict(             # transfer: crop and flip alone
     weight_decay=0.0, layer_decay=0.75, clip_grad=1.0, mixup=0.0, rand_augment=0.0)
 RECIPES = {
     "improved": IMPROVED,
-    "mae": dict(          # that of MAE, made for large models
+    "mae": dict(          # that of MAE, made for large models (finetuning_mae_exp.py)
         IMPROVED, epochs=100, drop_path=0.1, smoothing=0.1, mixup=0.8, cutmix=1.0,
         rand_augment=9.0, erasing=0.25),
     "cifar": CIFAR,

@@ -506,6 +506,7 @@ def test_warmup_not_given_shrinks_with_the_run():
     assert resolved("--recipe", "cifar", "--epochs", 10).warmup_epochs == 2
     assert resolved("--recipe", "cifar", "epochs=10").warmup_epochs == 2
     assert resolved("--rpe", "--epochs", 1000).warmup_epochs == 5
+    assert [finetune.lr_at(step, 100, 0.3, 1, 0) for step in (0, 100)] == [0, 0]    # below a step
 
 
 BAD_OPTIONS = [
