@@ -474,9 +474,9 @@ def check_labels(dataset, enough=256):
                          "classes are needed: write 1 for 255, and give --zero-is-class where 0 is "
                          "a class")
     needed = max(used) - first + 1
-    text = f"{len(dataset)} images; labels hold {len(numbers)} numbers from {min(numbers)} to " \
-           f"{max(numbers)} ({ignored}) and need --num-classes {needed}; given is " \
-           f"{dataset.num_classes}"
+    text = f"{len(dataset)} images; {min(enough, len(dataset))} of their label files hold " \
+           f"{len(numbers)} numbers from {min(numbers)} to {max(numbers)} ({ignored}) and need " \
+           f"--num-classes {needed}; given is {dataset.num_classes}"
     if needed != dataset.num_classes:
         text += ": check --num-classes and --zero-is-class, by tests/tools/check.py"
     if needed > dataset.num_classes:

@@ -610,7 +610,7 @@ def test_processes_share_the_evaluation(data, two_processes, tmp_path):
     assert sum(iou > 0 for iou in one["iou"] if iou is not None) > 1    # no constant
     printed = f"on {one['pixels']} labelled pixels; windows of (32, 32), float32"
     assert printed in done.stdout + done.stderr
-    assert done.stdout.count("images/training: 6 images; labels hold") == 1    # process 0
+    assert done.stdout.count("images/training: 6 images; 6 of their label files") == 1    # rank 0
 
 
 def test_eval_gives_the_score_of_training_again(data, finished, tmp_path, capsys):
@@ -952,8 +952,8 @@ def test_what_the_labels_need_and_what_is_given_is_said_at_the_start(data, capsy
     assert "need --num-classes 5; given is 150: check --num-classes" in printed
     segment.check_labels(opened(data))
     assert capsys.readouterr().out.endswith(
-        "images/training: 6 images; labels hold 6 numbers from 0 to 5 (0 and 255 are ignored) and "
-        "need --num-classes 5; given is 5\n")
+        "images/training: 6 images; 6 of their label files hold 6 numbers from 0 to 5 (0 and 255 "
+        "are ignored) and need --num-classes 5; given is 5\n")
 
 
 @pytest.mark.parametrize("split, file", [("training", 2), ("validation", 7)])
