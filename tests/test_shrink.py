@@ -12,7 +12,7 @@ from PIL import Image
 
 import pretrain_d2mae
 import shrink
-from models import InputError, list_images, open_image
+from models import InputError, list_images, open_image, read_log
 
 
 @pytest.fixture
@@ -62,11 +62,10 @@ def test_images_keep_their_folder_and_name_and_are_never_enlarged(source, tmp_pa
 
 def test_pre_training_reads_the_copy(source, tmp_path):
     here(shrink, source, tmp_path / "copy", "--side", 48, "--workers", 0, "--raw")
-    args = pretrain_d2mae.parse_args(["--data", str(tmp_path / "copy"), "--image-size", "32",
-                                      "--method", "mae"])
-    model, _ = pretrain_d2mae.build_student(pretrain_d2mae.resolve(args))
-    train, val = pretrain_d2mae.make_data(args, model)
-    assert (len(train), len(val)) == (4, 4) and train[0, 0][0].shape == (3, 32, 32)
+    here(pretrain_d2mae, "--data", tmp_path / "copy", "--image-size", 32, "--method", "mae",
+         "--model", "vit_pico", "--epochs", 1, "--workers", 0, "--out", tmp_path / "run")
+    assert read_log(tmp_path / "run/log.jsonl")[0]["train_images"] == 4
+    assert read_log(tmp_path / "run/log.jsonl")[-1]["val_images"] == 4
 
 
 def test_folders_that_do_not_fit_are_refused(source, tmp_path):

@@ -1,24 +1,28 @@
 """Speed and exactness of this project on this machine, measured by one command.
 
-    python tests/tools/benchmark.py                          # all rows of the device, on a quiet machine
-    python tests/tools/benchmark.py --device cpu pretrain    # the rows named
+    python tests/tools/benchmark.py              # all rows of the device, on an idle machine
+    python tests/tools/benchmark.py --device cpu pretrain    # the given rows
     python tests/tools/benchmark.py --json result.json       # the tables as JSON, too
 
 It needs neither data nor checkpoints: images are drawn, weights are random. On a GPU it takes about
 six minutes: errors against the CPU (numerics); images/s of training steps, eager and compiled
 (steps); crops/s of the loader (loading); the hours of the paper's runs that follow (hours); and
 frames/s of the tracker (fps). On a CPU it compares with plain versions of the same computation
-(pretrain, finetune, loading, segment, track, analyze). Sides that are compared take turns, and each figure is a median over the rounds, so
-that a machine that drifts favours neither.
+(pretrain, finetune, loading, segment, track, analyze), of loader processes under each start method
+(loaders, epochs), and bfloat16 with float32 (bf16). Sides that are compared take turns, and each
+figure is a median over the rounds, so that a machine that drifts favours neither.
 """
 import argparse
 import functools
 import itertools
 import json
 import math
+import multiprocessing
 import os
 import platform
+import re
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -34,17 +38,19 @@ from PIL import Image
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils import clip_grad_norm_
 from torch.optim import AdamW
+from torch.utils.data import DataLoader, Dataset
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.transforms import v2
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import finetune  # noqa: E402
+import models  # noqa: E402
 import pretrain_d2mae  # noqa: E402
 import segment  # noqa: E402
 import track  # noqa: E402
 from analyze import minibatch_cka  # noqa: E402
-from models import (IMAGENET_MEAN, IMAGENET_STD, build_model, list_images, normalize,  # noqa: E402
-                    param_groups, train_loader)
+from models import (IMAGENET_MEAN, IMAGENET_STD, Names, build_model, eval_loader,  # noqa: E402
+                    list_images, normalize, param_groups, train_loader)
 
 IMAGENET = 1_281_167    # training images
 RESULTS = {}            # table -> rows, dicts of column -> value
@@ -128,25 +134,41 @@ def fill_weights(model):
     return model
 
 
+def build_student(words, teacher):
+    """The student that pretrain_d2mae.py builds for options, and the loss of its step: of (network,
+    images (B, 3, H, W) normalised, noise (B, cells)). teacher: a model in memory, or None."""
+    args = pretrain_d2mae.parse_args([*words, *(["--teacher", "in memory"] if teacher else [])])
+    args = pretrain_d2mae.resolve(args)
+    student, _ = pretrain_d2mae.build_student(argparse.Namespace(**{**vars(args), "teacher": None}))
+    if teacher:
+        distillation = pretrain_d2mae.build_distillation(args, student.encoder, teacher)
+        student.distillation = distillation
+        student.taps |= distillation.taps
+
+    def loss(network, images, noise):
+        ids_keep, ids_masked = pretrain_d2mae.random_masking(noise, args.mask_ratio)
+        maps = teacher and student.distillation.target_maps(teacher, images, ids_keep)
+        return network(images, ids_keep, ids_masked, maps)["loss"]
+    return student, loss
+
+
 def small_pretraining(method, model="vit_nano", **options):
     """A method of pretrain_d2mae.py at 64 pixels -> model, inputs, loss."""
     sizes = [] if model == "hiera_tiny" else ["--patch-size", "8"]
     choices = itertools.chain(*((f"--{k}", v) for k, v in options.items()))
-    args = pretrain_d2mae.parse_args(["--model", model, "--image-size", "64", "--method", method,
-                                      "--teacher", "random", *sizes, *choices])
     teacher = None
     if method != "mae":
         teacher = build_model("hiera_tiny" if model == "hiera_tiny" else "vit_nano", img_size=64,
                               vit=dict(patch_size=8, fixed_pos_embed=True), hiera=dict(q_pool=2))
         teacher = fill_weights(teacher).eval().requires_grad_(False)
-    args.mask_ratio = 0.75
-    model = fill_weights(pretrain_d2mae.build_student(args, teacher))
+    student, step = build_student(["--model", model, "--image-size", "64", "--method", method,
+                                   "--mask-ratio", "0.75", *sizes, *choices], teacher)
 
     def loss(model, images, noise):
-        ids = pretrain_d2mae.random_masking(noise, args.mask_ratio)
-        maps = model.teacher_maps(teacher and teacher.to(images.device), images, ids[0])
-        return model(images, *ids, maps)["loss"]
-    return model, (torch.randn(4, 3, 64, 64), torch.rand(4, model.cells)), loss
+        if teacher:
+            teacher.to(images.device)
+        return step(model, images, noise)
+    return fill_weights(student), (torch.randn(4, 3, 64, 64), torch.rand(4, student.cells)), loss
 
 
 def small_classification(name="vit_tiny", **options):
@@ -242,22 +264,24 @@ METHODS = ("d2-mae", "d-mae", "mae", "fine-tuning")
 
 
 def build_pretraining(args, method, batch):
-    """The paper's student and its teacher, ViT-Base at 224 -> model, teacher, images, noise."""
-    options = pretrain_d2mae.parse_args(["--method", method])
+    """The paper's student and its teacher, ViT-Base at 224 -> student, teacher, loss, images,
+    noise."""
     teacher = None
     if method != "mae":
         teacher = build_model("vit_base", vit=dict(fixed_pos_embed=True))
         teacher = teacher.to(args.device).eval().requires_grad_(False)
-    options.mask_ratio = 0.75
-    model = pretrain_d2mae.build_student(options, teacher).to(args.device)
+    student, loss = build_student(["--method", method], teacher)
     images = torch.randint(256, (batch, 3, 224, 224), dtype=torch.uint8, device=args.device)
-    return model, teacher, images, torch.rand(batch, 196, device=args.device)
+    noise = torch.rand(batch, 196, device=args.device)
+    return student.to(args.device), teacher, loss, images, noise
 
 
-def build_loss(args, method, batch, compiled):
-    """Model and loss of a training step as in the scripts, on images that are on the device."""
+def build_loss(args, method, batch, compiled=False, dtype=None):
+    """Model and loss of a training step as in the scripts, on images that are on the device, in
+    bfloat16 on a GPU."""
     wrap = torch.compile if compiled else lambda function: function
-    autocast = torch.autocast(args.device.type, torch.bfloat16, args.device.type == "cuda")
+    dtype = dtype or (torch.bfloat16 if args.device.type == "cuda" else torch.float32)
+    autocast = torch.autocast(args.device.type, dtype, enabled=dtype != torch.float32)
     if method == "fine-tuning":
         model, mixing, images, labels = build_finetuning(args, batch)
         network = wrap(model)
@@ -269,14 +293,14 @@ def build_loss(args, method, batch, compiled):
             return F.cross_entropy(logits, targets)
         return model, loss
 
-    model, teacher, images, noise = build_pretraining(args, method, batch)
-    student, teacher_maps = wrap(model), wrap(model.teacher_maps)
+    model, teacher, loss_of, images, noise = build_pretraining(args, method, batch)
+    network = wrap(model)
+    if teacher:
+        model.distillation.target_maps = wrap(model.distillation.target_maps)
 
     def loss():
-        x = normalize(images)
-        ids_keep, ids_masked = pretrain_d2mae.random_masking(noise, 0.75)
         with autocast:
-            return student(x, ids_keep, ids_masked, teacher_maps(teacher, x, ids_keep))["loss"]
+            return loss_of(network, normalize(images), noise)
     return model, loss
 
 
@@ -397,23 +421,21 @@ def plain_loss(model, teacher, images, noise):
         _, truth = plain_encoder(teacher, images, ids_keep)
     distillation = model.distillation
     heads = model.encoder.blocks[-1].attn.num_heads
-    x = distillation.extra_norm(features[model.encoder.depth])
-    q, k = distillation.extra_qk(x).unflatten(2, (2, heads, -1)).permute(2, 0, 3, 1, 4)
+    x = distillation.norm(features[model.encoder.depth])
+    q, k = distillation.qk(x).unflatten(2, (2, heads, -1)).permute(2, 0, 3, 1, 4)
     student = (q @ k.transpose(-2, -1)) * q.shape[-1] ** -0.5
-    return loss + F.mse_loss(distillation.adapters[0](student), truth)
+    return loss + F.mse_loss(distillation.adapter(student), truth)
 
 
 def bench_pretrain(args, batch=32):
     """D2-MAE and MAE steps at 224 pixels with ViT-Base as the teacher, in float32."""
     full_float32()
     for method in ("d2-mae", "mae"):
-        model, teacher, images, noise = build_pretraining(args, method, batch)
+        model, teacher, loss_of, images, noise = build_pretraining(args, method, batch)
         optimizer = AdamW(param_groups(model, 0.05), 1e-5, fused=True)
 
         def loss():
-            x = normalize(images)
-            ids_keep, ids_masked = pretrain_d2mae.random_masking(noise, 0.75)
-            return model(x, ids_keep, ids_masked, model.teacher_maps(teacher, x, ids_keep))["loss"]
+            return loss_of(model, normalize(images), noise)
 
         plain = functools.partial(plain_loss, model, teacher, images, noise)
         with torch.no_grad():    # the same numbers, or the race means nothing
@@ -426,11 +448,10 @@ def bench_pretrain(args, batch=32):
 def build_finetuning(args, batch):
     """ViT-Tiny at 224 by the paper's recipe -> model, mixing, images, labels."""
     options = finetune.resolve(finetune.parse_args([]))
-    options.classes = range(1000)
-    model = finetune.build_classifier(options).to(args.device)
+    model = finetune.build_classifier(options, 1000).to(args.device)
     images = torch.randint(256, (batch, 3, 224, 224), dtype=torch.uint8, device=args.device)
     labels = torch.randint(1000, (batch,), device=args.device)
-    return model, finetune.build_mixing(options), images, labels
+    return model, finetune.build_mixing(options.mixup, options.cutmix, 1000), images, labels
 
 
 def plain_classifier(vit, images):
@@ -530,15 +551,14 @@ def load(transform, files):
 
 
 def pretrain_set(files):
-    options = pretrain_d2mae.parse_args(["--method", "mae"])
-    options.image_size = (224, 224)
-    return pretrain_d2mae.Images(files, options, 196)
+    return pretrain_d2mae.Images(files, 0, 196, (224, 224), (0.08, 1))
 
 
 def finetune_set(files):
-    options = finetune.resolve(finetune.parse_args([]))
-    options.image_size, options.mean, options.std = (224, 224), IMAGENET_MEAN, IMAGENET_STD
-    return finetune.LabelledImages([(file, 0) for file in files], options)
+    recipe = finetune.IMPROVED
+    labels = torch.zeros(len(files), dtype=torch.int64)
+    return finetune.LabelledImages(files, labels, (224, 224), 0, recipe["min_crop"],
+                                   recipe["rand_augment"])
 
 
 def loader_speed(args, make, files, batch=64):
@@ -546,9 +566,9 @@ def loader_speed(args, make, files, batch=64):
     delivered its first batch."""
     workers = min(16, os.cpu_count())
     count = (1 + args.rounds) * workers
-    options = pretrain_d2mae.parse_args(["--workers", str(workers), "--batch-size", str(batch)])
     dataset = make(files * math.ceil(count * batch / len(files)))
-    loader = iter(train_loader(dataset, options, (1, 2, torch.device("cpu"), None)))
+    run = 1, 2, torch.device("cpu"), None
+    loader = iter(train_loader(dataset, batch, 1, batch, workers, 0, run))
     for _ in range(workers):
         next(loader)
     begun = time.perf_counter()
@@ -586,7 +606,7 @@ def bench_segment(args, count=4, size=(512, 683), label_size=(600, 800)):
 
     def plain_labels(image):
         """Each score padded to the whole image."""
-        image = normalize(image)
+        image = normalize(image[None])[0]
         (h, w), (H, W) = model.encoder.img_size, image.shape[1:]
         total = torch.zeros(1, 150, H, W, device=args.device)
         weights = torch.zeros(1, 1, H, W, device=args.device)
@@ -599,7 +619,7 @@ def bench_segment(args, count=4, size=(512, 683), label_size=(600, 800)):
         return F.interpolate(total / weights, label_size, mode="bilinear").argmax(dim=1)[0]
 
     def labels(image):
-        return segment.label_image(options, model, image, label_size)
+        return segment.label_image(model, image, label_size)
 
     assert (labels(images[0]) == plain_labels(images[0])).float().mean() > 0.999
     compare(args, f"sliding windows, {size[0]}x{size[1]}", "images/s", count,
@@ -630,7 +650,7 @@ def bench_track(args):
     for keep_rate in (0.7, 1.0):
         encoder = build_model("vit_tiny")
         model = track.Tracker(encoder, keep_rate=keep_rate)
-        tracker = track.OnePassTracker(model, encoder.mean, encoder.std, args.device)
+        tracker = track.OnePassTracker(model, args.device)
         template = torch.randn(1, 3, 128, 128, device=args.device)
         search = torch.randn(1, 3, 256, 256, device=args.device)
         tracker.template = model.embed_template(template)
@@ -667,12 +687,12 @@ def bench_fps(args, count=20, size=(1280, 720)):
     full_float32()
     encoder = build_model("vit_tiny")
     model = track.Tracker(encoder)
-    tracker = track.OnePassTracker(model, encoder.mean, encoder.std, args.device)
+    tracker = track.OnePassTracker(model, args.device)
     search = torch.randn(1, 3, 256, 256, device=args.device)
     with tempfile.TemporaryDirectory() as folder:
         files = draw_pictures(folder, size, dict(format="JPEG", quality=92), count)
         box = np.array([size[0] / 2, size[1] / 2, size[0] / 10, size[1] / 10])
-        for i, _ in enumerate(tracker.follow(files * (1 + args.rounds), box, workers=1)):
+        for i, _ in enumerate(track.follow(tracker, files * (1 + args.rounds), box, workers=1)):
             if i + 1 == count:    # the end of the warm-up
                 begun = time.perf_counter()
             tracker.box = box     # random weights would lose it
@@ -713,13 +733,141 @@ def bench_analyze(args, layers=13, batch=128):
 
 
 # --------------------------------------------------------------------------------------------------
+# Loader processes under each start method, and bfloat16 on a CPU, each side in its own process
+# --------------------------------------------------------------------------------------------------
+def race_processes(args, rounds, function, **sides):
+    """Call `function`, one of CHILDREN, with the arguments of each side, in a new process each; the
+    sides take turns -> {side: medians over the rounds of the numbers that it returns}."""
+    found = {side: [] for side in sides}
+    for _, (side, values) in itertools.product(range(min(args.rounds, rounds)), sides.items()):
+        words = json.dumps([function.__name__, *values])
+        done = subprocess.run([sys.executable, __file__, "--child", words], check=True, text=True,
+                              stdout=subprocess.PIPE)
+        found[side].append(json.loads(done.stdout.splitlines()[-1]))
+    return {side: [statistics.median(column) for column in zip(*rows)]
+            for side, rows in found.items()}
+
+
+class NamedItems(Dataset):
+    """Item (epoch, index) reads 100 names -> the process that read them, in a tuple."""
+
+    def __init__(self, names):
+        self.names = names
+
+    def __len__(self):
+        return len(self.names) // 100
+
+    def __getitem__(self, key):
+        for i in range(100 * key[1], 100 * key[1] + 100):
+            self.names[i]
+        return (os.getpid(),)
+
+
+def plain_loader(dataset, batch, workers, persistent):
+    keys = [(0, i) for i in range(len(dataset))]
+    return DataLoader(dataset, batch, sampler=keys, num_workers=workers,
+                      persistent_workers=persistent)
+
+
+CPU = (0, 1, torch.device("cpu"), None)    # what init_distributed returns
+
+
+def start_loaders(start, ours, count):
+    """Two loader processes with `count` file names -> seconds to their first batch, and MB that a
+    process has of its own once all names have been read."""
+    multiprocessing.set_start_method(start)
+    names = [f"data/imagenet/train/n{i % 1000:08}/n{i % 1000:08}_{i}.JPEG" for i in range(count)]
+    begun = time.perf_counter()
+    dataset = NamedItems(Names(names) if ours else names)
+    del names
+    loader = eval_loader(dataset, 1, 2, CPU) if ours else plain_loader(dataset, 1, 2, True)
+    batches = iter(loader)
+    processes = set(next(batches)[0].tolist())
+    seconds = time.perf_counter() - begun
+    for (numbers,) in batches:
+        processes.update(numbers.tolist())
+    memory = [Path(f"/proc/{number}/smaps_rollup").read_text() for number in processes]
+    own = [int(kilobytes) for text in memory for kilobytes in re.findall(r"Private.*?(\d+)", text)]
+    return seconds, sum(own) / 1024 / len(processes)
+
+
+def bench_loaders(args):
+    """Loader processes that hold file names in shared memory, and under forkserver find the
+    packages imported, against plain ones with a list of names."""
+    for start, count in itertools.product(("fork", "forkserver", "spawn"), (10_000, args.names)):
+        found = race_processes(args, 4, start_loaders, here=(start, True, count),
+                               plain=(start, False, count))
+        (fast, small), (slow, large) = found["here"], found["plain"]
+        record("loader processes", start=start, names=count, first_batch_s=f"{fast:.2f}",
+               plain_s=f"{slow:.2f}", ratio=f"{slow / fast:.2f}x", own_MB=f"{small:.0f}",
+               plain_MB=f"{large:.0f}")
+
+
+def epoch_to_epoch(start, ours, epochs=5):
+    """Seconds from the last batch of an epoch to the first of the next, an evaluation of 64 images
+    with two loader processes between them."""
+    multiprocessing.set_start_method(start)
+    with tempfile.TemporaryDirectory() as folder:
+        dataset = pretrain_set(draw_pictures(folder, *FORMATS["JPEG 341x256"], 64))
+        loader = plain_loader(dataset, 32, 2, True)
+        if ours:
+            loader = train_loader(dataset, 32, 1, 32, 2, 0, CPU)
+        val_loader = eval_loader(dataset, 64, 2, CPU) if ours else None
+        gaps = []
+        for epoch in range(epochs):
+            for i, _ in enumerate(loader):
+                if epoch and i == 0:
+                    gaps.append(time.perf_counter() - ended)
+            ended = time.perf_counter()
+            list(val_loader if ours else plain_loader(dataset, 64, 2, False))
+    return [statistics.median(gaps[1:])]    # the first evaluation of a run starts processes
+
+
+def bench_epochs(args):
+    """From epoch to epoch: evaluation loaders made once against made for each evaluation."""
+    for start in ("fork", "forkserver", "spawn"):
+        found = race_processes(args, 4, epoch_to_epoch, here=(start, True), plain=(start, False))
+        (fast,), (slow,) = found["here"], found["plain"]
+        record("from epoch to epoch", start=start, here_s=f"{fast:.2f}", plain_s=f"{slow:.2f}",
+               ratio=f"{slow / fast:.2f}x")
+
+
+def step_seconds(method, dtype, fused, batch):
+    """Median seconds of a training step on the CPU; fused: attention in the dtype of autocast."""
+    if fused:
+        models.attend = F.scaled_dot_product_attention
+    args = argparse.Namespace(device=torch.device("cpu"), rounds=3)
+    model, loss = build_loss(args, method, batch, dtype=getattr(torch, dtype))
+    optimizer = AdamW(param_groups(model, 0.05), 1e-5, fused=True)
+    return race(args, lambda: update(model, optimizer, loss()))
+
+
+def bench_bf16(args):
+    """Steps in bfloat16 over float32, with the attention of models.py and with PyTorch's."""
+    for method in ("mae", "d2-mae", "fine-tuning"):
+        found = race_processes(args, 4, step_seconds,
+                               float32=(method, "float32", False, args.batch),
+                               bf16=(method, "bfloat16", False, args.batch),
+                               plain=(method, "bfloat16", True, args.batch))
+        (single,), (half,), (plain,) = found.values()
+        record("bfloat16 on a CPU", step=method, images=args.batch, float32_s=f"{single:.3f}",
+               bf16_s=f"{half:.3f}", plain_bf16_s=f"{plain:.3f}",
+               over_float32=f"{single / half:.2f}x", plain_over_float32=f"{single / plain:.2f}x")
+
+
+CHILDREN = {f.__name__: f for f in (start_loaders, epoch_to_epoch, step_seconds)}
+
+
+# --------------------------------------------------------------------------------------------------
 # Command line
 # --------------------------------------------------------------------------------------------------
 ROWS = {"numerics": bench_numerics, "steps": bench_steps, "pretrain": bench_pretrain,
         "finetune": bench_finetune, "loading": bench_loading, "hours": bench_hours,
-        "segment": bench_segment, "track": bench_track, "fps": bench_fps, "analyze": bench_analyze}
+        "segment": bench_segment, "track": bench_track, "fps": bench_fps, "analyze": bench_analyze,
+        "loaders": bench_loaders, "epochs": bench_epochs, "bf16": bench_bf16}
 DEFAULT_ROWS = {"cuda": ("numerics", "steps", "loading", "hours", "fps"),
-                "cpu": ("pretrain", "finetune", "loading", "segment", "track", "fps", "analyze")}
+                "cpu": ("pretrain", "finetune", "loading", "segment", "track", "fps", "analyze",
+                        "loaders", "epochs", "bf16")}
 
 
 def print_tables():
@@ -741,9 +889,17 @@ def main():
     parser.add_argument("--rounds", type=int, default=7, help="at most; default: 7")
     parser.add_argument("--micro-batches", type=int, nargs="+", default=[512, 128],
                         help="images of a step; default: the paper's 512 (4096 over 8 GPUs), 128")
+    parser.add_argument("--names", type=int, default=1_000_000,
+                        help="file names that loader processes hold; default: 1,000,000")
+    parser.add_argument("--batch", type=int, default=64, help="images of a bf16 step; default: 64")
+    parser.add_argument("--child", help=argparse.SUPPRESS)    # of race_processes
     parser.add_argument("--minutes", type=float, default=5,
                         help="no compiled step begins later; default: 5")
     args = parser.parse_args()
+    if args.child:
+        name, *values = json.loads(args.child)
+        print(json.dumps(CHILDREN[name](*values)))
+        return
     args.begun = time.perf_counter()
     args.device = torch.device(args.device)
     describe(args)
