@@ -51,7 +51,7 @@ from tqdm import tqdm
 
 from models import (MODELS, InputError, Parser, VisionTransformer, build_model, init_distributed,
                     list_images, load_encoder, normalize, open_image, plain_errors, read_encoder,
-                    read_log, read_text, representation, unroll)
+                    read_log, read_text, unroll)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -65,7 +65,7 @@ def representations(model, images):
     """
     features = model.forward_features(images, range(model.depth + 1))
     if isinstance(model, VisionTransformer):
-        return [(representation(model, x, k) if k else x)[:, 1:] for k, x in features.items()]
+        return [(model.representation(x, k) if k else x)[:, 1:] for k, x in features.items()]
     last = features.pop(model.depth)
     inner = [model.blocks[k].norm1(x) if k else x for k, x in features.items()]
     return inner + [F.layer_norm(last, last.shape[-1:], eps=1e-6)]
@@ -359,6 +359,8 @@ def open_source(source):
     name, rpe, _ = name.partition("+rpe")
     if name not in MODELS:    # a path, which may have a colon of its own
         name, rpe, path = None, "", source
+    if rpe and name.startswith("hiera"):
+        raise InputError(f"{source}: +rpe is defined for ViT, Hiera attends within windows")
     if not path:
         return name, bool(rpe), None
     file = read_encoder(path)

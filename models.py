@@ -258,6 +258,11 @@ class VisionTransformer(nn.Module):
         block = self.blocks[k - 1]
         return block.attn.logits(block.norm1(x), self.rel_pos_index)
 
+    def representation(self, x, k):
+        """Representation of block k (Fig. 2) from its output x: normalised by the next block's
+        norm1, by `norm` for the last."""
+        return self.blocks[k].norm1(x) if k < self.depth else self.norm(x)
+
 
 # --------------------------------------------------------------------------------------------------
 # Hiera (arXiv 2306.00989), 2-D
@@ -508,12 +513,6 @@ def run_blocks(x, blocks, taps, *context):
         if k in taps:
             features[k] = x
     return features
-
-
-def representation(vit, x, k):
-    """Representation of block k of a VisionTransformer (Fig. 2) from its output x: normalised by
-    the next block's norm1, by `norm` for the last."""
-    return vit.blocks[k].norm1(x) if k < vit.depth else vit.norm(x)
 
 
 def init_mae(model):
@@ -1005,12 +1004,10 @@ class EpochSampler(DistributedSampler):
     def __init__(self, dataset, batch_size, accum_steps, most, rank, world, seed):
         super().__init__(dataset, world, rank, seed=mix_seed(seed), drop_last=True)
         items = min(batch_size, len(dataset))
-        if not accum_steps:
-            accum_steps = max(1, math.ceil(items / (most * world)))
-            while batch_size % world == 0 and batch_size % (accum_steps * world):
-                accum_steps += 1
-        parts = accum_steps * world
-        self.accum_steps = accum_steps
+        self.accum_steps = accum_steps or math.ceil(items / (most * world))
+        while not accum_steps and batch_size % (self.accum_steps * world) and self.accum_steps < items:
+            self.accum_steps += 1
+        parts = self.accum_steps * world
         self.micro_batch = items // parts
         self.total_batch = self.micro_batch * parts
         if batch_size % parts or not self.total_batch:
@@ -1026,33 +1023,28 @@ class EpochSampler(DistributedSampler):
 class DeviceLoader(DataLoader):
     """A DataLoader whose batches are on the device. To a GPU, each is copied from pinned memory, in
     a stream of its own, while the step before it runs. Its processes live as long as the loader."""
-    stream = staticmethod(functools.cache(torch.cuda.Stream))    # one for all loaders
 
     def __init__(self, dataset, batch_size, sampler, workers, device):
-        if workers and multiprocessing.get_start_method() == "forkserver":
-            packages = ["torch", "torchvision.transforms.v2", "PIL.Image"]
-            multiprocessing.set_forkserver_preload(packages)    # imported once for all loaders
+        packages = ["torch", "torchvision.transforms.v2", "PIL.Image"]
+        multiprocessing.set_forkserver_preload(packages)    # read if this start method is in use
         super().__init__(dataset, batch_size, sampler=sampler, num_workers=workers,
                          persistent_workers=workers > 0, pin_memory=device.type == "cuda",
                          generator=torch.Generator())    # else it draws from the global one
         self.device = device
+        self.copies = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def __iter__(self):
-        if self.device.type != "cuda":
-            yield from ([x.to(self.device) for x in batch] for batch in super().__iter__())
-            return
-        main = torch.cuda.current_stream(self.device)
-        copies = self.stream(self.device)
-        ahead = None
+        ahead = []
         for batch in super().__iter__():
-            copies.wait_stream(main)    # which may still read the memory that is used again
-            with torch.cuda.stream(copies):
+            if self.copies:    # wait for the readers of the memory that is used again
+                self.copies.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self.copies):    # of None: does nothing
                 batch = [x.to(self.device, non_blocking=True) for x in batch]
-            if ahead:
-                yield ahead
-            main.wait_stream(copies)
-            ahead = batch
-        yield ahead
+            yield from ahead
+            if self.copies:
+                torch.cuda.current_stream().wait_stream(self.copies)
+            ahead = [batch]
+        yield from ahead
 
 
 def train_loader(dataset, batch_size, accum_steps, most, workers, seed, run):
@@ -1088,14 +1080,6 @@ def mix_seed(*numbers):
     for n in numbers:
         seed = ((seed ^ n) * 6364136223846793005 + 1442695040888963407) % 2 ** 63
     return seed
-
-
-def lr_at(step, total, warmup, lr, min_lr):
-    """Learning rate of step `step` (from 0): linear warm-up from 0, then half a cosine."""
-    if step < warmup:
-        return lr * step / warmup
-    done = (step - warmup) / max(1, total - warmup)
-    return min_lr + (lr - min_lr) / 2 * (1 + math.cos(math.pi * done))
 
 
 # --------------------------------------------------------------------------------------------------

@@ -49,8 +49,8 @@ from tqdm import tqdm
 
 from models import (Block, ImageDataset, InputError, Parser, attention_logits, build_model,
                     eval_loader, init_distributed, init_mae, list_images, load_model, log,
-                    normalize, param_groups, plain_errors, random_crop, representation, resume,
-                    save, sincos_2d, train_loader)
+                    normalize, param_groups, plain_errors, random_crop, resume, save, sincos_2d,
+                    train_loader)
 
 RECIPE = dict(    # Sec. 4; settings without an option. All others: `parse_args`
     betas=(0.9, 0.95), weight_decay=0.05,   # AdamW; no decay of biases, norms and tokens
@@ -611,7 +611,7 @@ class AblatedDistillation(nn.Module):
         if self.signal == "hidden" and k == self.extra:
             return self.norm(features[k])
         if self.signal == "hidden":
-            return representation(encoder, features[k], k)
+            return encoder.representation(features[k], k)
         if k == self.extra:
             return self.last.student_map(encoder, features)
         return encoder.attention_map(features[k - 1], k)
@@ -623,7 +623,7 @@ class AblatedDistillation(nn.Module):
         taps = {k: k if hidden else k - 1 for k in self.teacher_layers}
         features = teacher.forward_features(images, set(taps.values()), ids_keep)
         if hidden:
-            return [representation(teacher, features[taps[k]], k) for k in self.teacher_layers]
+            return [teacher.representation(features[taps[k]], k) for k in self.teacher_layers]
         return [teacher.attention_map(features[taps[k]], k) for k in self.teacher_layers]
 
     def forward(self, encoder, features, target_maps):
@@ -694,10 +694,6 @@ def resolve(args):
     if hiera and (args.method == "d2-mae" or args.distill != "attention" or args.distill_layers):
         raise InputError("d2-mae and the ablations of the distillation are for ViT: Hiera's "
                          "decoder reads all stages; give --method d-mae or mae alone")
-    if args.decoder_tap and args.method != "d2-mae":
-        raise InputError(f"--decoder-tap is for d2-mae alone: {args.method} decodes the last block")
-    if args.crop_scale[0] > args.crop_scale[1]:
-        raise InputError(f"--crop-scale {args.crop_scale[0]} {args.crop_scale[1]} must be a range")
     if args.mask_ratio is None:
         args.mask_ratio = 0.4 if hiera else 0.75
     if args.warmup_epochs is None:
