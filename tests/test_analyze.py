@@ -583,6 +583,7 @@ def test_bad_input(files, tmp_path):
             (["cka", a, *images], "two models or more"),
             (["cka", a, a, *images], "two inputs are labelled"),
             (["cka", a, "nothing.pt", *images], "nothing.pt does not exist"),
+            (["cka", a, "hiera_tiny+rpe", *images], "defined for ViT"),
             (["cka", a, tmp_path, *images], "is a folder: give a file"),
             (["cka", f"deit_tiny:{a}", *images], "choose the --model of the file|width|patch"),
             (["cka", a, "random", "--data", tmp_path / "nowhere", *device], "not a folder"),
