@@ -944,7 +944,8 @@ def parse_args(argv=None):
     add("--head-channels", low=8, help="of the head's first layer; default: 256, the paper's")
     add("--drop-path", type=float, default=0.1,
         help="of the last block; the rates grow linearly from 0")
-    parser.pixel_options(add, "that of --init, else 224: of the encoder's own position table")
+    parser.pixel_options(add, "that of --init, else 224; it is what the encoder was trained at, "
+                              "not the size of the crops")
 
     add = parser.group("training (OSTrack-256), data")
     add("--data",

@@ -1076,15 +1076,16 @@ def test_the_benchmark_gives_both_speeds_and_what_they_depend_on():
 
 
 def test_your_own_frames_give_boxes_and_an_overlay(trained, tmp_path, capsys, monkeypatch):
-    write_video(tmp_path / "frames", BOXES[:12], "{}.jpg")    # 2.jpeg before 10.jpg
-    (tmp_path / "frames" / "2.jpg").rename(tmp_path / "frames" / "2.jpeg")
-    (tmp_path / "frames" / "10.jpg").rename(tmp_path / "frames" / "10.JPEG")
+    write_video(tmp_path / "frames", BOXES[:12], "{}.jpg")
+    for i in range(1, 13):    # 0.04, 0.08, 0.12, 0.16, 0.2 ... seconds
+        name = f"{i / 25}.{'JPEG' if i % 3 else 'jpg'}"
+        (tmp_path / "frames" / f"{i}.jpg").rename(tmp_path / "frames" / name)
     seen = []
     open_image = track.open_image
     monkeypatch.setattr(track, "open_image", lambda file: seen.append(file) or open_image(file))
     here(track, "--frames", tmp_path / "frames", "--box", ",".join(map(str, BOXES[0])), "--out",
          tmp_path / "mine", "--init", trained / "out" / "tracker.pt", *USE)
-    assert [int(Path(file).stem) for file in seen[1:13]] == list(range(1, 13))
+    assert [float(Path(file).stem) for file in seen[1:13]] == [i / 25 for i in range(1, 13)]
     assert "12 frames of 1 folder(s)" in capsys.readouterr().out
     boxes = (tmp_path / "mine" / "boxes.txt").read_text().splitlines()
     assert len(boxes) == 12 and boxes[0] == "5.00,8.00,14.00,10.00"
