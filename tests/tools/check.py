@@ -27,7 +27,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -108,24 +108,10 @@ class Report:
         print(f"kinds of faults that would stop a run or bend a number: {len(self.faults)}")
 
 
-class Looks(Dataset):
-    """Item -> look(item)."""
-
-    def __init__(self, look, items):
-        self.look = look
-        self.items = items
-
-    def __len__(self):
-        return len(self.items)
-
-    def __getitem__(self, index):
-        return self.look(self.items[index])
-
-
 def sweep(report, title, look, items, args):
     """Compute look(item) -> facts, [(fault, subject, detail)] of all items in loader processes.
     Yields the facts in order; the faults go to the report."""
-    loader = DataLoader(Looks(look, items), batch_size=None, collate_fn=tuple,
+    loader = DataLoader(items, batch_size=None, collate_fn=look,    # which gets single items
                         num_workers=min(args.workers, len(items)))
     for facts, faults in tqdm(loader, title, leave=False):
         for fault in faults:
@@ -157,45 +143,45 @@ def shares(counts, most=10):
 # Images
 # --------------------------------------------------------------------------------------------------
 def look_at_image(path):
-    """-> (size of the upright image, of the stored one, whether EXIF turns it, format and mode,
-    digest of the bytes), or None if it cannot be read; faults."""
+    """-> size of the upright image, that of the stored one, whether EXIF turns it, its kind and a
+    digest of its bytes (dict, empty if it cannot be read); faults."""
     try:
         size = open_image(path).size
     except OSError as error:
         cause = error.__context__    # in Pillow
-        return None, [("unreadable file", path, f"{type(cause).__name__}: {cause}")]
+        return {}, [("unreadable file", path, f"{type(cause).__name__}: {cause}")]
     turned = False
     with Image.open(path) as image:
         with contextlib.suppress(SyntaxError, struct.error):    # broken EXIF, as in open_image
             turned = image.getexif().get(0x0112, 1) in range(2, 9)
-        digest = hashlib.blake2b(Path(path).read_bytes(), digest_size=8).digest()
-        facts = size, image.size, turned, f"{image.format} {image.mode}", digest
+        facts = dict(size=size, stored=image.size, turned=turned,
+                     kind=f"{image.format} {image.mode}",
+                     digest=hashlib.blake2b(Path(path).read_bytes(), digest_size=8).digest())
     small = [("image smaller than a patch of 16 pixels", path, pixels(size))]
     return facts, small * (min(size) < 16)
 
 
 def look_at_pair(dataset, index):
-    """The same for an image of a SegmentationSet -> (facts of the image, {label number: pixels}),
-    faults."""
+    """The same for an image of a SegmentationSet, and numbers: {label number: pixels}."""
     file, label_file = dataset.files[index], dataset.label_file(index)
     facts, faults = look_at_image(file)
+    if not label_file.exists():
+        return facts, [*faults, ("image without labels", file, f"no {label_file}")]
     try:
         numbers = segment.read_numbers(label_file)
     except OSError as error:
         fault = "unreadable file" if error.__context__ else "no file of class numbers"
-        missing = "image without labels", file, f"no {label_file}"
-        found = (fault, label_file, sentence(error)) if label_file.exists() else missing
-        return (facts, {}), [*faults, found]
+        return facts, [*faults, (fault, label_file, sentence(error))]
     size = numbers.shape[::-1]
-    if facts and size != facts[0]:
-        exif = "; EXIF turns the image" * (facts[2] and size == facts[1])
+    if facts and size != facts["size"]:
+        exif = "; EXIF turns the image" * (facts["turned"] and size == facts["stored"])
         faults.append(("image and labels of different sizes", file,
-                       f"{pixels(facts[0])}, {pixels(size)}{exif}"))
+                       f"{pixels(facts['size'])}, {pixels(size)}{exif}"))
     counts = dict(zip(*(part.tolist() for part in np.unique(numbers, return_counts=True))))
     wrong = counts.keys() - {0, segment.IGNORE} - set(class_numbers(dataset))
     if wrong:
         faults.append(("number that is no class", label_file, first_ten(wrong)))
-    return (facts, counts), faults
+    return {**facts, "numbers": counts}, faults
 
 
 def class_numbers(dataset):
@@ -205,13 +191,15 @@ def class_numbers(dataset):
 
 
 def survey(title, facts):
-    """Print what the images of a set are -> digests of their bytes. facts: of `look_at_image`."""
-    sizes, kinds, digests = Counter(), Counter(), []
+    """Print what the images of a set are -> digests of their bytes, pixels of label numbers. facts:
+    of `look_at_image` or `look_at_pair`."""
+    sizes, kinds, numbers, digests = Counter(), Counter(), Counter(), []
     for image in facts:
-        digests.append(image and image[4])
-        if image:
-            sizes[image[0]] += 1
-            kinds[image[3]] += 1
+        digests.append(image.get("digest"))
+        numbers.update(image.get("numbers"))
+        if "size" in image:
+            sizes[image["size"]] += 1
+            kinds[image["kind"]] += 1
     text = f"{title}: {len(digests)} images, {sizes.total()} of them readable"
     if sizes:
         small, large = min(sizes, key=math.prod), max(sizes, key=math.prod)
@@ -219,7 +207,7 @@ def survey(title, facts):
         text += f"; {shares(kinds)}; width x height from {pixels(small)} to {pixels(large)}, " \
                 f"{count} of {pixels(usual)}"
     print(text)
-    return digests
+    return digests, numbers
 
 
 def compare_sets(report, sets):
@@ -238,8 +226,8 @@ def look_at_sets(report, sets, args):
     seen = []
     for title, files in sets.items():
         files = Names(files)
-        facts = sweep(report, title, look_at_image, files, args)
-        seen.append((files, survey(title, facts)))
+        digests, _ = survey(title, sweep(report, title, look_at_image, files, args))
+        seen.append((files, digests))
     compare_sets(report, seen)
 
 
@@ -284,19 +272,11 @@ def check_segment(args, report):
         dataset = report.ask(partial(segment.SegmentationSet, out=args.out), args.data, split,
                              args.num_classes, args.zero_is_class, None)
         if dataset:
-            numbers = Counter()
-            pairs = sweep(report, split, partial(look_at_pair, dataset), range(len(dataset)), args)
-            sets.append((dataset.files, survey(split, count_numbers(pairs, numbers))))
+            look = partial(look_at_pair, dataset)
+            digests, numbers = survey(split, sweep(report, split, look, range(len(dataset)), args))
+            sets.append((dataset.files, digests))
             check_numbers(report, dataset, split, numbers)
     compare_sets(report, sets)
-
-
-def count_numbers(pairs, numbers):
-    """Yield the facts of images in facts of `look_at_pair`, and add up the pixels of label numbers.
-    """
-    for image, counts in pairs:
-        numbers.update(counts)
-        yield image
 
 
 def check_numbers(report, dataset, split, numbers):
@@ -324,10 +304,10 @@ def look_at_frame(file, boxes, stated=None):
     """Look at a frame and its boxes (N, 4) -> Counter of its size; whether each box leaves the
     frame, and whether it lies in it as corners (N, 2); faults. stated: size that boxes refer to."""
     image, faults = look_at_image(file)
-    if image is None:
+    if not image:
         return Counter(), np.zeros((0, 2)), faults
-    size, stored, turned, *_ = image
-    if turned:
+    size, stored = image["size"], image["stored"]
+    if image["turned"]:
         faults.append(("frame turned by EXIF", file,
                        f"stored {pixels(stored)}, upright {pixels(size)}"))
     if stated and min(stated) > 0 and stated not in (size, stored):
