@@ -119,9 +119,9 @@ def sweep(report, title, look, items, args):
         yield facts
 
 
-def sentence(error):
-    """What a script says of a file, without its advice to use this tool."""
-    return re.sub("; tests/tools/check.py.*", "", str(error))
+def sentence(error, file):
+    """What a script says of a file, without its name and the advice to use this tool."""
+    return re.sub("; tests/tools/check.py.*", "", str(error)).replace(f"{file} ", "")
 
 
 def pixels(size):
@@ -149,7 +149,8 @@ def look_at_image(path):
         size = open_image(path).size
     except OSError as error:
         cause = error.__context__    # in Pillow
-        return {}, [("unreadable file", path, f"{type(cause).__name__}: {cause}")]
+        text = f"{type(cause).__name__}: {cause}".replace(f" {str(path)!r}", "")
+        return {}, [("unreadable file", path, text)]
     turned = False
     with Image.open(path) as image:
         with contextlib.suppress(SyntaxError, struct.error):    # broken EXIF, as in open_image
@@ -171,7 +172,7 @@ def look_at_pair(dataset, index):
         numbers = segment.read_numbers(label_file)
     except OSError as error:
         fault = "unreadable file" if error.__context__ else "no file of class numbers"
-        return facts, [*faults, (fault, label_file, sentence(error))]
+        return facts, [*faults, (fault, label_file, sentence(error, label_file))]
     size = numbers.shape[::-1]
     if facts and size != facts["size"]:
         exif = "; EXIF turns the image" * (facts["turned"] and size == facts["stored"])
@@ -344,7 +345,7 @@ def look_at_video(read, file):
     try:
         frames, boxes, visible, _ = read(file)
     except OSError as error:
-        return (Counter(), 0, 0), [("unreadable file", file, sentence(error))]
+        return (Counter(), 0, 0), [("unreadable file", file, sentence(error, file))]
     folder, ending = os.path.dirname(frames[0]), os.path.splitext(frames[0])[1]
     there = [name for name in os.listdir(folder) if name.endswith(ending)] \
         if os.path.isdir(folder) else []
@@ -422,7 +423,7 @@ def check_results(args, report, files):
                            f"{len(boxes)} lines, {len(truth)} frames")
             track.check_format(path, boxes[0], truth[0])
         except OSError as error:
-            report.add("result that does not fit", sentence(error))
+            report.add("result that does not fit", path, sentence(error, path))
 
 
 # --------------------------------------------------------------------------------------------------
