@@ -100,24 +100,16 @@ def affine(image, coefficients, fill):
                            fillcolor=fill)
 
 
-def solarize_add(image, value):
-    """Add to the dark half of all values."""
-    return image.point([min(255, i + value) if i < 128 else i for i in range(256)] * 3)
-
-
-def posterize(image, bits):
-    """Keep the upper `bits` bits of all values; 0, which ImageOps refuses, gives black."""
-    return image.point([i & (256 - 2 ** (8 - bits)) for i in range(256)] * 3)
-
-
 RAND_AUGMENT = {    # (RGB image x, level m in -10..10, its sign random, fill colour f) -> image
     "AutoContrast": lambda x, m, f: ImageOps.autocontrast(x),
     "Equalize": lambda x, m, f: ImageOps.equalize(x),
     "Invert": lambda x, m, f: ImageOps.invert(x),
     "Rotate": lambda x, m, f: x.rotate(3 * m, BICUBIC, fillcolor=f),               # degrees
-    "Posterize": lambda x, m, f: posterize(x, 4 - int(0.4 * abs(m))),              # bits that stay
+    "Posterize": lambda x, m, f: x.point(    # of 8 bits the upper 4 - 0.4 |m| stay
+        lambda value: value & (256 - 2 ** (4 + int(0.4 * abs(m))))),
     "Solarize": lambda x, m, f: ImageOps.solarize(x, 256 - int(25.6 * abs(m))),    # threshold
-    "SolarizeAdd": lambda x, m, f: solarize_add(x, int(11 * abs(m))),
+    "SolarizeAdd": lambda x, m, f: x.point(
+        lambda value: min(255, value + int(11 * abs(m))) if value < 128 else value),
     "Color": lambda x, m, f: ImageEnhance.Color(x).enhance(1 + 0.09 * m),
     "Contrast": lambda x, m, f: ImageEnhance.Contrast(x).enhance(1 + 0.09 * m),
     "Brightness": lambda x, m, f: ImageEnhance.Brightness(x).enhance(1 + 0.09 * m),
@@ -176,8 +168,6 @@ def build_classifier(args, classes):
                         vit=dict(rel_pos_bias=args.rpe))
     if args.rpe and model.arch["kind"] != "vit":
         raise InputError("--rpe is defined for ViT: Hiera attends in windows and pools its tokens")
-    if (args.keep_blocks or 0) > model.depth:
-        raise InputError(f"--keep-blocks {args.keep_blocks}: {args.init} has {model.depth} blocks")
     loaded = load_encoder(model, file, args.keep_blocks) if file else []
     if args.rpe:
         init_beit(model, loaded)
@@ -262,7 +252,8 @@ def train(args):
                 bar.set_postfix(loss=f"{values['loss']:.4f}")
             mean_loss = 0.0
         if (epoch + 1) % args.eval_every == 0 or epoch + 1 == args.epochs:
-            report(args, run, model, test_loader, epoch + 1, (epoch + 1) * steps, len(classes))
+            values = evaluate(model, test_loader, len(classes), run)
+            log(args, rank, world, epoch=epoch + 1, step=(epoch + 1) * steps, **values)
         save(args, rank, "last.pt", model, epoch=epoch + 1, **data,
              optimizer=optimizer.state_dict(), scaler=scaler.state_dict())
 
@@ -349,9 +340,9 @@ def list_split(root, split, out):
     root = Path(root).resolve()
     folder = root / split
     if not folder.is_dir():
-        found = ", ".join(sorted(f.name for f in root.glob("[!.]*") if f.is_dir())[:5])
+        found = ", ".join(sorted(path.name for path in root.glob("*"))[:8])
         raise InputError(f"--data {root} has no folder {split}: it must hold train/CLASS/ and "
-                         f"val/CLASS/, and holds {found or 'no folders'}")
+                         f"val/CLASS/, and holds {found or 'nothing'}")
     files = list_images(folder, out)
     start = len(str(folder)) + 1
     try:
@@ -391,16 +382,6 @@ def check_classes(a, b, name_a, name_b):
 # --------------------------------------------------------------------------------------------------
 # Evaluation
 # --------------------------------------------------------------------------------------------------
-def report(args, run, model, test_loader, epoch, step, classes):
-    """Evaluate on all processes; process 0 logs."""
-    rank, world, _, _ = run
-    values = evaluate(model, test_loader, classes, run)
-    log(args, rank, world, epoch=epoch, step=step, **values)
-    if rank == 0 and epoch == args.epochs and values["mean_class"] < 110 / classes:
-        print("that is no better than chance: give more --epochs, a higher --base-lr or an --init "
-              "(README, 'Your own images')")
-
-
 @torch.no_grad()
 def evaluate(model, test_loader, classes, run):
     """Accuracies in % and loss over the test images, in float32, each image once for any number of
@@ -423,8 +404,8 @@ def evaluate(model, test_loader, classes, run):
                   mean_class=of_class.nanmean().item(), test_images=int(n))
     if rank == 0:
         tqdm.write("top-1 {top1:.2f}, top-5 {top5:.2f}, mean over classes {mean_class:.2f}, loss "
-                   "{val_loss:.4f} on {test_images} images, ".format(**values)
-                   + ("TF32" if device.type == "cuda" else "float32"))
+                   "{val_loss:.4f} on {test_images} images ".format(**values)
+                   + f"of {model.img_size}, {'TF32' if device.type == 'cuda' else 'float32'}")
     return values
 
 
@@ -450,7 +431,7 @@ def load_classifier(file, name=None, **options):
 
 def use_classifier(args):
     """--eval and --predict: score the classifier in --init, or print what it sees."""
-    rank, _, device, _ = run = init_distributed(args.device)
+    _, _, device, _ = run = init_distributed(args.device)
     file = read_encoder(args.init)
     model, classes = load_classifier(file, args.model, mean=args.mean, std=args.std,
                                      img_size=args.image_size)
@@ -459,8 +440,6 @@ def use_classifier(args):
     if isinstance(stored.get("args"), dict):    # MAE's files hold a Namespace
         stored = {**stored["args"], **stored}
     names = stored.get("classes")    # None in files of others
-    if rank == 0:
-        print(f"{args.init}: {classes} classes, images of {model.img_size} pixels")
     if args.eval or args.data:
         root = args.data or stored.get("data", "data/imagenet")
         files, labels, folders = list_split(root, "val", args.out)
@@ -480,22 +459,12 @@ def use_classifier(args):
 def predict(model, classes, paths, device):
     """Print the five likeliest of the named classes, and their probabilities, for each image file
     and each image in a folder. Raises OSError at the end if some images cannot be read."""
-    files = []
     for path in paths:
-        files += list_images(path) if Path(path).is_dir() else [path]
-    bad = []
-    for file in files:
-        try:
-            image = centre_crop(open_image(file), model.img_size)
-        except OSError as error:
-            bad.append(str(error))
-            continue
-        pixels = pil_to_tensor(image)[None].to(device)
-        logits = model(normalize(pixels, model.mean, model.std))[0]
-        top = logits.softmax(0).topk(min(5, len(classes)))
-        print(f"{file}: " + ", ".join(f"{classes[k]} {100 * p:.1f}%" for p, k in zip(*top)))
-    if bad:
-        raise OSError("; ".join(bad))
+        for file in list_images(path) if Path(path).is_dir() else [path]:
+            pixels = pil_to_tensor(centre_crop(open_image(file), model.img_size))[None]
+            logits = model(normalize(pixels.to(device), model.mean, model.std))[0]
+            top = logits.softmax(0).topk(min(5, len(classes)))
+            print(f"{file}: " + ", ".join(f"{classes[k]} {100 * p:.1f}%" for p, k in zip(*top)))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -506,9 +475,9 @@ USED = "eval predict init out model image_size mean std device data"    # by --e
 
 
 def recipe_word(text):
-    """An argparse type: the name of a recipe, or KEY=VALUE for an entry of it, as a pair."""
+    """An argparse type: the name of a recipe, or KEY=VALUE for an entry of it -> (key, value)."""
     if text in RECIPES:
-        return text
+        return "recipe", text
     key, _, value = text.partition("=")
     kind = type(IMPROVED.get(key))
     if kind is str and value in ("adamw", "sgd"):
@@ -573,10 +542,8 @@ def resolve(args):
         args.init = args.init or f"{args.out}/classifier.pt"
         return args
     args.data = args.data or "data/imagenet"
-    words = ["improved", *(args.recipe or [])]
-    args.recipe = [word for word in words if word in RECIPES][-1]
-    recipe = dict(RECIPES[args.recipe])
-    changes = dict(word for word in words if word not in RECIPES)
+    changes = dict(args.recipe or [])
+    recipe = dict(RECIPES[changes.setdefault("recipe", "improved")])
     changes.update({k: v for k, v in vars(args).items() if k in recipe and v is not None})
     if "epochs" in changes:    # a shorter run warms up less, a longer one as long
         recipe["warmup_epochs"] *= min(1, changes["epochs"] / recipe["epochs"])

@@ -71,6 +71,8 @@ IGNORE = 255    # label of pixels that are neither trained on nor scored
 # Method: encoder, pyramid, head and loss
 # --------------------------------------------------------------------------------------------------
 class LayerScale(nn.Module):
+    """Multiply each channel by a trained factor, which starts at 1."""
+
     def __init__(self, dim):
         super().__init__()
         self.gamma = nn.Parameter(torch.ones(dim))
@@ -80,8 +82,7 @@ class LayerScale(nn.Module):
 
 
 class ScaledBlock(Block):
-    """Block of a `VisionTransformer` with LayerScale: both branches are multiplied by a trained
-    factor per channel, which starts at 1."""
+    """Block of a `VisionTransformer` with LayerScale at the end of both branches."""
 
     def __init__(self, dim, *args):
         super().__init__(dim, *args)
@@ -91,6 +92,9 @@ class ScaledBlock(Block):
     def forward(self, x, index=None):
         x = x + self.drop_path(self.ls1(self.attn(self.norm1(x), index)))
         return x + self.drop_path(self.ls2(self.mlp(self.norm2(x))))
+
+
+VIT = dict(rel_pos_bias=True, block=ScaledBlock)    # see `build_model`
 
 
 class Pyramid(nn.Module):
@@ -128,6 +132,10 @@ class SemanticFPN(nn.Module):
 
     def __init__(self, encoder, num_classes, width=128, dropout=0.1):
         super().__init__()
+        cell = 2 * encoder.patch_size    # of the coarsest map
+        if any(side % cell for side in encoder.img_size):
+            raise InputError(f"--image-size {encoder.img_size} is not a multiple of {cell}, the "
+                             "stride of the coarsest map")
         self.encoder = encoder
         self.arch, self.img_size = encoder.arch, encoder.img_size
         self.mean, self.std = encoder.mean, encoder.std
@@ -176,16 +184,17 @@ def train(args):
     rank, world, device, dtype = run = init_distributed(args.device, args.dtype)
     torch.manual_seed(args.seed)
     model = build_segmenter(args).to(device)
-    loader, val_loader, names = build_loaders(args, model, run)
+    if world > 1 and device.type == "cuda":    # PyTorch has it for GPUs alone
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    loader, val_loader, classes = build_loaders(args, model, run)
     accum_steps = loader.sampler.accum_steps
-    steps = len(loader) // accum_steps         # optimizer steps per epoch
-    epochs = math.ceil(args.iters / steps)     # the last one may be cut short
+    steps = len(loader) // accum_steps        # optimizer steps per epoch
+    epochs = math.ceil(args.iters / steps)    # the last one may be cut short
     groups = param_groups(model, args.weight_decay, args.layer_decay, model.encoder.depth)
     optimizer = AdamW(groups, args.lr, args.betas, fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    data = dict(classes=names, training_images=len(loader.dataset), epochs=epochs)
+    data = dict(train_images=len(loader.dataset), classes=classes, epochs=epochs)
     first_epoch = resume(args, run, steps, model, optimizer, scaler, **data)
-
     network = torch.compile(model) if args.compile else model
     if world > 1:
         network = DistributedDataParallel(network, gradient_as_bucket_view=True)
@@ -195,6 +204,7 @@ def train(args):
         torch.manual_seed(mix_seed(args.seed, epoch, rank))    # of dropout and drop path
         network.train()
         bar = tqdm(loader, f"epoch {epoch + 1}/{epochs}", disable=rank > 0)
+        mean_loss = 0.0    # of the batch
         for i, (images, labels) in enumerate(bar):
             step = epoch * steps + i // accum_steps
             if step == args.iters:
@@ -205,7 +215,7 @@ def train(args):
             with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
                 loss = segmentation_loss(network(images), labels)
             scaler.scale(loss / accum_steps).backward()
-            mean_loss = (mean_loss if i % accum_steps else 0) + loss.detach() / accum_steps
+            mean_loss += loss.detach() / accum_steps
             if not update:
                 continue
 
@@ -222,15 +232,15 @@ def train(args):
                 values = log(args, rank, world, epoch=epoch + 1, step=step, lr=lr,
                              grad_norm=grad_norm, loss=mean_loss)
                 bar.set_postfix(loss=f"{values['loss']:.4f}")
-
+            mean_loss = 0.0
         if (epoch + 1) % args.eval_every == 0 or epoch + 1 == epochs:
-            values = evaluate(model, val_loader, names, args.out, run)
+            values = evaluate(model, val_loader, classes, args.out, run)
             log(args, rank, world, epoch=epoch + 1, step=min((epoch + 1) * steps, args.iters),
                 **values)
         save(args, rank, "last.pt", model, epoch=epoch + 1, **data,
              optimizer=optimizer.state_dict(), scaler=scaler.state_dict())
 
-    save(args, rank, "segmenter.pt", model, epoch=epochs, classes=names)
+    save(args, rank, "segmenter.pt", model, epoch=epochs, **data)
 
 
 def linear_lr(step, total, warmup, lr):
@@ -242,33 +252,18 @@ def linear_lr(step, total, warmup, lr):
 
 
 def build_segmenter(args):
-    """SemanticFPN of the options: on the encoder of --init, or on --model with random weights. By
-    default crops are the paper's 512 pixels, 512/224 of the image size of a smaller encoder."""
+    """SemanticFPN of the options: on the encoder of --init, or on --model with random weights. A
+    ViT gets relative position bias and LayerScale, which start at 0 and 1 where --init has none. By
+    default crops are the paper's 512 pixels, or 512/224 of the image size of a smaller encoder."""
     file = read_encoder(args.init) if args.init else None
-    arch = file.arch if file else {}
-    cell = 2 * (args.patch_size or arch.get("patch_size", 16))
-    sides = [min(512, side * 512 / 224) for side in arch.get("img_size", (224, 224))]
-    size = args.image_size or [round(side / cell) * cell for side in sides]
-    model = new_segmenter(file, args.num_classes, args.dropout, name=args.model, img_size=size,
-                          patch_size=args.patch_size, drop_path=args.drop_path, mean=args.mean,
-                          std=args.std)
-    if dist.is_initialized() and dist.get_backend() == "nccl":    # it needs GPUs
-        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    return model
-
-
-def new_segmenter(file, num_classes, dropout=0.1, **options):
-    """SemanticFPN on the encoder in a file (see `read_encoder`), or, without one, on an encoder of
-    random weights. A ViT gets relative position bias and LayerScale, which start at 0 and 1 where
-    the file has none. options: see `build_model`."""
-    encoder = build_model(file=file, vit=dict(rel_pos_bias=True, block=ScaledBlock), **options)
-    cell = 2 * encoder.patch_size
-    if any(side % cell for side in encoder.img_size):
-        raise InputError(f"--image-size {encoder.img_size} is not a multiple of {cell}, the stride "
-                         "of the coarsest map")
+    arch = {"patch_size": 16, "img_size": (224, 224), **(file.arch if file else {})}
+    cell = 2 * (args.patch_size or arch["patch_size"])
+    size = [round(min(512, side * 512 / 224) / cell) * cell for side in arch["img_size"]]
+    encoder = build_model(args.model, file, args.mean, args.std, img_size=args.image_size or size,
+                          patch_size=args.patch_size, drop_path=args.drop_path, vit=VIT)
     if file:
         load_encoder(encoder, file)
-    return SemanticFPN(encoder, num_classes, dropout=dropout)
+    return SemanticFPN(encoder, args.num_classes, dropout=args.dropout)
 
 
 def load_segmenter(path, img_size=None):
@@ -278,11 +273,13 @@ def load_segmenter(path, img_size=None):
     stored = file.content.get("args", {})
     if "zero_is_class" not in stored:
         raise InputError(f"{path} is no segmentation model: give segmenter.pt of segment.py")
-    model = new_segmenter(file, stored["num_classes"], img_size=img_size)
+    encoder = build_model(file=file, img_size=img_size, vit=VIT)
+    load_encoder(encoder, file)
+    model = SemanticFPN(encoder, stored["num_classes"])
     heads = {k: v for k, v in file.content["model"].items() if not k.startswith("encoder.")}
     model.load_state_dict(heads, strict=False)
-    names = file.content.get("classes") or stored["classes"]    # older files: among the options
-    return model.eval(), names, stored
+    classes = file.content.get("classes") or stored["classes"]    # older files: among the options
+    return model.eval(), classes, stored
 
 
 # --------------------------------------------------------------------------------------------------
@@ -377,10 +374,10 @@ class SegmentationSet(ImageDataset):
     def __init__(self, root, split, num_classes, zero_is_class, size, seed=0, fill=None, out=None):
         self.folder = Path(root, "images", split)
         if not self.folder.is_dir():
-            there = next(place for place in self.folder.parents if place.is_dir()).resolve()
-            inside = ", ".join(sorted(path.name for path in there.iterdir())[:8])
+            parent = self.folder.parent
+            found = ", ".join(sorted(path.name for path in parent.glob("*"))[:8])
             raise InputError(f"{self.folder} is not a folder: --data must hold images and "
-                             f"annotations, each with {split}; {there} holds {inside or 'nothing'}")
+                             f"annotations, each with {split}; {parent} holds {found or 'nothing'}")
         super().__init__(list_images(self.folder, out), seed)
         self.label_folder = Path(root, "annotations", split)
         self.num_classes = num_classes
@@ -409,18 +406,17 @@ class SegmentationSet(ImageDataset):
 
 def build_loaders(args, model, run):
     """-> loaders of training and validation, names of the classes. Process 0 looks at labels."""
-    labelling = args.num_classes, args.zero_is_class
-    size = model.img_size
-    fill = [round(255 * c) for c in model.mean]
-    train_set = SegmentationSet(args.data, "training", *labelling, size, args.seed, fill, args.out)
-    val_set = SegmentationSet(args.data, "validation", *labelling, size, out=args.out)
+    shared = args.num_classes, args.zero_is_class, model.img_size
+    fill = [round(255 * value) for value in model.mean]
+    train_set = SegmentationSet(args.data, "training", *shared, args.seed, fill, args.out)
+    val_set = SegmentationSet(args.data, "validation", *shared, out=args.out)
     if run[0] == 0:
         check_labels(train_set)
         check_labels(val_set)
     loader = train_loader(train_set, args.batch_size, args.accum_steps, 16, args.workers, args.seed,
                           run)
     val_loader = eval_loader(val_set, 1, args.workers, run)    # images differ in size
-    return loader, val_loader, class_names(args.data, *labelling)
+    return loader, val_loader, class_names(args.data, args.num_classes, args.zero_is_class)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -455,33 +451,28 @@ def read_labels(path, num_classes, zero_is_class=False):
 
 
 def check_labels(dataset, enough=256):
-    """Look at `enough` evenly spaced label files of a SegmentationSet, and at more until they show
-    two classes; print which numbers they hold. Raises InputError if these do not fit the options,
+    """Read `enough` evenly spaced label files of a SegmentationSet, and more until they show two
+    classes; print how many classes they need. Raises InputError if the options do not fit them,
     OSError for a bad file."""
-    first = 1 - dataset.zero_is_class
+    ignored = {IGNORE} if dataset.zero_is_class else {0, IGNORE}
     numbers = set()
-    used = set()    # without those that are ignored
     step = math.ceil(len(dataset) / enough)
-    for looked, i in enumerate(sorted(range(len(dataset)), key=lambda i: i % step)):
-        if looked >= enough and len(used) > 1:
+    for count, i in enumerate(sorted(range(len(dataset)), key=lambda i: i % step)):
+        if count >= enough and len(numbers - ignored) > 1:
             break
         numbers.update(np.unique(read_numbers(dataset.label_file(i))).tolist())
-        used = {number for number in numbers if number >= first and number != IGNORE}
-    ignored = "0 and 255 are ignored" if first else "255 is ignored"
-    if len(used) < 2:
+    if len(numbers - ignored) < 2:
         raise InputError(f"the labels in {dataset.label_folder} hold "
-                         f"{' and '.join(map(str, sorted(numbers)))} alone; {ignored}, and two "
-                         "classes are needed: write 1 for 255, and give --zero-is-class where 0 is "
-                         "a class")
-    needed = max(used) - first + 1
-    text = f"{len(dataset)} images; {min(enough, len(dataset))} of their label files hold " \
-           f"{len(numbers)} numbers from {min(numbers)} to {max(numbers)} ({ignored}) and need " \
+                         f"{' and '.join(map(str, sorted(numbers)))} alone, and two classes are "
+                         "needed: 255 is ignored, and so is 0 without --zero-is-class; write 1 for "
+                         "255, and give --zero-is-class where 0 is a class")
+    needed = max(numbers - ignored) + dataset.zero_is_class
+    text = f"{dataset.folder}: {len(dataset)} images; the label files that were read need " \
            f"--num-classes {needed}; given is {dataset.num_classes}"
-    if needed != dataset.num_classes:
-        text += ": check --num-classes and --zero-is-class, by tests/tools/check.py"
     if needed > dataset.num_classes:
-        raise InputError(f"{dataset.folder}: {text}")
-    print(f"{dataset.folder}: {text}")
+        raise InputError(f"{text}: check it and --zero-is-class; tests/tools/check.py shows all "
+                         "numbers")
+    print(text)
 
 
 def class_names(root, num_classes, zero_is_class):
@@ -549,17 +540,15 @@ def class_iou(confusion):
 def summarize(confusion):
     """Scores in per cent from the confusion matrix of the whole set -> dict. The mean IoU is over
     the classes that occur in labels or predictions; that of the others is None."""
-    pixels = int(confusion.sum())
-    if not pixels:
-        raise InputError("no validation image has a labelled pixel: nothing is left to evaluate on")
-    iou = class_iou(confusion.cpu().double())
-    return {"miou": 100 * iou.nanmean().item(),
-            "pixel_accuracy": 100 * int(confusion.trace()) / pixels,
-            "pixels": pixels,
-            "iou": [None if math.isnan(v) else round(100 * v, 2) for v in iou.tolist()]}
+    confusion = confusion.cpu().double()
+    iou = 100 * class_iou(confusion)
+    return {"miou": iou.nanmean().item(),
+            "pixel_accuracy": (100 * confusion.trace() / confusion.sum()).item(),
+            "pixels": int(confusion.sum()),
+            "iou": [None if math.isnan(v) else round(v, 2) for v in iou.tolist()]}
 
 
-def evaluate(model, val_loader, names, out, run):
+def evaluate(model, val_loader, classes, out, run):
     """Scores of the validation set, each image once for any number of processes -> dict; process 0
     prints them and draws its first images, their truth and prediction, into the folder `out`.
     names: of the classes."""
@@ -568,13 +557,13 @@ def evaluate(model, val_loader, names, out, run):
     if world > 1:    # running statistics differ without SyncBatchNorm: process 0 saves its own
         for buffer in model.buffers():
             dist.broadcast(buffer, 0)
-    counts = torch.zeros(len(names), len(names), dtype=torch.long, device=device)
+    counts = torch.zeros(len(classes), len(classes), dtype=torch.long, device=device)
     bar = tqdm(val_loader, "evaluation", leave=False, disable=rank > 0)
     for i, (images, labels) in enumerate(bar):
         predicted = label_image(model, images[0], labels.shape[1:])
-        counts += confusion_matrix(predicted, labels[0], len(names))
+        counts += confusion_matrix(predicted, labels[0], len(classes))
         if rank == 0 and i < 5:
-            draw_overlay(f"{out}/input_truth_prediction_{i + 1}.png", names, images[0].cpu(),
+            draw_overlay(f"{out}/input_truth_prediction_{i + 1}.png", classes, images[0].cpu(),
                          labels[0].cpu(), predicted.cpu())
     if world > 1:
         dist.all_reduce(counts)
@@ -594,22 +583,22 @@ def class_colors(n):
             for k in range(n)]
 
 
-def draw_overlay(path, names, picture, *maps, side=480):
+def draw_overlay(path, classes, picture, *maps, side=480):
     """PNG of a picture (3, H, W) uint8, and beside it the same under each of its label maps (H, W),
     of at most `side` pixels. Ignored pixels are not coloured. The legend at the right names the
-    classes in their colours, as many as fit."""
+    `classes` in their colours, as many as fit."""
     shape = resized_shape(picture.shape[1:], side, side)
     picture = resize(picture, shape)
     maps = [resize(labels[None], shape, InterpolationMode.NEAREST) for labels in maps]
-    classes = torch.arange(len(names))[:, None, None]
-    colors = class_colors(len(names))
-    overlays = [draw_segmentation_masks(picture, labels == classes, 0.6, colors) for labels in maps]
+    numbers = torch.arange(len(classes))[:, None, None]
+    colors = class_colors(len(classes))
+    overlays = [draw_segmentation_masks(picture, labels == numbers, 0.6, colors) for labels in maps]
     pixels = torch.cat([picture, *overlays], dim=2)
     sheet = to_pil_image(pad(pixels, [0, 0, 200, side - shape[0]]))    # right, below
     draw = ImageDraw.Draw(sheet)
     for line, k in enumerate(torch.cat(maps).unique().tolist()):
         if k != IGNORE:
-            draw.text((pixels.shape[2] + 8, 20 * line), names[k], colors[k], font_size=14)
+            draw.text((pixels.shape[2] + 8, 20 * line), classes[k], colors[k], font_size=14)
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     sheet.save(path)
 
@@ -617,46 +606,39 @@ def draw_overlay(path, names, picture, *maps, side=480):
 def use_segmenter(args):
     """--eval and --predict: score the model in --init, or label images."""
     rank, _, device, _ = run = init_distributed(args.device)
-    model, names, stored = load_segmenter(args.init, args.image_size)
+    model, classes, stored = load_segmenter(args.init, args.image_size)
     model.to(device)
     zero_is_class = stored["zero_is_class"]
     if args.eval:
-        val_set = SegmentationSet(args.data or stored["data"], "validation", len(names),
+        val_set = SegmentationSet(args.data or stored["data"], "validation", len(classes),
                                   zero_is_class, model.img_size, out=args.out)
         if rank == 0:
             check_labels(val_set)
-        evaluate(model, eval_loader(val_set, 1, args.workers, run), names, args.out, run)
+        evaluate(model, eval_loader(val_set, 1, args.workers, run), classes, args.out, run)
     if args.predict:
-        predict(model, names, zero_is_class, args.predict, args.out, device)
+        predict(model, classes, zero_is_class, args.predict, args.out, device)
 
 
-def predict(model, names, zero_is_class, path, out, device):
+def predict(model, classes, zero_is_class, path, out, device):
     """Label an image, or every image below a folder but outside `out`, into out/predict:
     NAME_labels.png, a palette image with the numbers of label files, and NAME_overlay.png. Raises
     OSError at the end if some images cannot be read."""
     root = Path(path)
     files = list_images(root, out) if root.is_dir() else [root]
+    folder = root if root.is_dir() else root.parent
     first = 1 - zero_is_class
-    palette = sum(class_colors(len(names)), (0, 0, 0) * first)
-    bad = []
+    palette = sum(class_colors(len(classes)), (0, 0, 0) * first)
     for file in files:
-        try:
-            image = pil_to_tensor(open_image(file))
-        except OSError as error:
-            bad.append(str(error))
-            continue
+        image = pil_to_tensor(open_image(file))
         small = resize_for_test(image, model.img_size)    # full-size logits need too much memory
         labels = label_image(model, small.to(device), small.shape[1:]).cpu()
         labels = resize(labels[None], image.shape[1:], InterpolationMode.NEAREST)
-        name = Path(file).relative_to(root if root.is_dir() else root.parent).with_suffix("")
-        target = Path(out, "predict", name)
-        draw_overlay(f"{target}_overlay.png", names, image, labels[0])
+        target = Path(out, "predict", Path(file).relative_to(folder)).with_suffix("")
+        draw_overlay(f"{target}_overlay.png", classes, image, labels[0])
         numbers = to_pil_image(labels + first)
         numbers.putpalette(palette)
         numbers.save(f"{target}_labels.png")
         print(f"{target}_labels.png, {target}_overlay.png")
-    if bad:
-        raise OSError("; ".join(bad))
 
 
 # --------------------------------------------------------------------------------------------------

@@ -401,7 +401,7 @@ def test_what_a_run_writes_is_no_data_and_classes_are_the_first_folders(copied):
 
 def test_wrong_folders_end_in_a_sentence(copied, tmp_path, monkeypatch):
     out = ["--out", tmp_path]
-    refused("no folder train: it must hold train/CLASS/.*no folders", "--data", "none")
+    refused("no folder train: it must hold train/CLASS/.*holds nothing", "--data", "none")
     refused("no folder train: it must hold train/CLASS/.* and holds class 0, class 1", "--data",
             copied / "train", *out)
     monkeypatch.chdir(copied / "val")
@@ -572,8 +572,6 @@ def test_the_final_norm_is_that_of_supervised_files_alone(encoder, trained, tmp_
 
 
 def test_an_encoder_that_does_not_fit_is_refused(encoder, folder, tmp_path):
-    refused("has 12 blocks", "--init", encoder, "--keep-blocks", 13, "--data", folder, "--out",
-            tmp_path)
     file = state_of(encoder)
     file["arch"]["num_heads"] = 1
     torch.save(file, tmp_path / "one.pt")
@@ -812,7 +810,7 @@ def test_evaluation_is_in_float32(folder, tmp_path, capsys):
     line = evaluations(tmp_path)[-1]
     here(finetune, "--init", tmp_path / "last.pt", "--eval", "--workers", 0, "--device", "cpu")
     words = (f"top-1 {line['top1']:.2f}, top-5 {line['top5']:.2f}, mean over classes "
-             f"{line['mean_class']:.2f}, loss {line['val_loss']:.4f} on 7 images, float32")
+             f"{line['mean_class']:.2f}, loss {line['val_loss']:.4f} on 7 images of (32, 32), float32")
     assert capsys.readouterr().out.count(words) == 2
     assert "Infinity" not in (tmp_path / "log.jsonl").read_text()
 
@@ -820,7 +818,7 @@ def test_evaluation_is_in_float32(folder, tmp_path, capsys):
 def test_eval_reads_its_options_and_refuses_others(folder, trained, capsys, monkeypatch, tmp_path):
     job = ["--eval", "--out", trained, "--device", "cpu", "--workers", 0]
     here(finetune, *job, "--image-size", 96)
-    assert "6 classes, images of (96, 96) pixels" in capsys.readouterr().out
+    assert "on 7 images of (96, 96), float32" in capsys.readouterr().out
     with pytest.raises(InputError, match="embed_dim is 48 in the file"):
         here(finetune, *job, "--model", "vit_nano")
     with pytest.raises(SystemExit):
@@ -855,20 +853,25 @@ def test_files_of_older_versions_are_classifiers(folder, trained, tmp_path, caps
     assert len(scores) == 3 and len(set(scores)) == 1
 
 
-def test_predict_names_the_likeliest_classes_and_goes_on_after_a_bad_file(folder, trained, capsys,
-                                                                           tmp_path):
+def test_predict_names_the_likeliest_classes(folder, trained, capsys):
     image = next((folder / "val").rglob("*.png"))
-    bad = tmp_path / "bad.png"
-    bad.write_bytes(b"no image")
-    with pytest.raises(OSError, match="bad.png .*; .*missing.png"):
-        here(finetune, "--predict", image, bad, tmp_path / "missing.png", folder / "val/class 0",
-             "--out", trained, "--device", "cpu")
-    first, *others = capsys.readouterr().out.strip().splitlines()[2:]
+    here(finetune, "--predict", image, folder / "val/class 0", "--out", trained, "--device", "cpu")
+    first, *others = capsys.readouterr().out.strip().splitlines()[1:]
     words = first.removeprefix(f"{image}: ").split(", ")
     shares = [float(word.split()[-1].rstrip("%")) for word in words]
     assert len(words) == 5 and shares == sorted(shares, reverse=True) and 50 < sum(shares) < 100.5
     assert [line.split(": ")[0] for line in others] == [
         str(folder / "val/class 0" / name) for name in ("0.png", "6.png")]
+
+
+def test_predict_stops_at_a_broken_image_and_names_it(folder, trained, capsys, tmp_path):
+    image = next((folder / "val").rglob("*.png"))
+    bad = tmp_path / "bad.png"
+    bad.write_bytes(b"no image")
+    for path in (bad, tmp_path / "missing.png"):
+        with pytest.raises(OSError, match=f"^cannot read image {path} "):
+            here(finetune, "--predict", image, path, "--out", trained, "--device", "cpu")
+        assert f"{image}: " in capsys.readouterr().out
 
 
 def test_predict_and_eval_read_with_given_statistics(folder, trained, capsys):
@@ -890,7 +893,7 @@ def test_predict_turns_a_photo_upright(trained, tmp_path, capsys):
     here(finetune, "--predict", tmp_path / "upright.png", tmp_path / "turned.png", "--out", trained,
          "--device", "cpu")
     first, second = (line.split(": ")[1]
-                     for line in capsys.readouterr().out.strip().splitlines()[2:])
+                     for line in capsys.readouterr().out.strip().splitlines()[1:])
     assert first == second
 
 
@@ -936,13 +939,6 @@ def test_the_evaluation_loader_is_made_once(folder, tmp_path, monkeypatch):
                         lambda *values: made.append(models.eval_loader(*values)) or made[-1])
     here(finetune, "--data", folder, "--out", tmp_path, *QUICK, *PLAIN)
     assert len(made) == 1 and len(evaluations(tmp_path)) == 2
-
-
-@pytest.mark.parametrize("share", [17, 50])
-def test_no_better_than_chance_is_said(folder, tmp_path, share, capsys, monkeypatch):
-    monkeypatch.setattr(finetune, "evaluate", lambda *_: dict(top1=40.0, mean_class=share))
-    here(finetune, "--data", folder, "--out", tmp_path, *QUICK, *PLAIN, "--epochs", 1)
-    assert ("that is no better than chance" in capsys.readouterr().out) == (share == 17)
 
 
 def test_resume_takes_remedies_and_moved_folders(copied, copied_run, capsys):
