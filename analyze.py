@@ -170,7 +170,7 @@ def token_distances(model):
     tokens, and blocks that attend within mask units are left out.
     """
     vit = isinstance(model, VisionTransformer)
-    side = model.patch_size if vit else model.patch_stride
+    side = model.patch_size if vit else 4
     raster = torch.cartesian_prod(*map(torch.arange, model.grid))           # (N, 2)
     keys = side * raster.float()
     if vit:

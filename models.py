@@ -199,7 +199,7 @@ class VisionTransformer(nn.Module):
         self.patch_size = patch_size
         self.embed_dim = embed_dim
         self.depth = depth
-        h, w = self.grid = tuple(side // patch_size for side in self.img_size)
+        self.grid = tuple(side // patch_size for side in self.img_size)
         self.arch = dict(kind="vit", img_size=list(self.img_size), patch_size=patch_size,
                          embed_dim=embed_dim, depth=depth, num_heads=num_heads,
                          rel_pos_bias=rel_pos_bias)
@@ -208,12 +208,12 @@ class VisionTransformer(nn.Module):
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
         position_table = sincos_2d(embed_dim, self.grid)
         self.pos_embed = nn.Parameter(position_table, requires_grad=not fixed_pos_embed)
-        bias_rows = (2 * h - 1) * (2 * w - 1) + 3 if rel_pos_bias else 0
+        index = relative_position_index(self.grid) if rel_pos_bias else None
+        self.register_buffer("rel_pos_index", index, persistent=False)
+        bias_rows = int(index.max()) + 1 if rel_pos_bias else 0
         rates = torch.linspace(0, drop_path, depth).tolist()
         self.blocks = nn.ModuleList([block(embed_dim, num_heads, rate, bias_rows)
                                      for rate in rates])
-        index = relative_position_index(self.grid) if rel_pos_bias else None
-        self.register_buffer("rel_pos_index", index, persistent=False)
         if num_classes:
             self.fc_norm = LayerNorm(embed_dim)
             self.head = nn.Linear(embed_dim, num_classes)
@@ -291,12 +291,13 @@ def unroll(x, grid, rounds=3):
     return x.flatten(1, 3)
 
 
-def reroll(x, units, rounds):
-    """Inverse of `unroll`: (B, 4^rounds * U, C), U = units[0] * units[1] -> raster (B, h, w, C)."""
+def reroll(x, units):
+    """Undo `unroll`: (B, 4^rounds * U, C) of a grid of U = units[0] * units[1] mask units -> raster
+    (B, h, w, C)."""
     h, w = units
     B, _, C = x.shape
     x = x.reshape(B, -1, h, w, C)
-    for _ in range(rounds):
+    while x.shape[1] > 1:
         x = x.reshape(B, -1, 2, 2, h, w, C).permute(0, 1, 4, 2, 5, 3, 6)    # (B, ., h, 2, w, 2, C)
         h, w = 2 * h, 2 * w
         x = x.reshape(B, -1, h, w, C)
@@ -315,28 +316,24 @@ class MaskUnitAttention(nn.Module):
         self.qkv = nn.Linear(dim, 3 * dim_out)
         self.proj = nn.Linear(dim_out, dim_out)
 
-    def split(self, x, n):
-        """Projected tokens (B, T, n * D) -> n x (B * windows, H, S, d), the first one pooled if it
-        has to be."""
+    def project(self, x):
+        """Tokens (B, T, D) -> q, k, v, 3 x (B * windows, H, S, d)."""
         B, T, _ = x.shape
         S = self.tokens_per_unit or T
-        x = x.view(B, S, T // S, n, self.num_heads, -1)                     # unit index fastest
-        q, *rest = x.permute(3, 0, 2, 4, 1, 5).flatten(1, 2)
+        x = self.qkv(x).view(B, S, T // S, 3, self.num_heads, -1)           # unit index fastest
+        q, k, v = x.permute(3, 0, 2, 4, 1, 5).flatten(1, 2)
         if self.q_pool:
             q = q.unflatten(2, (4, -1)).amax(dim=2)
-        return (q, *rest)
+        return q, k, v
 
     def forward(self, x):
-        B = x.shape[0]
-        q, k, v = self.split(self.qkv(x), 3)
-        x = attend(q, k, v)                                                # (B * windows, H, S, d)
-        x = x.unflatten(0, (B, -1)).permute(0, 3, 1, 2, 4)                  # (B, S, windows, H, d)
-        return self.proj(x.flatten(3).flatten(1, 2))
+        y = attend(*self.project(x))                                        # (B * windows, H, S, d)
+        y = y.unflatten(0, (x.shape[0], -1)).permute(0, 3, 1, 2, 4)         # (B, S, windows, H, d)
+        return self.proj(y.flatten(3).flatten(1, 2))
 
     def logits(self, x):
-        """Pre-softmax map (B * windows, H, queries, keys) in float32, from q and k alone."""
-        rows = 2 * self.proj.in_features
-        q, k = self.split(F.linear(x, self.qkv.weight[:rows], self.qkv.bias[:rows]), 2)
+        """Pre-softmax map (B * windows, H, queries, keys) in float32."""
+        q, k, _ = self.project(x)
         return attention_logits(q, k)
 
 
@@ -364,27 +361,6 @@ class HieraBlock(nn.Module):
         return x + self.drop_path(self.mlp(self.norm2(x)))
 
 
-def hiera_blocks(embed_dim, num_heads, stages, q_pool):
-    """Table of Hiera's blocks -> [(dim, dim_out, heads, pools, tokens per mask unit, 0: global)].
-
-    Stages 1 and 2 attend within mask units, 3 and 4 globally; the block that opens a stage still
-    attends as the stage before.
-    """
-    table = []
-    dim = embed_dim
-    tokens = 64                                             # of a mask unit, 8 x 8 at first
-    for stage, depth in enumerate(stages):
-        for i in range(depth):
-            opens = stage > 0 and i == 0
-            pools = opens and stage <= q_pool
-            in_units = stage - opens < 2
-            dim_out = embed_dim * 2 ** stage
-            table.append((dim, dim_out, num_heads * 2 ** stage, pools, tokens if in_units else 0))
-            dim = dim_out
-            tokens //= 4 if pools else 1
-    return table
-
-
 class Hiera(nn.Module):
     """Hierarchical ViT of four stages; width and heads double with each. Tokens stay unrolled.
 
@@ -392,29 +368,33 @@ class Hiera(nn.Module):
     stages that open with 2x2 pooling; 3 for classification (last grid 7x7 at 224), 2 in
     pre-training (14x14). Raises InputError if mask units do not fill the image.
     """
-    unit = 8
-    patch_stride = 4
     patch_size = 16    # in pre-training: the pixels that a token predicts, after two poolings
 
     def __init__(self, img_size=224, embed_dim=46, num_heads=1, stages=(1, 2, 7, 2), q_pool=3,
                  num_classes=0, drop_path=0.0):
         super().__init__()
-        self.img_size = pair(img_size, self.unit * self.patch_stride)
+        self.img_size = pair(img_size, 32)
+        self.grid = tuple(side // 4 for side in self.img_size)            # 56 x 56 tokens at 224
+        self.unit_grid = tuple(side // 32 for side in self.img_size)      # 7 x 7 mask units
         self.depth = sum(stages)
-        self.q_pool = q_pool
-        self.grid = tuple(side // self.patch_stride for side in self.img_size)    # 56 x 56 at 224
-        self.unit_grid = tuple(side // self.unit for side in self.grid)           # 7 x 7 mask units
-        self.stage_ends = tuple(sum(stages[:i + 1]) for i in range(4))            # last blocks
+        self.stage_ends = tuple(np.cumsum(stages).tolist())               # last blocks
         self.arch = dict(kind="hiera", img_size=list(self.img_size), embed_dim=embed_dim,
                          num_heads=num_heads, stages=list(stages), depth=self.depth)
 
-        proj = nn.Conv2d(3, embed_dim, 7, self.patch_stride, 3)
-        self.patch_embed = nn.Sequential(OrderedDict(proj=proj))
-        self.pos_embed = nn.Parameter(torch.zeros(1, self.grid[0] * self.grid[1], embed_dim))
-        table = hiera_blocks(embed_dim, num_heads, stages, q_pool)
-        rates = torch.linspace(0, drop_path, self.depth).tolist()
-        self.blocks = nn.ModuleList([HieraBlock(*row, rate) for row, rate in zip(table, rates)])
-        self.embed_dim = table[-1][1]
+        self.patch_embed = nn.Sequential(OrderedDict(proj=nn.Conv2d(3, embed_dim, 7, 4, 3)))
+        self.pos_embed = nn.Parameter(torch.zeros(1, math.prod(self.grid), embed_dim))
+        rates = iter(torch.linspace(0, drop_path, self.depth).tolist())
+        self.blocks = nn.ModuleList()
+        width = embed_dim
+        for stage, depth in enumerate(stages):
+            for i in range(depth):
+                opens = stage > 0 and i == 0                # and attends as the stage before
+                in_unit = (64, 16, 0, 0)[stage - opens]     # tokens of a mask unit; 0: global
+                block = HieraBlock(width, embed_dim * 2 ** stage, num_heads * 2 ** stage,
+                                   opens and stage <= q_pool, in_unit, next(rates))
+                self.blocks.append(block)
+                width = embed_dim * 2 ** stage
+        self.embed_dim = width
         if num_classes:
             self.norm = LayerNorm(self.embed_dim)
             head = nn.Linear(self.embed_dim, num_classes)
@@ -429,10 +409,6 @@ class Hiera(nn.Module):
         if num_classes:
             for p in self.head.parameters():
                 p.data.mul_(0.001)
-
-    def stage_of(self, k):
-        """Stage (from 0) of block k (from 1)."""
-        return sum(end < k for end in self.stage_ends)
 
     def embed(self, images, ids_keep=None):
         """(B, 3, H, W) -> unrolled tokens (B, 64 * U, D), only those of the mask units ids_keep
@@ -449,9 +425,8 @@ class Hiera(nn.Module):
         x = self.patch_embed(images).flatten(2).transpose(1, 2) + self.pos_embed
         x = unroll(x, self.grid)
         if ids_keep is not None:
-            x = x.unflatten(1, (self.unit ** 2, h * w))                     # (B, 64, U, D)
-            ids = ids_keep[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3])
-            x = x.gather(2, ids).flatten(1, 2)                              # (B, 64 V, D)
+            x = x.unflatten(1, (64, h * w))                                 # (B, 64, U, D)
+            x = x.take_along_dim(ids_keep[:, None, :, None], dim=2).flatten(1, 2)
         return x
 
     def forward_features(self, images, taps, ids_keep=None):
@@ -467,20 +442,16 @@ class Hiera(nn.Module):
             return self.head(self.norm(x.mean(dim=1)))
         return x
 
-    def feature_maps(self, images, taps=None):
-        """Raster maps (B, C, h, w) after the blocks in `taps`; by default after each stage."""
-        taps = taps or self.stage_ends
+    def feature_maps(self, images, taps):
+        """Tokens after the blocks in `taps`, such as `stage_ends`, as raster maps, a list of
+        (B, D of the block, h, w)."""
         features = self.forward_features(images, taps)
-        maps = []
-        for tap in taps:
-            rounds = 3 - min(self.stage_of(tap), self.q_pool)
-            maps.append(reroll(features[tap], self.unit_grid, rounds).permute(0, 3, 1, 2))
-        return maps
+        return [reroll(features[tap], self.unit_grid).permute(0, 3, 1, 2) for tap in taps]
 
     def unit_maps(self, x, rounds):
         """Unrolled tokens (B, 4^rounds * V, C) -> raster map of each unit (B V, C, 2^r, 2^r)."""
         x = x.unflatten(1, (4 ** rounds, -1)).transpose(1, 2).flatten(0, 1)     # (B V, 4^r, C)
-        return reroll(x, (1, 1), rounds).permute(0, 3, 1, 2)
+        return reroll(x, (1, 1)).permute(0, 3, 1, 2)
 
     def attention_map(self, x, k):
         """Pre-softmax map of block k from its input, the unrolled tokens before it.
@@ -521,9 +492,6 @@ def init_mae(model):
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear):
             nn.init.xavier_uniform_(module.weight)
-            nn.init.zeros_(module.bias)
-        elif isinstance(module, nn.LayerNorm):
-            nn.init.ones_(module.weight)
             nn.init.zeros_(module.bias)
         elif name.endswith("patch_embed.proj"):
             nn.init.xavier_uniform_(module.weight.view(module.out_channels, -1))
@@ -589,19 +557,16 @@ def build_model(name=None, file=None, mean=None, std=None, vit={}, hiera={}, **o
     them. The model carries `mean` and `std`, the statistics of the pixels in [0, 1] that it reads.
     Raises InputError.
     """
-    arch = file.arch if file else {}
     name = name or (model_name(file) if file else "vit_tiny")
     if name not in MODELS:
         raise InputError(f"--model {name} is none of {', '.join(MODELS)}")
-    sizes = {"patch_size": arch.get("patch_size", 16), **MODELS[name],
-             "img_size": arch.get("img_size", 224)}
-    sizes.update({k: v for k, v in options.items() if v is not None})
-    if name.startswith("hiera"):
-        if sizes.pop("patch_size") != 16:
-            raise InputError(f"--patch-size has no effect on {name}: leave it out")
-        model = Hiera(**{**sizes, **hiera})
-    else:
-        model = VisionTransformer(**{**sizes, **vit})
+    hierarchical = "stages" in MODELS[name]
+    stored = {k: v for k, v in (file.arch if file else {}).items() if k in ("img_size", "patch_size")}
+    given = {k: v for k, v in options.items() if v is not None}
+    sizes = {**MODELS[name], **stored, **given, **(hiera if hierarchical else vit)}
+    if hierarchical and "patch_size" in sizes:
+        raise InputError(f"--patch-size has no effect on {name}: leave it out")
+    model = Hiera(**sizes) if hierarchical else VisionTransformer(**sizes)
     model.mean = tuple(mean or (file and file.mean) or IMAGENET_MEAN)
     model.std = tuple(std or (file and file.std) or IMAGENET_STD)
     return model
@@ -626,16 +591,10 @@ def model_name(file):
                      f"{', '.join(MODELS)}; hiera_tiny is 46 wide, with stages [1, 2, 7, 2]")
 
 
-def block_index(key):
-    """0-based index of the block that a tensor belongs to, -1 for the others."""
-    match = re.match(r"blocks\.(\d+)\.", key)
-    return int(match[1]) if match else -1
-
-
 def layer_id(name, depth):
     """Layer of a parameter: 0 embeddings and tokens, k for block k, depth + 1 for the rest."""
     if name.startswith("blocks."):
-        return block_index(name) + 1
+        return int(name.split(".")[1]) + 1
     return 0 if name.startswith(("patch_embed", "pos_embed", "cls_token")) else depth + 1
 
 
@@ -830,7 +789,7 @@ def read_encoder(path):
     if size_is_stored:
         arch.update(stored)
     others = {k: state.pop(k) for k in list(state)
-              if block_index(k) >= arch["depth"] or re.search(OTHERS, k)}
+              if layer_id(k, -1) > arch["depth"] or re.search(OTHERS, k)}
     lost = [k for k in state if not k.startswith(ENCODER)]
     if lost:
         raise InputError(f"checkpoint {path} has tensors of an encoder that is none of this "
@@ -838,49 +797,43 @@ def read_encoder(path):
     for key, value in state.items():
         if not value.isfinite().all():
             raise InputError(f"checkpoint {path}: {key} holds NaN or infinity; give an earlier one")
-    mean, std = (content[k] if isinstance(content.get(k), (list, tuple)) else None
-                 for k in ("mean", "std"))
-    return SimpleNamespace(path=path, state=state, others=others, arch=arch, mean=mean, std=std,
-                           size_is_stored=size_is_stored, supervised=supervised, pooled=pooled,
-                           content=content)
+    return SimpleNamespace(path=path, state=state, others=others, arch=arch, content=content,
+                           mean=content.get("mean"), std=content.get("std"), pooled=pooled,
+                           size_is_stored=size_is_stored, supervised=supervised)
 
 
 def join_qkv(state):
-    """Join q, k and v of each block, in place: matrices and biases of Hugging Face, and the q and v
-    biases of BEiT and of the authors, whose k has none (a zero bias is the same)."""
-    for key in [k for k in state if ".attention.q_proj." in k]:
+    """Join q, k and v of each block, in place. BEiT and the authors have no bias of k, which is the
+    same as a bias of zero."""
+    for key in [k for k in state if ".attn.q_proj." in k]:
         parts = [key.replace("q_proj", part) for part in ("q_proj", "k_proj", "v_proj")]
+        if key.endswith("bias"):
+            state.setdefault(parts[1], torch.zeros_like(state[key]))
         if all(part in state for part in parts):
             joined = torch.cat([state.pop(part) for part in parts])
-            state[key.replace("attention.q_proj", "attn.qkv")] = joined
-    for key in [k for k in state if k.endswith("attn.q_bias")]:
-        q = state.pop(key)
-        v = state.pop(key.replace("q_bias", "v_bias"))
-        state[key.replace("q_bias", "qkv.bias")] = torch.cat([q, torch.zeros_like(q), v])
+            state[key.replace("q_proj", "qkv")] = joined
 
 
 def infer_arch(state, path):
-    """Sizes of an encoder, as its tensors show them -> dict with the keys of
-    `VisionTransformer.arch` or `Hiera.arch`. Weights do not show the number of heads, nor the shape
-    of the grid: img_size is that of a square, and missing if the patches do not fill one. Raises
-    InputError."""
+    """Infer the sizes of an encoder from its tensors -> dict with the keys of
+    `VisionTransformer.arch` or `Hiera.arch`.
+
+    Tensors do not show the number of heads, nor the shape of the grid: img_size is that of a
+    square, and missing if the patches do not fill one. Raises InputError.
+    """
     weight = state["patch_embed.proj.weight"]
-    width, *_, kernel = weight.shape
-    if weight.dim() == 5:
-        raise InputError(f"checkpoint {path} is of a video model: give one of images")
-    if "dist_token" in state:
-        raise InputError(f"checkpoint {path} is a distilled DeiT (dist_token): give the plain DeiT")
-    if "pos_embed" not in state:
-        raise InputError(f"checkpoint {path} lacks pos_embed, which every encoder here has")
-    depth = 1 + max(map(block_index, state))
+    width, kernel = weight.shape[0], weight.shape[-1]
+    hierarchical = kernel == 7 and "cls_token" not in state
+    if weight.dim() > 4 or "pos_embed" not in state or not (hierarchical or "cls_token" in state):
+        raise InputError(f"checkpoint {path} is of none of this project's models: ViT with "
+                         "cls_token and pos_embed, or Hiera, both for images (not for videos)")
+    depth = max(layer_id(k, -1) for k in state)
     tokens = state["pos_embed"].shape[1]
-    if kernel == 7 and "cls_token" not in state:
+    if hierarchical:
         opens = [k for k in range(depth) if f"blocks.{k}.proj.weight" in state]
         stages = np.diff([0, *opens, depth]).tolist()
         arch = dict(kind="hiera", embed_dim=width, depth=depth, stages=stages)
         cell = 4
-    elif "cls_token" not in state:
-        raise InputError(f"checkpoint {path} lacks cls_token, which every ViT here has")
     else:
         depth = 12 if depth == 13 else depth                # a student of D2-MAE
         arch = dict(kind="vit", embed_dim=width, depth=depth, patch_size=kernel)
@@ -895,13 +848,9 @@ def read_file(path):
     """Read the object in a checkpoint file, onto the CPU. Never unpickles code. Raises InputError.
     """
     path = Path(path)
-    if path.is_dir():
-        raise InputError(f"checkpoint {path} is a folder: give a file in it, such as encoder.pt")
     if not path.is_file():
-        raise InputError(f"checkpoint {path} does not exist: check the path")
-    head = path.open("rb").read(64)
-    if head.startswith(b"version https://git-lfs") or head.lstrip().startswith(b"<"):
-        raise InputError(f"checkpoint {path} is a Git LFS pointer or HTML page: download the file")
+        raise InputError(f"checkpoint {path} does not exist, or is a folder: give a file, such as "
+                         "encoder.pt")
     try:
         if path.suffix.lower() == ".safetensors":
             return importlib.import_module("safetensors.torch").load_file(path)
@@ -915,7 +864,8 @@ def read_file(path):
             raise InputError(f"checkpoint {path} pickles {forbidden.group(0)}, which could run "
                              "code when loaded: re-save only its tensors and plain types") from None
         raise InputError(f"checkpoint {path} is not a readable PyTorch or safetensors file "
-                         f"({type(error).__name__}): is it complete?") from None
+                         f"({type(error).__name__}): download it again, if it is incomplete, a Git "
+                         "LFS pointer or an HTML page") from None
 
 
 RENAMED = (    # in published files -> here; q_proj, layers: names of transformers 5
@@ -924,11 +874,14 @@ RENAMED = (    # in published files -> here; q_proj, layers: names of transforme
     ("embeddings.patch_embeddings.projection.", "patch_embed.proj."),
     ("encoder.layer.", "blocks."),
     ("layers.", "blocks."),
-    ("attention.attention.query.", "attention.q_proj."),
-    ("attention.attention.key.", "attention.k_proj."),
-    ("attention.attention.value.", "attention.v_proj."),
+    ("attention.attention.query.", "attn.q_proj."),
+    ("attention.attention.key.", "attn.k_proj."),
+    ("attention.attention.value.", "attn.v_proj."),
     ("attention.output.dense.", "attn.proj."),
     ("attention.o_proj.", "attn.proj."),
+    ("attention.", "attn."),             # before q_proj, k_proj, v_proj
+    ("attn.q_bias", "attn.q_proj.bias"),
+    ("attn.v_bias", "attn.v_proj.bias"),
     ("intermediate.dense.", "mlp.fc1."),
     ("output.dense.", "mlp.fc2."),
     ("layernorm_before.", "norm1."),
@@ -1004,9 +957,9 @@ class EpochSampler(DistributedSampler):
     def __init__(self, dataset, batch_size, accum_steps, most, rank, world, seed):
         super().__init__(dataset, world, rank, seed=mix_seed(seed), drop_last=True)
         items = min(batch_size, len(dataset))
-        self.accum_steps = accum_steps or math.ceil(items / (most * world))
-        while not accum_steps and batch_size % (self.accum_steps * world) and self.accum_steps < items:
-            self.accum_steps += 1
+        fewest = math.ceil(items / (most * world))
+        whole = (n for n in range(fewest, items) if batch_size % (n * world) == 0)
+        self.accum_steps = accum_steps or next(whole, fewest)
         parts = self.accum_steps * world
         self.micro_batch = items // parts
         self.total_batch = self.micro_batch * parts
@@ -1098,7 +1051,7 @@ def log(args, rank, world, **values):
         if world > 1:
             dist.all_reduce(vector)
         values.update(zip(tensors, (vector / world).tolist()))
-    check_finite(values.get("loss", 0.0), f"the loss in epoch {values.get('epoch')}", args)
+    check_finite(values.get("loss", 0.0), f"the loss in epoch {values.get('epoch')}")
     if rank == 0:
         line = {k: None if isinstance(v, float) and not math.isfinite(v) else v
                 for k, v in values.items()}
@@ -1116,16 +1069,11 @@ def read_log(path):
     return values
 
 
-def check_finite(value, what, args):
+def check_finite(value, what):
     if not math.isfinite(value):
         raise FloatingPointError(
-            f"{what} is not finite ({value}); {args.out}/last.pt, if there is one, was saved "
-            "before: rerun with --dtype fp32, --clip-grad 1 or a lower learning rate to resume")
-
-
-def plain(args):
-    """Options as plain types, for checkpoints and logs: tuples and paths become lists, strings."""
-    return json.loads(json.dumps(vars(args), default=str))
+            f"{what} is not finite ({value}); last.pt, if there is one, was saved before: rerun "
+            "with --dtype fp32, --clip-grad 1 or a lower learning rate to resume")
 
 
 def save(args, rank, name, model, **state):
@@ -1137,14 +1085,14 @@ def save(args, rank, name, model, **state):
     """
     weights = model.state_dict()
     total = torch.stack([w.float().sum() for w in weights.values()]).sum().item()
-    check_finite(total, "the sum of the weights", args)
+    check_finite(total, "the sum of the weights")
     scale = state.get("scaler", {}).get("scale", 1)    # 65536, halved by every skipped update
-    check_finite(scale if scale > 2 ** -4 else math.inf, "the gradient of 20 updates in fp16", args)
+    check_finite(scale if scale > 2 ** -4 else math.inf, "the gradient of 20 updates in fp16")
     if rank > 0:
         return
     path = Path(args.out, name)
     scratch = path.with_suffix(".tmp")
-    about = dict(arch=model.arch, mean=list(model.mean), std=list(model.std), args=plain(args))
+    about = dict(arch=model.arch, mean=list(model.mean), std=list(model.std), args=vars(args))
     try:
         with open(scratch, "wb") as file:    # given a name, torch.save crashes on a full disk
             torch.save(dict(model=weights, **about, **state), file)
@@ -1172,29 +1120,30 @@ def resume(args, run, steps, model, optimizer, scaler, **data):
     """
     rank, world, _, _ = run
     out = Path(args.out)
-    for source in filter(None, (getattr(args, "init", None), getattr(args, "teacher", None))):
-        if Path(source).resolve() in [(out / name).resolve() for name in RUN_FILES]:
+    found = dict(data, arch=model.arch)
+    for option in ("init", "teacher"):
+        source = Path(vars(args).get(option) or "none").resolve()
+        if source.parent == out.resolve() and source.name in RUN_FILES:
             raise InputError(f"--out {out} would overwrite {source}, its own start: give another")
-    holder = [None]
+    states = [{"epoch": 0}]
     if rank == 0:
         optimizer.lock = lock_folder(out)    # the optimizer lives as long as the run
         if args.no_resume:
             for file in [file for name in RUN_FILES for file in out.glob(name)]:
                 file.unlink()
         if (out / "last.pt").exists():
-            holder = [read_file(out / "last.pt")]
-            found = dict(data, arch=model.arch)
-            check_same_run(out / "last.pt", holder[0], {**plain(args), **found})
+            states = [read_file(out / "last.pt")]
+            check_same_run(out / "last.pt", states[0], {**vars(args), **found})
     if world > 1:
-        dist.broadcast_object_list(holder, src=0)
-    state = holder[0] or {"epoch": 0}
+        dist.broadcast_object_list(states, src=0)
+    [state] = states
     if state["epoch"]:
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         if state["scaler"]:    # empty where the run had no loss scaler until now
             scaler.load_state_dict(state["scaler"])
     if rank == 0:
-        start_log(out / "log.jsonl", args, state["epoch"], dict(data, arch=model.arch))
+        start_log(out / "log.jsonl", args, state["epoch"], found)
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad) / 1e6
         lr = optimizer.defaults["lr"]
         print(f"{out}: {trained:.2f}M trained parameters, peak lr {lr:.3g}")
@@ -1209,8 +1158,6 @@ def lock_folder(out):
     """Create the folder of a run, and lock it -> file that holds the lock until it is closed, at
     the latest when this process ends, however it ends. Raises InputError if another process has
     locked it."""
-    if out.exists() and not out.is_dir():
-        raise InputError(f"--out {out} is a file: give a folder")
     out.mkdir(parents=True, exist_ok=True)
     file = open(out / ".lock", "a")
     try:
@@ -1245,7 +1192,7 @@ def start_log(path, args, epoch, data):
     if not kept:
         commit = subprocess.run("git rev-parse --short HEAD", shell=True, capture_output=True,
                                 cwd=Path(__file__).parent, text=True).stdout
-        kept = [dict(epoch=0, args=plain(args), **data, commit=commit.strip())]
+        kept = [dict(epoch=0, args=vars(args), **data, commit=commit.strip())]
     scratch = path.with_suffix(".tmp")
     scratch.write_text("".join(json.dumps(v) + "\n" for v in kept))
     scratch.replace(path)
@@ -1400,22 +1347,19 @@ class Parser(argparse.ArgumentParser):
 # Files and images
 # --------------------------------------------------------------------------------------------------
 class Names(Sequence):
-    """A sequence of strings in shared memory, which loader processes read without a copy of their
-    own, however they are started: in a list, a million file names take 180 MB in each of them."""
+    """Sequence of strings in shared memory, which loader processes read without a copy of their
+    own, however they are started. A list of a million file names takes 180 MB in each process."""
 
     def __init__(self, names):
-        data = [os.fsencode(name) for name in names]
-        self.ends = torch.tensor([0, *map(len, data)]).cumsum(0).share_memory_()
-        self.bytes = torch.frombuffer(bytearray(b"".join(data) or b"-"), dtype=torch.uint8)
-        self.bytes.share_memory_()
+        table = np.array([os.fsencode(name) for name in names], dtype="S")    # zeros at the ends
+        rows = table.view(np.uint8).reshape(len(table), table.itemsize)
+        self.rows = torch.from_numpy(rows).share_memory_()
 
     def __len__(self):
-        return len(self.ends) - 1
+        return len(self.rows)
 
     def __getitem__(self, index):
-        index = range(len(self))[index]    # negative, or out of range
-        first, end = self.ends[index:index + 2].tolist()
-        return os.fsdecode(self.bytes[first:end].numpy().tobytes())
+        return os.fsdecode(self.rows[index].numpy().tobytes().rstrip(b"\0"))
 
 
 def read_text(path):
@@ -1427,24 +1371,16 @@ def read_text(path):
                       "UTF-8") from None
 
 
-def image_types():
-    """Endings of the pictures that this Pillow reads, without videos and documents."""
-    others = {"MPEG", "FLI", "EPS", "PDF", "WMF", "GRIB", "BUFR", "HDF5", "FITS", "PSD"}
-    return {ending for ending, kind in Image.registered_extensions().items()
-            if kind in Image.OPEN and kind not in others}
-
-
 def list_images(folder, out=None):
     """List all image files below a folder, flat or nested, sorted. Hidden files are skipped, and so
     is everything below `out`: what a run writes is no data. Raises InputError if there is none."""
     if not Path(folder).is_dir():
         raise InputError(f"{folder} is not a folder: give a folder of images")
-    if out and os.path.realpath(out) == os.path.realpath(folder):
-        raise InputError(f"--out {out} is the folder of the images: give another, since nothing "
-                         "below --out is data")
-    types = image_types()
+    others = {"MPEG", "FLI", "EPS", "PDF", "WMF", "GRIB", "BUFR", "HDF5", "FITS", "PSD"}
+    types = {ending for ending, kind in Image.registered_extensions().items()
+             if kind in Image.OPEN and kind not in others}    # neither videos nor documents
     files = []
-    left_out = Counter()
+    skipped = Counter()
     seen = {out and os.path.realpath(out)}
     folders = [str(folder)]
     while folders:
@@ -1453,22 +1389,21 @@ def list_images(folder, out=None):
         if real in seen:                                    # a link may lead to a folder above
             continue
         seen.add(real)
-        with os.scandir(place) as entries:
-            for entry in sorted(entries, key=lambda entry: entry.name):
-                ending = "." + entry.name.rpartition(".")[2].lower()
-                if entry.name.startswith("."):
-                    continue
-                if entry.is_dir():
-                    folders.append(entry.path)
-                elif ending in types:
-                    files.append(entry.path)
-                else:
-                    left_out[ending] += 1
-    kinds = ", ".join(f"{ending} {n}" for ending, n in left_out.most_common(5)) or "no files"
+        for entry in os.scandir(place):
+            ending = "." + entry.name.rpartition(".")[2].lower()
+            if entry.name.startswith("."):
+                continue
+            if entry.is_dir():
+                folders.append(entry.path)
+            elif ending in types:
+                files.append(entry.path)
+            else:
+                skipped[ending] += 1
+    kinds = ", ".join(f"{ending} {n}" for ending, n in skipped.most_common(5)) or "no files"
     if not files:
-        raise InputError(f"{folder} holds no image that Pillow reads ({kinds})")
-    if left_out and int(os.environ.get("RANK", 0)) == 0:
-        print(f"{folder}: {left_out.total()} files of other endings left out ({kinds})")
+        raise InputError(f"{folder} holds no image that Pillow reads ({kinds}), --out left aside")
+    if skipped and int(os.environ.get("RANK", 0)) == 0:
+        print(f"{folder}: {skipped.total()} files of other endings left out ({kinds})")
     return sorted(files)
 
 
@@ -1491,7 +1426,7 @@ def open_image(path):
             image = Image.fromarray((255 * (grey / white).clip(0, 1)).round().astype(np.uint8))
         image.info.pop("transparency", None)    # of a palette: dropped like any other
         image.load()
-        return image if image.mode == "RGB" else image.convert("RGB")    # which always copies
+        return image.convert("RGB")
     except Exception as error:    # Pillow's plugins raise many kinds
         raise OSError(f"cannot read image {path} ({type(error).__name__}: {error}): replace it by "
                       "a good copy; tests/tools/check.py lists all such files") from None

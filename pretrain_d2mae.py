@@ -161,19 +161,20 @@ class MaskedAutoencoder(nn.Module):
         return self.encoder.norm(features[self.decoder_tap])
 
     def forward_decoder(self, latent, ids_keep, ids_masked):
-        """Visible tokens (B, T, D) -> pixels of the masked patches (B, M, P), in their order.
-
-        Tokens are ordered [class, ids_keep, ids_masked]; row 0 of the position table is the class
-        token's.
-        """
+        """Predict pixels: visible tokens (B, T, D) -> masked patches (B, M, P), in their order."""
         x = self.decoder_embed(latent)                                          # (B, 1 + V, D_dec)
         B, T, _ = x.shape
-        rows = torch.cat([ids_keep.new_zeros(B, 1), ids_keep + 1, ids_masked + 1], dim=1)
-        mask_tokens = self.mask_token.expand(B, ids_masked.shape[1], -1).to(x.dtype)
+        rows = self.position_rows(ids_keep, ids_masked)
+        mask_tokens = self.mask_token.expand(B, rows.shape[1] - T, -1).to(x.dtype)
         x = torch.cat([x, mask_tokens], dim=1) + self.decoder_pos_embed[0][rows]
         for block in self.decoder_blocks:
             x = block(x)                                                        # (B, 1 + N, D_dec)
         return self.decoder_pred(self.decoder_norm(x[:, T:]))
+
+    def position_rows(self, ids_keep, ids_masked):
+        """Rows of the decoder's position table (B, 1 + N) for the tokens [class, visible, masked].
+        """
+        return F.pad(torch.cat([ids_keep, ids_masked], dim=1) + 1, (1, 0))      # class token: 0
 
     def target(self, images, ids_masked):
         """What the decoder should predict: pixels of the masked patches (B, M, P)."""
@@ -386,15 +387,13 @@ def list_data(root, out):
     if (root / "annotations").is_dir():
         raise InputError(f"--data {root} holds annotations beside its images: give the folder of "
                          "the images, such as images/training")
-    has_train, has_val = ((root / part).is_dir() for part in ("train", "val"))
-    train = list_images(root / "train" if has_train else root, out)
-    if has_train and has_val:
+    split = (root / "train").is_dir()
+    train = list_images(root / "train" if split else root, out)
+    if split and (root / "val").is_dir():
         return train, list_images(root / "val", out)
-    val = train[::50]
-    train = [file for i, file in enumerate(train) if i % 50]
-    if not train:
+    if len(train) == 1:
         raise InputError(f"--data {root} holds a single image: give more")
-    return train, val
+    return [file for i, file in enumerate(train) if i % 50], train[::50]
 
 
 def build_loaders(args, model, run):
@@ -498,8 +497,7 @@ def draw(args, model, teacher, val_loader):
     masks = random_masking(noise, args.mask_ratio)
     mean, std = (images.new_tensor(c).view(3, 1, 1) for c in (model.mean, model.std))
     rows = [x * std + mean for x in (images, *reconstruct(model, images, *masks))]
-    pictures = torch.cat(rows).clamp(0, 1)
-    save_image(pictures, f"{args.out}/reconstruction.png", nrow=len(shown))
+    save_image(torch.cat(rows), f"{args.out}/reconstruction.png", nrow=len(shown))
     distillation = model.distillation
     if not isinstance(distillation, Distillation) or model.arch["kind"] == "hiera":
         return
@@ -508,13 +506,12 @@ def draw(args, model, teacher, val_loader):
     ids = torch.arange(h * w, device=images.device).expand(len(shown), -1)
     features = model.encoder.forward_features(images, model.taps, ids)
     student = distillation.adapter(distillation.student_map(model.encoder, features))
+    logits = torch.cat([student, distillation.target_maps(teacher, images, ids)])
     query = 1 + h // 2 * w + w // 2
-    heats = []
-    for logits in (student, distillation.target_maps(teacher, images, ids)):
-        attention = logits.softmax(dim=-1).mean(dim=1)[:, query, 1:]            # (B, N)
-        attention = (attention / attention.amax(dim=1, keepdim=True)).view(-1, 1, h, w)
-        heats.append(F.interpolate(attention, images.shape[2:]).expand_as(images))
-    save_image(torch.cat([rows[0], *heats]), f"{args.out}/attention.png", nrow=len(shown))
+    attention = logits.softmax(dim=-1).mean(dim=1)[:, query, 1:].view(-1, 1, h, w)
+    attention = attention / attention.amax(dim=(2, 3), keepdim=True)
+    heat = F.interpolate(attention, images.shape[2:]).expand(-1, 3, -1, -1)
+    save_image(torch.cat([rows[0], heat]), f"{args.out}/attention.png", nrow=len(shown))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -529,7 +526,10 @@ class HieraMaskedAutoencoder(MaskedAutoencoder):
 
     def __init__(self, encoder, decoder_tap=12, decoder_dim=96, *args, **options):
         super().__init__(encoder, decoder_tap, decoder_dim, *args, **options)
-        init_mae(encoder)    # its own initialisation is for classifiers
+        init_mae(encoder)    # Hiera's own initialisation is for classifiers
+        for module in encoder.modules():
+            if isinstance(module, nn.LayerNorm):
+                nn.init.zeros_(module.bias)
         h, w = encoder.unit_grid
         self.cells = h * w    # mask units
         self.decoder_pos_embed = nn.Parameter(torch.zeros(1, 4 * h * w, decoder_dim))    # raster
@@ -541,10 +541,9 @@ class HieraMaskedAutoencoder(MaskedAutoencoder):
         width = encoder.embed_dim
         first, second, _, last = encoder.stage_ends
         self.taps |= {first, second, last}
-        widths = [encoder.blocks[end - 1].mlp.fc2.out_features for end in (first, second)]
         self.multi_scale_fusion_heads = nn.ModuleList([
-            nn.Conv2d(widths[0], width, 4, 4),      # stage 1: 8x8 tokens of a unit -> 2x2
-            nn.Conv2d(widths[1], width, 2, 2)])     # stage 2: 4x4 tokens of a unit -> 2x2
+            nn.Conv2d(width // 8, width, 4, 4),     # stage 1: 8x8 tokens of a unit -> 2x2
+            nn.Conv2d(width // 4, width, 2, 2)])    # stage 2: 4x4 tokens of a unit -> 2x2
         self.encoder_norm = nn.LayerNorm(width, eps=1e-6)
 
     def latent(self, features):
@@ -561,15 +560,9 @@ class HieraMaskedAutoencoder(MaskedAutoencoder):
         """Mask units (B, V) -> raster indices (B, 4 V) of their tokens in the 16-pixel grid."""
         return self.unit_tokens[units].flatten(1)
 
-    def forward_decoder(self, latent, ids_keep, ids_masked):
-        """As for a ViT, with four tokens a unit and without a class token."""
-        x = self.decoder_embed(latent)                                          # (B, 4 V, D_dec)
-        rows = self.raster_ids(torch.cat([ids_keep, ids_masked], dim=1))
-        mask_tokens = self.mask_token.expand(x.shape[0], 4 * ids_masked.shape[1], -1).to(x.dtype)
-        tokens = torch.cat([x, mask_tokens], dim=1) + self.decoder_pos_embed[0][rows]
-        for block in self.decoder_blocks:
-            tokens = block(tokens)
-        return self.decoder_pred(self.decoder_norm(tokens[:, x.shape[1]:]))
+    def position_rows(self, ids_keep, ids_masked):
+        """Rows of the position table (B, 4 N) for the tokens [visible, masked]."""
+        return self.raster_ids(torch.cat([ids_keep, ids_masked], dim=1))
 
     def masked_pixels(self, images, ids_masked):
         """Pixels (B, 4 M, P), ordered (channel, row, column)."""
@@ -606,25 +599,26 @@ class AblatedDistillation(nn.Module):
             nn.Linear(encoder.embed_dim, teacher.embed_dim, bias=False) if hidden
             else nn.Conv2d(*heads, 1, bias=False) for _ in layers])
 
-    def layer_map(self, encoder, features, k):
-        """What block k gives: a map (B, H_S, T, T) or, of "hidden", a representation (B, T, D)."""
-        if self.signal == "hidden" and k == self.extra:
-            return self.norm(features[k])
+    def read(self, model, features, k):
+        """Map (B, H, T, T) or, for "hidden", representation (B, T, D) of block k of a model."""
         if self.signal == "hidden":
-            return encoder.representation(features[k], k)
-        if k == self.extra:
-            return self.last.student_map(encoder, features)
-        return encoder.attention_map(features[k - 1], k)
+            return model.representation(features[k], k)
+        return model.attention_map(features[k - 1], k)
+
+    def layer_map(self, encoder, features, k):
+        """The same of the student, whose last block may be replaced."""
+        if k != self.extra:
+            return self.read(encoder, features, k)
+        if self.signal == "hidden":
+            return self.norm(features[k])
+        return self.last.student_map(encoder, features)
 
     @torch.no_grad()
     def target_maps(self, teacher, images, ids_keep):
-        """A list of the teacher's maps or representations, one a layer."""
-        hidden = self.signal == "hidden"
-        taps = {k: k if hidden else k - 1 for k in self.teacher_layers}
-        features = teacher.forward_features(images, set(taps.values()), ids_keep)
-        if hidden:
-            return [teacher.representation(features[taps[k]], k) for k in self.teacher_layers]
-        return [teacher.attention_map(features[taps[k]], k) for k in self.teacher_layers]
+        """The teacher's maps or representations, a list with one for each layer."""
+        taps = {k if self.signal == "hidden" else k - 1 for k in self.teacher_layers}
+        features = teacher.forward_features(images, taps, ids_keep)
+        return [self.read(teacher, features, k) for k in self.teacher_layers]
 
     def forward(self, encoder, features, target_maps):
         loss = 0.0
