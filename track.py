@@ -22,13 +22,13 @@ NOTES, details that the paper does not give, and departures from the authors' co
 1. The elimination reads one row of the attention map, that of the template's centre token. Only
    this row is computed (in float32); attention itself stays fused, for the queries that are kept.
    The authors compute the whole map (attn_blocks.py). The numbers are the same.
-2. While tracking, the template is embedded once; the authors embed it in every frame
+2. While tracking, the template is embedded once. The authors embed it again for every frame
    (lib/test/tracker/ostrack.py). The numbers are the same.
 3. Boxes are mapped out of a crop by the exact inverse of the mapping in, about the centre
    (size - 1) / 2. The authors map in with that centre (processing_utils.py,
    transform_image_to_crop), but out with size / 2 (ostrack.py, map_box_back).
 4. Boxes are mirrored about the same centre; the authors mirror them about size / 2.
-5. Each crop is flipped on its own. The authors flip both frames and then each crop again
+5. Each crop is mirrored on its own. The authors mirror both frames and then each crop again
    (base_functions.py), which has the same distribution.
 6. Only frames that a visible frame follows within 200 become templates. The authors start at 199
    and widen the gap by 5 until they find one (sampler.py).
@@ -42,19 +42,18 @@ NOTES, details that the paper does not give, and departures from the authors' co
     GPUs. Another number of processes or --accum-steps changes that.
 11. Biases, norms and position tables are not decayed. The authors decay all parameters by 1e-4
     (base_functions.py).
-12. No videos are held out. Every --eval-every epochs, log.jsonl gets the mean loss and IoU of fixed
+12. No videos are held out. Every --eval-every epochs, process 0 logs the mean loss and IoU of fixed
     pairs from the training videos (val_loss, val_iou). The authors watch GOT-10k's validation set.
     The tracker is that of the last epoch, as theirs.
-13. All of GOT-10k trains. The authors take the 7,086 sequences of their list `vottrain`.
-14. An unreadable file ends a training. The authors silently draw another pair.
+13. Training uses all of GOT-10k. The authors use the 7,086 sequences of their list `vottrain`.
+14. An unreadable file ends the run. The authors silently draw another pair.
 15. A frame whose true box has no extent fails in every metric, see `score_sequence`.
 16. Boxes are saved with two decimals. The authors truncate them to whole pixels.
 17. Evaluation runs in float32, as theirs; GPUs from Ampere on multiply float32 matrices in
     TensorFloat-32. Training runs in bfloat16 or float16 on a GPU; theirs in float32 (--dtype fp32).
-18. Results lie in a folder named by the checkpoint, so an interrupted evaluation resumes, and
-    results of other checkpoints are neither mixed in nor deleted.
+18. Results are stored in a folder named by a checksum of the checkpoint. An interrupted evaluation
+    resumes from it, and results of other checkpoints are neither mixed in nor deleted.
 """
-import functools
 import json
 import math
 import os
@@ -80,7 +79,7 @@ from tqdm import tqdm
 
 from models import (InputError, Names, Parser, attend, attention_logits, build_model, eval_loader,
                     init_distributed, list_images, load_model, log, mix_seed, normalize, open_image,
-                    param_groups, plain_errors, read_encoder, resume, save, train_loader)
+                    param_groups, plain_errors, resize_grid, resume, save, train_loader)
 
 TRACKER = dict(    # OSTrack-256; stored beside the weights
     template_size=128, search_size=256,         # pixels along the crops
@@ -90,10 +89,7 @@ TRACKER = dict(    # OSTrack-256; stored beside the weights
     head_channels=256,                          # halved by each of the next three layers
 )
 RECIPE = dict(    # OSTrack-256; settings without an option. All others: `parse_args`
-    max_gap=200,                                # frames between template and search, at most
-    centre_jitter=3.0,                          # of the search region: +- half of it * sqrt(w * h)
-    scale_jitter=0.25,                          # of the search region: deviation of log w and log h
-    weight_decay=1e-4,                          # AdamW
+    weight_decay=1e-4,                          # AdamW; no decay of biases, norms, position tables
     val_pairs=256,                              # of each evaluation during training
 )
 
@@ -101,15 +97,15 @@ RECIPE = dict(    # OSTrack-256; settings without an option. All others: `parse_
 # --------------------------------------------------------------------------------------------------
 # Method: joint encoder with candidate elimination
 # --------------------------------------------------------------------------------------------------
-def block_with_elimination(block, x, ids, keep, centre):
-    """A transformer block that keeps `keep` search tokens -> x (B, Z + keep, D), ids (B, keep).
+def block_with_elimination(block, x, ids, Z, keep, centre):
+    """Run a transformer block and keep `keep` search tokens -> x (B, Z + keep, D), ids likewise.
 
-    x (B, Z + S, D), template tokens first; ids (B, S): raster places of the search tokens; centre:
-    the template token whose attention (after the softmax over all tokens, mean over heads) ranks
-    the search tokens. The removed ones still serve as keys and values, but skip the MLP.
+    x (B, T, D): the Z template tokens, then search tokens. ids (B, T): places of these tokens when
+    none was removed. centre: the template token whose attention (after the softmax over all tokens,
+    mean over heads) ranks the search tokens. Removed tokens still serve as keys and values, but
+    skip the MLP.
     """
-    B, T, D = x.shape
-    Z = T - ids.shape[1]
+    B, T, _ = x.shape
     qkv = block.attn.qkv(block.norm1(x)).view(B, T, 3, block.attn.num_heads, -1)
     q, k, v = qkv.permute(2, 0, 3, 1, 4)                                    # 3 x (B, H, T, d)
 
@@ -123,19 +119,18 @@ def block_with_elimination(block, x, ids, keep, centre):
     q = qkv[batch, kept, 0].transpose(1, 2)                                 # (B, H, Z + keep, d)
     y = attend(q, k, v).transpose(1, 2).reshape(x.shape)
     x = x + block.drop_path(block.attn.proj(y))
-    return x + block.drop_path(block.mlp(block.norm2(x))), ids.gather(1, top)
+    return x + block.drop_path(block.mlp(block.norm2(x))), ids.gather(1, kept)
 
 
 def position_table(encoder, size):
-    """The encoder's position table without the class token, resized bicubically to crops of `size`
-    pixels -> trainable (1, N, D). Raises InputError if patches do not fill the crop."""
-    if size % encoder.patch_size:
+    """Resize the encoder's position table, without the class token, to crops of `size` pixels
+    -> trainable (1, N, D). Raises InputError if patches do not fill the crop."""
+    side, rest = divmod(size, encoder.patch_size)
+    if rest:
         raise InputError(f"crops of {size} pixels are no multiple of the patch size "
                          f"{encoder.patch_size}: change --template-size or --search-size")
-    table = encoder.pos_embed.detach()[:, 1:].transpose(1, 2).unflatten(2, encoder.grid)
-    sides = [size // encoder.patch_size] * 2
-    table = F.interpolate(table, sides, mode="bicubic", align_corners=False)
-    return nn.Parameter(table.flatten(2).transpose(1, 2).contiguous())
+    table = resize_grid(encoder.pos_embed.detach()[:, 1:], encoder.grid, (side, side))
+    return nn.Parameter(table.contiguous().clone())
 
 
 class Tracker(nn.Module):
@@ -157,35 +152,33 @@ class Tracker(nn.Module):
         self.encoder = encoder
         encoder.template_pos_embed = position_table(encoder, options["template_size"])
         encoder.search_pos_embed = position_table(encoder, options["search_size"])
-        encoder.cls_token.requires_grad_(False)    # unused, but kept: the file is an encoder, too
+        encoder.cls_token.requires_grad_(False)    # unused, but saved: the file is an encoder, too
         encoder.pos_embed.requires_grad_(False)
         self.search_side = options["search_size"] // encoder.patch_size         # g
         side = options["template_size"] // encoder.patch_size
-        self.centre = (side - 1) // 2 * (side + 1)    # token in row 3, column 3 of 8 x 8
+        self.centre = (side - 1) // 2 * (side + 1)    # row 3, column 3 (from 0) of 8 x 8
         self.head = CenterHead(encoder.embed_dim, options["head_channels"])
 
     def embed_template(self, images):
-        """(B, 3, z, z) normalised -> tokens (B, Z, D). While tracking, done once per video."""
+        """(B, 3, z, z) normalised -> tokens (B, Z, D)."""
         return self.encoder.patch_embed(images) + self.encoder.template_pos_embed
 
     def forward_features(self, template, images, keep_rate):
         """Template tokens (B, Z, D), search images (B, 3, s, s) -> normalised tokens
         (B, Z + S, D), template first. Eliminated search tokens are zero, at their raster place."""
         search = self.encoder.patch_embed(images) + self.encoder.search_pos_embed
-        B, S, D = search.shape
-        Z = template.shape[1]
         x = torch.cat([template, search], dim=1)                            # (B, Z + S, D)
-        ids = torch.arange(S, device=x.device).expand(B, -1)
+        B, T, _ = shape = x.shape
+        Z = template.shape[1]
+        ids = torch.arange(T, device=x.device).expand(B, -1)
         for i, block in enumerate(self.encoder.blocks, start=1):
             if i in self.options["eliminate_blocks"] and keep_rate < 1:
-                keep = math.ceil(keep_rate * ids.shape[1])
-                x, ids = block_with_elimination(block, x, ids, keep, self.centre)
+                keep = math.ceil(keep_rate * (ids.shape[1] - Z))
+                x, ids = block_with_elimination(block, x, ids, Z, keep, self.centre)
             else:
                 x = block(x)
         x = self.encoder.norm(x)                                            # (B, Z + K, D)
-        places = ids[:, :, None].expand(-1, -1, D)
-        search = x.new_zeros(B, S, D).scatter(1, places, x[:, Z:])
-        return torch.cat([x[:, :Z], search], dim=1)
+        return x.new_zeros(shape).scatter(1, ids[:, :, None].expand_as(x), x)
 
     def forward(self, template, images, keep_rate):
         """Template images or tokens, search images -> score (B, 1, g, g), size and offset
@@ -197,8 +190,8 @@ class Tracker(nn.Module):
 
 
 def keep_rate_at(epoch, keep_rate=0.7, first=20, last=100):
-    """Share of search tokens kept in an epoch (from 1): 1 until `first`, then half a cosine down
-    to keep_rate at `last`."""
+    """Share of search tokens that is kept in an epoch (from 1): 1 until `first`, then half a cosine
+    down to keep_rate at `last`."""
     done = min(max((epoch - first) / max(1, last - first), 0), 1)
     return keep_rate + (1 - keep_rate) / 2 * (1 + math.cos(math.pi * done))
 
@@ -228,13 +221,12 @@ class CenterHead(nn.Module):
 
 
 def convolutions(dim, channels, outputs):
-    """Four times 3x3 convolution, batch norm and ReLU, halving the channels each time, then a 1x1
-    convolution."""
+    """Stack four 3x3 convolutions with batch norm and ReLU, the channels halved from one to
+    the next, and a 1x1 convolution."""
     layers = []
     for _ in range(4):
         layers += [nn.Conv2d(dim, channels, 3, padding=1), nn.BatchNorm2d(channels), nn.ReLU()]
-        dim = channels
-        channels = channels // 2
+        dim, channels = channels, channels // 2
     return nn.Sequential(*layers, nn.Conv2d(dim, outputs, 1))
 
 
@@ -243,7 +235,8 @@ def clamped_sigmoid(x):
 
 
 def decode(score, size, offset):
-    """Head maps -> boxes (B, 4) in the crop, centre x, y, width, height, at the highest score."""
+    """Read the box at the highest score off the head's maps -> (B, 4) in the crop: centre x, y,
+    width, height."""
     g = score.shape[-1]
     peak = score.flatten(1).argmax(dim=1)                                   # (B,)
     x = peak % g
@@ -301,7 +294,7 @@ def tracking_losses(score, size, offset, boxes):
     focal = focal_loss(score, gaussian_target(boxes, score.shape[-1])[:, None])
     pred = box_convert(decode(score, size, offset), "cxcywh", "xyxy")
     truth = box_convert(boxes, "xywh", "xyxy").clamp(0, 1)    # beyond the crop nothing is seen
-    iou = box_iou(pred, truth).diagonal().mean()    # of all pairs, B x B, those one to one
+    iou = box_iou(pred, truth).diagonal().mean()    # (B, B) of all pairs: those one to one
     giou = 1 - generalized_box_iou(pred, truth).diagonal().mean()
     l1 = F.l1_loss(pred, truth)
     loss = focal + 2 * giou + 5 * l1
@@ -312,8 +305,9 @@ def tracking_losses(score, size, offset, boxes):
 # Method: crops and following a target
 # --------------------------------------------------------------------------------------------------
 def crop_square(image, box, factor, size):
-    """Square around a box, side ceil(factor * sqrt(w * h)), zeros outside the image
-    -> (3, size, size) uint8, side. Corners are whole pixels; bilinear without antialiasing."""
+    """Cut a square of side ceil(factor * sqrt(w * h)) around a box, zero outside the image
+    -> (3, size, size) uint8, side. Corners are whole pixels; resized bilinearly, without
+    antialiasing."""
     side = math.ceil(math.sqrt(box[2] * box[3]) * factor)
     corner = box_centre(box) - side / 2
     left, top = (max(round(v), -side) for v in corner)    # torchvision misreads crops farther out
@@ -322,29 +316,29 @@ def crop_square(image, box, factor, size):
 
 def crop_origin(around, side, size):
     """Upper left corner of the crop of `side` around the box `around`, resized to `size` pixels, as
-    a box x, y, 0, 0. Pixel centres are whole numbers in OSTrack: the middle is (size - 1) / 2."""
+    a box x, y, 0, 0. In OSTrack pixel centres are whole numbers: the middle is (size - 1) / 2."""
     return np.append(box_centre(around) - side * (size - 1) / (2 * size), [0, 0])
 
 
 def box_to_crop(box, around, side, size):
-    """Box of a frame -> box in [0, 1] of the crop that `crop_origin` describes."""
+    """Map a box of the frame to [0, 1] of the crop that `crop_origin` describes."""
     return (box - crop_origin(around, side, size)) / side
 
 
 def box_from_crop(box, around, side, size):
-    """The inverse of `box_to_crop`."""
+    """Map a box of the crop to the frame, the inverse of `box_to_crop`."""
     return box * side + crop_origin(around, side, size)
 
 
 def hann_window(side):
-    """Hann window (side, side) without its zero border: prefers the middle of the region, where
-    the target was."""
+    """Hann window (side, side) without its zero border. It prefers the middle of the search region,
+    where the target was."""
     line = torch.hann_window(side + 2, periodic=False)[1:-1]
-    return line[:, None] * line
+    return torch.outer(line, line)
 
 
 def clip_box(box, height, width, margin=10):
-    """Box with at least `margin` pixels of it inside the frame, and at least that wide and high."""
+    """Clip a box to the frame, leaving it at least `margin` pixels wide and high."""
     limit = np.array([width, height])
     corner = box[:2].clip(0, limit - margin)
     end = np.clip(box[:2] + box[2:], margin, limit)
@@ -352,10 +346,10 @@ def clip_box(box, height, width, margin=10):
 
 
 class OnePassTracker:
-    """Follows one target: start(frame, box), then step(frame) -> box, score for every other frame.
+    """Follow one target: start(frame, box), then step(frame) -> box, score for every other frame.
 
     model: a trained `Tracker`. Frames are (3, H, W) uint8, boxes arrays x, y, w, h in pixels.
-    Computes in float32.
+    Computed in float32.
     """
 
     def __init__(self, model, device):
@@ -363,7 +357,8 @@ class OnePassTracker:
         self.window = hann_window(model.search_side).to(device)
 
     def crop(self, frame, name):
-        """Template or search crop around the last box -> normalised (1, 3, size, size), side."""
+        """Cut the template or search crop around the last box -> (1, 3, size, size) normalised, its
+        side in the frame."""
         crop, side = crop_square(frame, self.box, *self.model.crops[name])
         crop = crop[None].to(self.window.device)
         return normalize(crop, self.model.mean, self.model.std), side
@@ -377,7 +372,7 @@ class OnePassTracker:
 
     @torch.inference_mode()
     def locate(self, search):
-        """Normalised search crop (1, 3, s, s) -> box x, y, w, h in the crop, windowed score."""
+        """Normalised search crop (1, 3, s, s) -> box x, y, w, h in the crop, its windowed score."""
         keep_rate = self.model.options["keep_rate"]
         score, size, offset = self.model(self.template, search, keep_rate)
         response = score * self.window
@@ -403,26 +398,27 @@ def train(args):
     loader, val_loader = build_loaders(args, model, run)
     accum_steps = loader.sampler.accum_steps
     steps = len(loader) // accum_steps    # optimizer steps per epoch
-    optimizer = AdamW(optimizer_groups(model, args.weight_decay, args.encoder_lr), args.lr,
-                      fused=True)
+    groups = [dict(group, lr_scale=args.encoder_lr)
+              for group in param_groups(model.encoder, args.weight_decay)]
+    groups += param_groups(model.head, args.weight_decay)
+    optimizer = AdamW(groups, args.lr, fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     data = dict(sequences=[len(items) for items, _ in loader.dataset.sets])    # of each set
     first_epoch = resume(args, run, steps, model, optimizer, scaler, **data)
-
     tracker = model
     if world > 1:
         tracker = DistributedDataParallel(model, gradient_as_bucket_view=True)
 
     for epoch in range(first_epoch, args.epochs):
         loader.sampler.set_epoch(epoch)
-        torch.manual_seed(mix_seed(args.seed, epoch, rank))    # drop path
+        torch.manual_seed(mix_seed(args.seed, epoch, rank))    # of drop path
         tracker.train()
         keep_rate = keep_rate_at(epoch + 1, args.keep_rate, args.epochs // 15, args.epochs // 3)
         lr = args.lr if epoch < max(1, args.epochs * 4 // 5) else args.lr / 10
         for group in optimizer.param_groups:
             group["lr"] = lr * group["lr_scale"]
         bar = tqdm(loader, f"epoch {epoch + 1}/{args.epochs}", disable=rank > 0)
-        means = {}    # losses of the batch
+        means = {}    # of the losses over a batch
         for i, (template, search, boxes) in enumerate(bar):
             step = epoch * steps + i // accum_steps
             update = (i + 1) % accum_steps == 0
@@ -447,9 +443,8 @@ def train(args):
                              keep_rate=keep_rate, grad_norm=grad_norm, **means)
                 bar.set_postfix(loss=f"{values['loss']:.4f}")
             means = {}
-
         if (epoch + 1) % args.eval_every == 0 or epoch + 1 == args.epochs:
-            report(args, run, model, val_loader, epoch=epoch + 1, step=(epoch + 1) * steps)
+            report(args, rank, model, val_loader, epoch=epoch + 1, step=(epoch + 1) * steps)
         save(args, rank, "last.pt", model, epoch=epoch + 1, **data,
              optimizer=optimizer.state_dict(), scaler=scaler.state_dict())
 
@@ -457,34 +452,22 @@ def train(args):
 
 
 @torch.no_grad()
-def report(args, run, model, val_loader, epoch, step):
-    """Log and print mean loss and IoU on fixed pairs, in float32 and at the final keep rate. Batch
-    norms use the statistics of process 0, which are those that are saved."""
-    rank, world, _, _ = run
-    if world > 1:
-        for buffer in model.buffers():
-            dist.broadcast(buffer, src=0)
+def report(args, rank, model, val_loader, epoch, step):
+    """Log and print the mean loss and IoU on fixed pairs, in float32 and at the final keep rate.
+    Process 0 computes them alone: its batch norms are those that are saved."""
+    if rank > 0:
+        return
     model.eval()
     [(template, search, boxes)] = val_loader
     template, search = (normalize(x, model.mean, model.std) for x in (template, search))
     losses = tracking_losses(*model(template, search, args.keep_rate), boxes)
-    weight = world * boxes.shape[0] / len(val_loader.dataset)    # `log` averages over processes
-    values = log(args, rank, world, epoch=epoch, step=step, val_loss=weight * losses["loss"],
-                 val_iou=weight * losses["iou"])
-    if rank == 0:
-        tqdm.write(f"epoch {epoch}: IoU {values['val_iou']:.3f} on fixed pairs")
-
-
-def optimizer_groups(model, weight_decay, encoder_lr):
-    """Parameters for AdamW. encoder_lr: learning rate of the encoder over that of the head."""
-    groups = param_groups(model.encoder, weight_decay)
-    for group in groups:
-        group["lr_scale"] = encoder_lr
-    return groups + param_groups(model.head, weight_decay)
+    values = log(args, rank, 1, epoch=epoch, step=step, val_loss=losses["loss"],
+                 val_iou=losses["iou"])
+    tqdm.write(f"epoch {epoch}: IoU {values['val_iou']:.3f} on fixed pairs")
 
 
 def build_tracker(args):
-    """Tracker of the options, with the encoder of --init or random weights."""
+    """Build the tracker of the options, on the encoder of --init or one with random weights."""
     options = dict(mean=args.mean, std=args.std, img_size=args.image_size,
                    vit=dict(drop_path=args.drop_path))
     if args.init:
@@ -497,24 +480,23 @@ def build_tracker(args):
 
 
 def build_loaders(args, model, run):
-    """-> loader of the training pairs, and of fixed pairs of the same sequences in one batch."""
+    """Loaders of the training pairs, and of fixed pairs of the same sequences: one batch, which
+    process 0 alone computes."""
     sets = open_sets(args.data)
-    options = dict(model.crops, max_gap=args.max_gap, centre_jitter=args.centre_jitter,
-                   scale_jitter=args.scale_jitter)
-    train_set = Pairs(sets, args.pairs, args.seed, **options)
-    val_set = Pairs(sets, args.val_pairs, args.seed + 1, **options)
+    train_set = Pairs(sets, args.pairs, args.seed, **model.crops)
     loader = train_loader(train_set, args.batch_size, args.accum_steps, 128, args.workers,
                           args.seed, run)
-    return loader, eval_loader(val_set, len(val_set), args.workers, run)
+    val_set = Pairs(sets, args.val_pairs, args.seed + 1, **model.crops)
+    return loader, eval_loader(val_set, args.val_pairs, args.workers, (0, 1, *run[2:]))
 
 
 # --------------------------------------------------------------------------------------------------
 # Data: pairs of crops
 # --------------------------------------------------------------------------------------------------
-def sample_pair(rng, visible, max_gap):
-    """Causal sampling: a visible template frame, then a visible search frame at most max_gap later
-    -> two frame numbers. A still image is paired with itself. None if there is no such pair, or in
-    a video of fewer than 20 frames or 5 visible ones, as in OSTrack."""
+def sample_pair(rng, visible, max_gap=200):
+    """Draw a visible template frame, then a visible search frame at most max_gap later (causal
+    sampling) -> two frame numbers. A still image is paired with itself. None if there is no such
+    pair, and for a video of fewer than 20 frames or 5 visible ones, as in OSTrack."""
     ids = np.flatnonzero(visible)
     if len(visible) == len(ids) == 1:
         return 0, 0
@@ -526,9 +508,9 @@ def sample_pair(rng, visible, max_gap):
     return template, template + 1 + rng.choice(later)
 
 
-def jitter_box(rng, box, centre, scale):
-    """Where the target may have been found last: w and h times exp(N(0, scale)), the middle off by
-    up to centre / 2 * sqrt(w * h)."""
+def jitter_box(rng, box, centre=3.0, scale=0.25):
+    """Draw a box where the target may have been found last: w and h times exp(N(0, scale)), the
+    middle off by up to centre / 2 * sqrt(w * h)."""
     extent = box[2:] * np.exp(rng.normal(0, scale, 2))
     shift = math.sqrt(extent.prod()) * centre * (rng.random(2) - 0.5)
     return np.concatenate([box_centre(box) + shift - extent / 2, extent])
@@ -540,18 +522,15 @@ class Pairs(Dataset):
     index).
 
     sets: see `open_sets`; they are drawn in equal shares. count: items of an epoch. template,
-    search: (factor, size) of the crops, see `crop_square`. max_gap: see `sample_pair`.
-    centre_jitter, scale_jitter: of the search crop, see `jitter_box`.
+    search: (factor, size) of the crops, see `crop_square`.
     """
 
-    def __init__(self, sets, count, seed, template, search, max_gap, centre_jitter, scale_jitter):
+    def __init__(self, sets, count, seed, template, search):
         self.sets = sets
         self.count = count
         self.seed = seed
         self.template = template
         self.search = search
-        self.max_gap = max_gap
-        self.jitter = centre_jitter, scale_jitter
 
     def __len__(self):
         return self.count
@@ -562,26 +541,26 @@ class Pairs(Dataset):
         rng = np.random.default_rng(mix_seed(self.seed, *key))
         (first, second), (target, box) = self.read_pair(rng)
         template, _ = crop_square(first, target, *self.template)
-        around = jitter_box(rng, box, *self.jitter)
+        around = jitter_box(rng, box)
         search, side = crop_square(second, around, *self.search)
         box = box_to_crop(box, around, side, self.search[1])
         return augment(rng, template, search, box)
 
     def read_pair(self, rng):
-        """Two frames (3, H, W) of a random sequence, and their boxes (2, 4). Raises OSError."""
+        """Read two frames (3, H, W) of a random sequence and their boxes (2, 4). Raises OSError."""
         for _ in range(100):
             items, read = self.sets[rng.integers(len(self.sets))]
             frames, boxes, visible, size = read(items[rng.integers(len(items))])
             has_area = boxes[:, 2:].min(axis=1) > 0
-            pair = sample_pair(rng, has_area & visible, self.max_gap)
+            pair = sample_pair(rng, has_area & visible)
             if pair:
                 return [read_frame(frames[i], size) for i in pair], boxes[list(pair)]
-        raise OSError("of 100 sequences of --data none has 20 frames, and 5 with a visible box: "
-                      "tests/tools/check.py lists what they hold")
+        raise OSError("none of 100 sequences drawn from --data has 20 frames, 5 of them with a "
+                      "visible box: tests/tools/check.py lists what they hold")
 
 
 def augment(rng, template, search, box):
-    """Both crops grey (5 %); each brighter or darker by up to 20 %; each mirrored (50 %)."""
+    """Turn both crops grey (5 %), each brighter or darker by up to 20 %, and mirror each (50 %)."""
     crops = [template, search]
     if rng.random() < 0.05:
         crops = [rgb_to_grayscale(crop, 3) for crop in crops]
@@ -606,30 +585,31 @@ class Sequence(NamedTuple):
 
 
 def read_lasot(file):
-    """LaSOT: .../NAME/groundtruth.txt, beside the folder img of the frames."""
+    """Read NAME/groundtruth.txt of LaSOT, which stands beside the folder img of its frames."""
     file = Path(file)
     boxes = read_numbers(file)
-    hidden = [read_numbers(file.with_name(name), len(boxes), 1)[:, 0] == 1
+    hidden = [read_numbers(file.with_name(name), len(boxes), ()) == 1
               for name in ("full_occlusion.txt", "out_of_view.txt")]
     frames = [f"{file.parent}/img/{i:08}.jpg" for i in range(1, len(boxes) + 1)]
     return Sequence(frames, boxes, ~np.any(hidden, axis=0))
 
 
 def read_got10k(file):
-    """GOT-10k: train/NAME/groundtruth.txt, among the frames. Own videos in this layout may lack
-    label files: the target is then visible in all frames."""
+    """Read train/NAME/groundtruth.txt of GOT-10k, which stands among its frames. Own videos in this
+    layout may lack label files: the target is then visible in all frames."""
     file = Path(file)
     boxes = read_numbers(file)
     visible = np.ones(len(boxes), bool)
     for label, hidden in ((file.with_name("absence.label"), 1), (file.with_name("cover.label"), 0)):
         if label.exists():
-            visible &= read_numbers(label, len(boxes), 1)[:, 0] != hidden
+            visible &= read_numbers(label, len(boxes), ()) != hidden
     frames = [f"{file.parent}/{i:08}.jpg" for i in range(1, len(boxes) + 1)]
     return Sequence(frames, boxes, visible)
 
 
 def read_trackingnet(file):
-    """TrackingNet: TRAIN_*/anno/NAME.txt, and frames/NAME. The target is always visible."""
+    """Read TRAIN_*/anno/NAME.txt of TrackingNet, whose frames are those of TRAIN_*/frames/NAME. The
+    target is always visible."""
     file = Path(file)
     boxes = read_numbers(file)
     folder = file.parents[1] / "frames" / file.stem
@@ -637,52 +617,52 @@ def read_trackingnet(file):
     return Sequence(frames, boxes, np.ones(len(boxes), bool))
 
 
-def open_coco(file):
-    """COCO: annotations/instances_*.json -> numbers of its single objects, and a function that
-    makes one of them a sequence of one frame. Both are in shared memory. Raises InputError."""
+def read_coco(text):
+    """Read an object of COCO from a text of `list_coco`: a sequence of one frame."""
+    file, width, height, *box = json.loads(text)
+    return Sequence([file], np.array([box]), np.array([True]), (width, height))
+
+
+def list_coco(file):
+    """List the single objects in annotations/instances_*.json of COCO -> JSON texts of image file,
+    width, height, x, y, w, h. Raises InputError."""
     year = file.stem.removeprefix("instances_")
     folder = file.parents[1] / year
     if not folder.exists():
         folder = folder.parent / "images" / year    # OSTrack's layout
     try:
         content = json.loads(file.read_bytes())
-        images = {image["id"]: (i, image.get("width") or 0, image.get("height") or 0)
-                  for i, image in enumerate(content["images"])}
+        images = {image["id"]: (f"{folder}/{image['file_name']}", image.get("width", 0),
+                                image.get("height", 0)) for image in content["images"]}
         objects = [a for a in content["annotations"] if not a.get("iscrowd")]
-        rows = [(*images[a["image_id"]], *a["bbox"]) for a in objects if a["image_id"] in images
-                and len(a.get("bbox") or []) == 4 and min(a["bbox"][2:]) > 0]
-        table = torch.tensor(rows, dtype=torch.float64).share_memory_()         # (objects, 7)
-        files = Names(f"{folder}/{image['file_name']}" for image in content["images"])
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        found = [json.dumps((*images[a["image_id"]], *map(float, a["bbox"]))) for a in objects
+                 if a["image_id"] in images and len(a.get("bbox") or ()) == 4]
+    except Exception as error:    # of many kinds: anything may be missing, or of another type
         raise InputError(f"{file} is no annotation file of COCO ({type(error).__name__}: {error})"
                          ) from None
-    lost = len(objects) - len(rows)
+    lost = len(objects) - len(found)
     if lost and int(os.environ.get("RANK", 0)) == 0:
         print(f"{file}: {lost} of {len(objects)} annotations skipped: no box, or no such image")
-    return range(len(rows)), functools.partial(read_still, files, table)
+    return found
 
 
-def read_still(files, table, i):
-    image, width, height = table[i, :3].int().tolist()
-    return Sequence([files[image]], table[i:i + 1, 3:].numpy(), np.array([True]), (width, height))
-
-
-SETS = {    # annotation files, and what reads them
-    "lasot": (("[!.]*/groundtruth.txt", "[!.]*/[!.]*/groundtruth.txt"), read_lasot),
-    "got10k": (("train/[!.]*/groundtruth.txt",), read_got10k),
-    "trackingnet": (("TRAIN_*/anno/[!.]*.txt",), read_trackingnet),
-    "coco": (("annotations/instances_train*.json",), open_coco),
+SETS = {    # annotation files, and what reads an item of a set
+    "lasot": ("[!.]*/groundtruth.txt [!.]*/[!.]*/groundtruth.txt", read_lasot),
+    "got10k": ("train/[!.]*/groundtruth.txt", read_got10k),
+    "trackingnet": ("TRAIN_*/anno/[!.]*.txt", read_trackingnet),
+    "coco": ("annotations/instances_train*.json", read_coco),
 }
 
 
 def find_annotations(text):
-    """--data lasot=DIR,coco=DIR -> {"lasot": its annotation files, "coco": ...}."""
+    """Find the annotation files of --data lasot=DIR,coco=DIR -> {"lasot": files, "coco": files}.
+    Raises InputError."""
     found = {}
     for entry in text.split(","):
         name, _, folder = entry.partition("=")
         if name not in SETS or name in found:
             raise InputError(f"--data {text}: give NAME=FOLDER,... of {', '.join(SETS)}, each once")
-        patterns, _ = SETS[name]
+        patterns = SETS[name][0].split()
         found[name] = sorted(file for pattern in patterns for file in Path(folder).glob(pattern))
         if name == "lasot":    # a sequence may lie there in both layouts
             found[name] = list({file.parent.name: file for file in found[name]}.values())
@@ -690,42 +670,40 @@ def find_annotations(text):
 
 
 def open_sets(text):
-    """--data -> list of (items, function that reads the `Sequence` of an item), one for each set.
-    """
+    """Open the training sets of --data -> for each of them its items, and the function that reads
+    the `Sequence` of an item. Raises InputError."""
     sets = []
-    for name, files in find_annotations(text).items():
+    for name, items in find_annotations(text).items():
         if name == "lasot":
-            files = [file for file in files if file.parent.name not in LASOT_TEST]
-        items, read = Names(files), SETS[name][1]
-        if name == "coco" and files:
-            items, read = open_coco(files[-1])    # of 2014 and 2017 the later
+            items = [file for file in items if file.parent.name not in LASOT_TEST]
+        if name == "coco" and items:
+            items = list_coco(items[-1])    # of 2014 and 2017 the later
         if not items:
             raise InputError(f"--data {text}: {name} has no training sequence (README, 'Data')")
-        sets.append((items, read))
+        sets.append((Names(items), SETS[name][1]))
     return sets
 
 
 def read_frame(file, size=None):
-    """Image file -> (3, H, W) uint8, upright. size: (width, height) that its boxes refer to: where
-    an upright image has them swapped, the boxes are those of the image as it is stored."""
+    """Read an image file -> (3, H, W) uint8, upright. size: (width, height) that boxes refer to;
+    where the upright image has them swapped, its pixels are left as they are stored."""
     image = open_image(file)
     if size and size != image.size == size[::-1]:
         image = Image.open(file).convert("RGB")
     return pil_to_tensor(image)
 
 
-def read_numbers(path, lines=None, columns=4):
-    """Text file of numbers divided by commas, tabs or spaces -> its first `lines`, all by default,
-    (lines, columns) float64; one column may be written as one line. Raises OSError."""
+def read_numbers(path, lines=None, row=(4,)):
+    """Read a text file of numbers divided by commas, tabs or spaces -> float64 (lines, *row), the
+    first `lines` or all. Single numbers, row=(), may also stand in one line. Raises OSError."""
     try:
         text = path.read_text("utf-8-sig").replace(",", " ")
-        numbers = np.loadtxt(text.splitlines(), ndmin=2)
-        numbers = (numbers.reshape(-1, 1) if columns == 1 else numbers)[:lines]
-        if numbers.shape != (lines or len(numbers), columns):
-            raise ValueError(f"{numbers.shape}, not {(lines, columns)}")
+        numbers = np.loadtxt(text.splitlines())[:lines]
+        if numbers.shape != (lines or len(numbers), *row):
+            raise ValueError(f"{numbers.shape}, not {(lines, *row)}")
         return numbers
     except (OSError, ValueError) as error:
-        raise OSError(f"{path} is no UTF-8 text of {columns} numbers per frame ({error}); "
+        raise OSError(f"{path} is no UTF-8 text of {math.prod(row)} numbers per frame ({error}); "
                       "tests/tools/check.py lists all such files") from None
 
 
@@ -733,14 +711,14 @@ def read_numbers(path, lines=None, columns=4):
 # One-pass evaluation
 # --------------------------------------------------------------------------------------------------
 def score_sequence(boxes, truth, visible):
-    """One-pass evaluation of one video, float64 arrays (N, 4), (N, 4), bool (N,) -> success (21,),
-    precision (51,), normalised precision (51,): shares of frames with IoU > t, t = 0, 0.05 .. 1;
-    centre error <= t, t = 0, 1 .. 50 pixels; centre error over box size <= t, t = 0, 0.01 .. 0.5.
+    """Score one video: float64 arrays (N, 4), (N, 4), bool (N,) -> success (21,), precision (51,),
+    normalised precision (51,). These are shares of frames with IoU > t, t = 0, 0.05 .. 1; centre
+    error <= t, t = 0, 1 .. 50 pixels; centre error over box size <= t, t = 0, 0.01 .. 0.5.
 
-    As in the toolkits of LaSOT and OSTrack, the first box counts as the true one, a box without
-    size is the one before it, and a frame without the target fails, but counts. Where the target
-    counts as visible but its true box has no extent, the toolkits set some centre errors to -1,
-    which is a hit: OSTrack's the normalised one, LaSOT's both. Here such a frame fails in all.
+    As in the toolkits of LaSOT and OSTrack, the first box is set to the true one, a box without
+    extent to the one before it, and a frame without the target fails, but counts. Where the target
+    is visible but its true box has no extent, the toolkits set some centre errors to -1, which is a
+    hit: OSTrack's the normalised one, LaSOT's both. Here such a frame fails in all metrics.
     """
     boxes = torch.tensor(boxes)
     truth = torch.tensor(truth)
@@ -758,21 +736,19 @@ def score_sequence(boxes, truth, visible):
 
 
 def evaluate(args):
-    """One-pass evaluation of a tracker, or of the text files of --results, on LaSOT's test set:
-    prints AUC, P and P_norm. Processes share the sequences; those with a text file are not tracked
-    again. A test set that lacks sequences or text files is scored, and labelled PARTIAL."""
+    """Evaluate a tracker, or the text files of --results, in one pass over LaSOT's test sequences,
+    and print AUC, P and P_norm. Processes share the sequences. Those that have a text file are not
+    tracked again. If sequences or text files are missing, the score is labelled PARTIAL."""
     rank, world, device, _ = init_distributed(args.device, minutes=24 * 60)    # shares may differ
     files = [file for file in find_annotations(args.data).get("lasot", [])
              if file.parent.name in LASOT_TEST]
-    if args.results:
-        folder = Path(args.results)
-    else:
+    folder = args.results
+    if not folder:
         tracker = load_tracker(args.init, device)
-        weights = zlib.crc32(Path(args.init).read_bytes())    # others get another folder
-        folder = Path(args.out, "results", f"{weights:08x}")
+        folder = f"{args.out}/results/{zlib.crc32(Path(args.init).read_bytes()):08x}"
     sums = torch.zeros(4, device=device)    # AUC, P, P_norm, sequences
     for file in tqdm(files[rank::world], disable=rank > 0):
-        path = folder / f"{file.parent.name}.txt"
+        path = Path(folder, f"{file.parent.name}.txt")
         frames, truth, visible, _ = read_lasot(file)
         if not args.results and not path.exists():
             boxes, _ = zip(*follow(tracker, frames, truth[0], args.workers))
@@ -798,26 +774,26 @@ def evaluate(args):
 
 
 def load_tracker(path, device):
-    """The trained tracker in tracker.pt or last.pt, as a `OnePassTracker`. Raises InputError."""
-    file = read_encoder(path)
+    """Load the tracker in a tracker.pt or last.pt -> `OnePassTracker`. Raises InputError."""
+    encoder, file = load_model(path)
     if "tracker" not in file.arch:
-        raise InputError(f"checkpoint {path} is no tracker: give tracker.pt of a training")
-    model = Tracker(build_model(None, file), **file.arch["tracker"])
+        raise InputError(f"checkpoint {path} is no tracker: give the tracker.pt of a run")
+    model = Tracker(encoder, **file.arch["tracker"])
     model.load_state_dict(file.content["model"])
     return OnePassTracker(model, device)
 
 
 def follow(tracker, files, box, workers):
-    """Track the target in `box` of the first frame through image files, which `workers` processes
-    read ahead -> yields box, score of each; the first box is the given one."""
+    """Follow the target in `box` of the first frame through image files, which `workers` processes
+    read ahead. Yield box and score of each frame; the first box is the given one."""
     frames = DataLoader(files, batch_size=None, collate_fn=read_frame, num_workers=workers)
     for i, frame in enumerate(frames):
         yield tracker.step(frame) if i else tracker.start(frame, box)
 
 
 def check_format(path, box, truth):
-    """Raise OSError unless the first box of a result, read as x, y, w, h, is the given one: `truth`
-    (4,), with an IoU of at least 0.5."""
+    """Raise OSError unless the first `box` (4,) of a result, read as x, y, w, h, has an IoU of at
+    least 0.5 with the box that a tracker is given, `truth` (4,)."""
     box, truth = torch.tensor(np.stack([box, truth]))[:, None]                  # (1, 4) each
     truth = box_convert(truth, "xywh", "xyxy")
     formats = {"x,y,w,h": "xywh", "x1,y1,x2,y2": "xyxy", "x,y of the centre,w,h": "cxcywh"}
@@ -830,7 +806,7 @@ def check_format(path, box, truth):
 
 
 def write_boxes(path, boxes):
-    """One x,y,w,h per line and frame, with two decimals."""
+    """Write one line x,y,w,h per frame, with two decimals."""
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch = path.with_suffix(".tmp")
     np.savetxt(scratch, boxes, "%.2f", ",")
@@ -841,15 +817,15 @@ def write_boxes(path, boxes):
 # Own frames
 # --------------------------------------------------------------------------------------------------
 def track_frames(args):
-    """Follow the target of --box through --frames: boxes.txt, a line per frame, and overlay.gif."""
+    """Follow the target of --box through --frames, and write boxes.txt and overlay.gif."""
     if Path(args.frames).is_file():
-        raise InputError(f"--frames takes a folder of frames; of a video: mkdir frames; ffmpeg -i "
-                         f"{args.frames} frames/%08d.jpg")
+        raise InputError("--frames takes a folder of frames: write those of a video by mkdir "
+                         f"frames; ffmpeg -i {args.frames} frames/%08d.jpg")
     files = [file for file in list_images(args.frames, args.out)
-             if Path(file).name != "overlay.gif"]    # of another --out
+             if not file.endswith("overlay.gif")]    # of another --out
     files.sort(key=natural_order)
-    box = re.findall(r"[-+.\d]+", " ".join(args.box or []))    # 303 2 60 80 or 303,2,60,80
-    x, y, w, h = box = np.array(box if len(box) == 4 else [0] * 4, float)
+    box = np.array(re.findall(r"[-+.\d]+", str(args.box)), float)    # 303 2 60 80 or 303,2,60,80
+    x, y, w, h = box if len(box) == 4 else np.zeros(4)
     width, height = open_image(files[0]).size
     if not (0 <= x < x + w <= width and 0 <= y < y + h <= height):
         raise InputError(f"--frames needs --box X Y W H within a frame of {width} x {height}; if "
@@ -859,8 +835,8 @@ def track_frames(args):
     boxes, scores = zip(*tqdm(follow(tracker, files, box, args.workers), total=len(files)))
     write_boxes(Path(args.out, "boxes.txt"), boxes)
     draw_overlay(f"{args.out}/overlay.gif", files, boxes, scores)
-    folders = {Path(file).parent for file in files}
-    print(f"{len(files)} frames of {len(folders)} folder(s); {args.out} has boxes.txt, overlay.gif")
+    print(f"{len(files)} frames of {len(set(map(os.path.dirname, files)))} folder(s); {args.out} "
+          "has boxes.txt, overlay.gif")
 
 
 def natural_order(file):
@@ -871,11 +847,11 @@ def natural_order(file):
 
 
 def draw_overlay(path, files, boxes, scores):
-    """Animated GIF, 400 pixels along its longer side, of the frames with box and score, 30 a
-    second; of a long video every n-th frame, at most 150."""
-    shown = range(0, len(files), math.ceil(len(files) / 150))
+    """Draw frames with box and score into an animated GIF, 400 pixels along its longer side, of 30
+    frames a second; of a long video every n-th frame, at most 150."""
+    step = math.ceil(len(files) / 150)
     pictures = []
-    for i in shown:
+    for i in range(0, len(files), step):
         frame = open_image(files[i])
         picture = ImageOps.contain(frame, (400, 400))
         x, y, w, h = boxes[i] * 400 / max(frame.size)
@@ -883,9 +859,8 @@ def draw_overlay(path, files, boxes, scores):
         draw.rectangle((x, y, x + w, y + h), outline="red", width=3)
         draw.text((6, 4), f"score {scores[i]:.2f}", "red", font_size=18)
         pictures.append(picture)
-    ends = np.round(np.array([*shown, len(files)]) * 100 / 30)    # GIF counts hundredths
-    pictures[0].save(path, save_all=True, append_images=pictures[1:], loop=0,
-                     duration=(10 * np.diff(ends)).astype(int).tolist())
+    durations = [30 * step, 30 * step, 40 * step] * len(pictures)    # a GIF counts in 10 ms
+    pictures[0].save(path, save_all=True, append_images=pictures[1:], loop=0, duration=durations)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -933,35 +908,39 @@ def parse_args(argv=None):
     """Options of the command line, or of the list `argv`."""
     parser = Parser(__doc__)
     add = parser.group("method (OSTrack-256)")
-    add("--init", help="encoder to start from (README, 'Checkpoints'); default: random weights; "
-                       "with --eval or --frames the tracker; default: tracker.pt in --out")
+    add("--init", help="encoder to start from (README, 'Checkpoints'; default: random weights); "
+                       "with --eval or --frames, the tracker (default: tracker.pt in --out)")
     add("--model", help="encoder; default: that of --init, or the paper's vit_tiny (12 heads)")
     add("--template-size", low=1, help="pixels along the template crop; default: 128, the paper's")
     add("--search-size", low=1, help="pixels along the search crop; default: 256, the paper's")
     add("--keep-rate", type=float, low=0.01,
-        help="share of search tokens that blocks 4, 7 and 10 each keep; default: 0.7; it falls "
-             "from 1 between 1/15 and 1/3 of the epochs, 20 and 100 of the paper's 300")
-    add("--head-channels", low=8, help="of the head's first layer; default: 256, the paper's")
+        help="share of search tokens that blocks 4, 7 and 10 each keep; default: 0.7, reached by a "
+             "cosine from 1 between 1/15 and 1/3 of the epochs, 20 and 100 of the paper's 300")
+    add("--head-channels", low=8,
+        help="channels of the head's first layer; default: 256, the paper's")
     add("--drop-path", type=float, default=0.1,
-        help="of the last block; the rates grow linearly from 0")
-    parser.pixel_options(add, "that of --init, else 224; it is what the encoder was trained at, "
-                              "not the size of the crops")
+        help="drop path rate of the last block; the rates grow linearly from 0")
+    parser.pixel_options(add, "that of --init, else 224; it is the size that the encoder was "
+                              "trained at, not that of the crops")
 
     add = parser.group("training (OSTrack-256), data")
     add("--data",
         default="lasot=data/lasot,got10k=data/got10k,coco=data/coco,trackingnet=data/trackingnet",
-        help="sets as NAME=FOLDER,...; --eval reads LaSOT's test sequences, training all others")
+        help="sets as NAME=FOLDER,...; --eval reads LaSOT's test sequences, training the others")
     add("--pairs", low=1, default=60_000, help="pairs per epoch; paper: 60,000")
     add("--epochs", low=1, default=300, help="paper: 300")
     add("--lr", type=float, default=4e-4,
-        help="of the head for the whole batch; falls to a tenth after 4/5 of the epochs")
-    add("--encoder-lr", type=float, default=0.1, help="rate of the encoder over --lr")
+        help="learning rate of the head for the whole batch; falls to a tenth after 4/5 of the "
+             "epochs")
+    add("--encoder-lr", type=float, default=0.1,
+        help="learning rate of the encoder as a share of --lr")
 
     add = parser.group("use of a trained tracker")
     add("--eval", action="store_true", help="one-pass evaluation on the test sequences of --data")
-    add("--results", help="with --eval: folder of NAME.txt, x,y,w,h per frame, to score instead")
-    add("--frames", help="track the target of --box through the images of this folder")
-    add("--box", nargs="+", help="x y w h of the target in the first frame, in pixels")
+    add("--results", help="with --eval: score the files NAME.txt of this folder, one line x,y,w,h "
+                          "per frame, instead of a tracker")
+    add("--frames", help="follow the target of --box through the images of this folder")
+    add("--box", nargs="+", help="target in the first frame, x y w h in pixels")
 
     parser.run_options("out/track", batch_size=128, eval_every=10, clip_grad=0.1)
     parser.set_defaults(**TRACKER, **RECIPE)

@@ -398,9 +398,10 @@ def check_track(args, report):
 
 def what_to_look_at(report, name, files):
     """-> `look_at_still` or `look_at_video` with its first argument, and its items."""
+    read = track.SETS[name][1]
     if name != "coco":
-        return partial(look_at_video, track.SETS[name][1]), Names(files)
-    keys, read = report.ask(track.open_coco, files[-1]) or ((), None)    # as the script chooses
+        return partial(look_at_video, read), Names(files)
+    keys = report.ask(track.list_coco, files[-1]) or ()    # as the script chooses
     images = defaultdict(list)
     for key in tqdm(keys, name, leave=False):
         images[read(key).frames[0]].append(key)
