@@ -8,39 +8,41 @@ r"""Fine-tuning and transfer of a pre-trained encoder to image classification (S
     python finetune.py --data data/imagenet --init encoder.pt --keep-blocks 6 \
         --data-fraction 0.1 --seed 1                                  # one point of Fig. 4
     python finetune.py --eval --data data/imagenet --init mae_finetuned_vit_base.pth
-    python finetune.py --predict cat.jpg my_folder                    # by the run in out/finetune
+    python finetune.py --predict cat.jpg my_folder          # with the classifier of out/finetune
     python tests/tools/demo.py finetune                               # needs no files
 
-The classifier is head(fc_norm(mean patch token)). Its encoder starts from --init, whole or up to
-one of its blocks, or from random weights; its head starts from random weights. A recipe is one dict
-of RECIPES; `--recipe mae mixup=0 erasing=0` overrides entries of it. Read RECIPES, then `train`.
+The classifier is head(fc_norm(mean patch token)). Its encoder starts from --init, whole or up to a
+given block, or from random weights; its head always starts from random weights. A recipe is one
+dict of RECIPES; `--recipe mae mixup=0 erasing=0` overrides entries of it. Read RECIPES, then
+`train`.
 
 Shapes: B images, K classes, H x W pixels.
 
 NOTES, details that the paper does not give, and departures from the authors' code:
 1. Crops, flips and RandAugment depend on (seed, epoch, image); mixing, erasing and stochastic depth
-   on (seed, epoch, process), and mixing stays within a micro-batch. So a run does not depend on the
-   number of workers. A killed run finishes with bit-identical weights on one number of CPU threads,
-   or on GPUs of one kind with deterministic kernels.
+   on (seed, epoch, process), and images are mixed within a micro-batch. The number of workers has
+   no effect. A killed run finishes with bit-identical weights on one number of CPU threads, or on
+   GPUs of one kind with deterministic kernels.
 2. Every test image counts once for any number of processes. The authors' code repeats some to fill
    a batch, and evaluates every 10 epochs.
 3. Evaluation runs in float32, as the authors' does. GPUs from Ampere on multiply float32 matrices
    in TensorFloat-32.
-4. Nothing is chosen on the test images: classifier.pt holds the last epoch.
+4. No epoch is selected on the test images: classifier.pt holds the last one.
 5. Mixup, CutMix and the rectangles of random erasing are torchvision's. A batch is mixed with
-   itself shifted by one image (timm: reversed), and CutMix rounds its rectangle differently.
+   itself shifted by one image (timm reverses it), and CutMix rounds its rectangle differently.
 6. The final norm is loaded from supervised files alone, as in the authors' DeiT rows. After
    pre-training it starts as the identity.
 7. Untrained weights, including blocks that --keep-blocks leaves out, use MAE's initialisation
    (Xavier uniform, a head of std 2e-5). The authors' use timm's (truncated normal of std 0.02, the
    head too). With --rpe both follow BEiT, here with a head of std 2e-5.
 8. With --rpe, the qkv biases of --init are loaded. The authors' model has a q_bias and a v_bias in
-   their place, so it does not find those of a plain MAE file, and starts them at zero. That k has
-   no bias changes nothing, as the softmax cancels it.
-9. Images that are not square: a random crop has a ratio of 3/4 .. 4/3 times width / height, and a
+   their place, so it does not find those of a plain MAE file and starts them at zero. Its k has no
+   bias, which changes nothing, since the softmax cancels a bias of k.
+9. Images need not be square: a random crop has a ratio of 3/4 .. 4/3 times width / height, and a
    test image is resized to cover 256/224 of both sides.
-10. The authors publish epochs, warm-up and rate of CIFAR-100, and one rate for the other small data
-    sets. The other entries of "flowers" and "small" are chosen here, in CIFAR-100's proportions.
+10. The authors publish epochs, warm-up and rate for CIFAR-100, and one rate for the other small
+    data sets. The other entries of "flowers" and "small" are chosen here, in the proportions of
+    CIFAR-100's.
 """
 import argparse
 import math
@@ -66,23 +68,22 @@ from models import (ImageDataset, InputError, Parser, bounded, build_model, eval
 
 BICUBIC = Image.Resampling.BICUBIC
 IMPROVED = dict(    # the paper's (finetuning_exp.py): light augmentation suits a small model
-    epochs=300, warmup_epochs=5.0, batch_size=1024, base_lr=1e-3,    # each has an option
-    clip_grad=0.0,                              # so has this
+    epochs=300, warmup_epochs=5.0, batch_size=1024, base_lr=1e-3, clip_grad=0.0,    # have options
     optimizer="adamw", min_lr=1e-6, weight_decay=0.05,
     layer_decay=0.85,     # block k of n trains at lr * decay^(n + 1 - k), the embedding as k = 0
     drop_path=0.0,        # stochastic depth of the last block; grows linearly from 0
     smoothing=0.0,        # of labels
-    mixup=0.2,            # alpha of Beta(alpha, alpha); if both are on, each batch takes one
-    cutmix=0.0,
-    rand_augment=10.0,    # mean level in 0 .. 10; torchvision counts to 30
-    erasing=0.0,          # probability
+    mixup=0.2,            # alpha of Beta(alpha, alpha)
+    cutmix=0.0,           # the same; if both are above 0, each batch draws one of them
+    rand_augment=10.0,    # mean level in 0 .. 10 (in torchvision 0 .. 30)
+    erasing=0.0,          # probability of random erasing
     min_crop=0.08)        # smallest area of a crop
-CIFAR = dict(             # transfer: crop and flip alone
+CIFAR = dict(             # transfer: crops and flips alone
     IMPROVED, epochs=50, warmup_epochs=10.0, batch_size=512, optimizer="sgd", base_lr=0.05,
     weight_decay=0.0, layer_decay=0.75, clip_grad=1.0, mixup=0.0, rand_augment=0.0)
 RECIPES = {
     "improved": IMPROVED,
-    "mae": dict(          # that of MAE, made for large models (finetuning_mae_exp.py)
+    "mae": dict(          # MAE's, which was made for large models (finetuning_mae_exp.py)
         IMPROVED, epochs=100, drop_path=0.1, smoothing=0.1, mixup=0.8, cutmix=1.0,
         rand_augment=9.0, erasing=0.25),
     "cifar": CIFAR,
@@ -95,12 +96,12 @@ RECIPES = {
 # Method: augmentation
 # --------------------------------------------------------------------------------------------------
 def affine(image, coefficients, fill):
-    """Pillow image whose pixel (x, y) is that of (a x + b y + c, d x + e y + f)."""
+    """Move pixels of a Pillow image: that at (x, y) comes from (a x + b y + c, d x + e y + f)."""
     return image.transform(image.size, Image.Transform.AFFINE, coefficients, BICUBIC,
                            fillcolor=fill)
 
 
-RAND_AUGMENT = {    # (RGB image x, level m in -10..10, its sign random, fill colour f) -> image
+RAND_AUGMENT = {    # (RGB image x, level m in -10 .. 10, fill colour f) -> image
     "AutoContrast": lambda x, m, f: ImageOps.autocontrast(x),
     "Equalize": lambda x, m, f: ImageOps.equalize(x),
     "Invert": lambda x, m, f: ImageOps.invert(x),
@@ -122,10 +123,11 @@ RAND_AUGMENT = {    # (RGB image x, level m in -10..10, its sign random, fill co
 
 
 def rand_augment(image, magnitude, fill):
-    """RandAugment as timm counts it, "rand-m{magnitude}-mstd0.5-inc1", of a Pillow RGB image.
+    """Apply RandAugment to a Pillow RGB image, as timm's "rand-m{magnitude}-mstd0.5-inc1" does.
 
-    Two operations, drawn with replacement, each applied with probability 1/2 at a level
-    ~ N(magnitude, 0.5) clipped to [0, 10], 10 being the strongest. Uncovered pixels get `fill`.
+    Two operations are drawn with replacement. Each is applied with probability 1/2, at a level
+    ~ N(magnitude, 0.5) clipped to [0, 10] and of random sign; 10 is the strongest. Pixels that it
+    uncovers get the colour `fill`.
     """
     operations = list(RAND_AUGMENT.values())
     for _ in range(2):
@@ -138,20 +140,20 @@ def rand_augment(image, magnitude, fill):
 
 
 def random_erasing(images, probability):
-    """Fill a random rectangle of some of the images with normal noise, in place (arXiv 1708.04896,
-    the "pixel" mode of timm). (B, 3, H, W), normalised. The host never waits for the device."""
+    """Fill a random rectangle of some images with normal noise, in place (arXiv 1708.04896, the
+    "pixel" mode of timm). images: (B, 3, H, W), normalised. Does not synchronise with the device.
+    """
     for image in images:
         if torch.rand(()) < probability:
             top, left, h, w, _ = RandomErasing.get_params(
                 image, (0.02, 1 / 3), (0.3, 1 / 0.3), [0.0])    # area, aspect, unused value
-            if (h, w) != tuple(image.shape[1:]):    # get_params returns it after ten failures
-                image[:, top:top + h, left:left + w].normal_()
+            image[:, top:top + h, left:left + w].normal_()
 
 
 def build_mixing(mixup, cutmix, classes):
-    """Mixup (arXiv 1710.09412) or CutMix (1905.04899) of the given alphas; if both are above 0, one
-    of them at random for each batch: images (B, 3, H, W), labels (B,) -> images, targets (B, K). If
-    neither is, images and labels pass through."""
+    """Build Mixup (arXiv 1710.09412) or CutMix (1905.04899) of the given alphas -> a function of
+    images (B, 3, H, W) and labels (B,) that returns images and targets (B, K). If both alphas are
+    above 0, each batch draws one of the two; if neither is, images and labels pass through."""
     kinds = ((v2.MixUp, mixup), (v2.CutMix, cutmix))
     choices = [kind(alpha=alpha, num_classes=classes) for kind, alpha in kinds if alpha]
     return v2.RandomChoice(choices or [v2.Identity()])
@@ -161,7 +163,8 @@ def build_mixing(mixup, cutmix, classes):
 # Method: model and optimizer
 # --------------------------------------------------------------------------------------------------
 def build_classifier(args, classes):
-    """Classifier of so many classes, its encoder from --init if given."""
+    """Build the classifier of the options, with the encoder of --init if given. classes: their
+    number."""
     file = read_encoder(args.init) if args.init else None
     model = build_model(args.model, file, args.mean, args.std, img_size=args.image_size,
                         patch_size=args.patch_size, num_classes=classes, drop_path=args.drop_path,
@@ -175,19 +178,19 @@ def build_classifier(args, classes):
 
 
 def init_beit(model, loaded):
-    """Initialise the matrices that --init has not filled as BEiT (arXiv 2106.08254), and so the
-    authors' models with relative position bias: normal, of std 0.02, which attn.proj and mlp.fc2 of
-    block k divide by sqrt(2 k). loaded: names of the others."""
+    """Initialise the matrices that were not loaded as BEiT does (arXiv 2106.08254), and so the
+    authors' models with relative position bias: truncated normal of std 0.02, in attn.proj and
+    mlp.fc2 of block k divided by sqrt(2 k). loaded: names of the loaded tensors."""
     for name, p in model.named_parameters():
         if p.dim() > 1 and name.endswith("weight") and name not in {"head.weight", *loaded}:
             std = 0.02
             if name.endswith(("attn.proj.weight", "mlp.fc2.weight")):
-                std /= math.sqrt(2 + 2 * int(name.split(".")[1]))    # which counts from 0
+                std /= math.sqrt(2 + 2 * int(name.split(".")[1]))    # names count from 0
             nn.init.trunc_normal_(p, std=std)
 
 
 def build_optimizer(model, args, lr):
-    """AdamW or SGD over the layers' groups, whose rates are lr * lr_scale."""
+    """Build AdamW or SGD over one or two groups per layer, whose rate is lr * lr_scale."""
     groups = param_groups(model, args.weight_decay, args.layer_decay, model.depth)
     if args.optimizer == "adamw":
         return AdamW(groups, lr, betas=(0.9, 0.999), fused=True)
@@ -221,7 +224,6 @@ def train(args):
         torch.manual_seed(mix_seed(args.seed, epoch, rank))    # of mixing, erasing and drop path
         network.train()
         bar = tqdm(loader, f"epoch {epoch + 1}/{args.epochs}", disable=rank > 0)
-        mean_loss = 0.0    # of the batch
         for i, (images, labels) in enumerate(bar):
             step = epoch * steps + i // accum_steps
             update = (i + 1) % accum_steps == 0
@@ -233,7 +235,7 @@ def train(args):
                 logits = network(images)                                        # (B, K)
             loss = F.cross_entropy(logits.float(), targets, label_smoothing=args.smoothing)
             scaler.scale(loss / accum_steps).backward()
-            mean_loss += loss.detach() / accum_steps
+            mean_loss = (mean_loss if i % accum_steps else 0) + loss.detach() / accum_steps
             if not update:
                 continue
 
@@ -250,10 +252,10 @@ def train(args):
                 values = log(args, rank, world, epoch=epoch + 1, step=step, lr=lr,
                              grad_norm=grad_norm, loss=mean_loss)
                 bar.set_postfix(loss=f"{values['loss']:.4f}")
-            mean_loss = 0.0
+
         if (epoch + 1) % args.eval_every == 0 or epoch + 1 == args.epochs:
-            values = evaluate(model, test_loader, len(classes), run)
-            log(args, rank, world, epoch=epoch + 1, step=(epoch + 1) * steps, **values)
+            log(args, rank, world, epoch=epoch + 1, step=(epoch + 1) * steps,
+                **evaluate(model, test_loader, len(classes), run))
         save(args, rank, "last.pt", model, epoch=epoch + 1, **data,
              optimizer=optimizer.state_dict(), scaler=scaler.state_dict())
 
@@ -272,10 +274,10 @@ def lr_at(step, total, warmup, lr, min_lr):
 # Data
 # --------------------------------------------------------------------------------------------------
 def centre_crop(image, size):
-    """The authors' test image: resized bicubically to cover `size` (h, w) / 0.875 (256 for 224),
-    then the centre -> Pillow RGB of `size`."""
+    """Make the authors' test image: resize a Pillow image bicubically to cover `size` (h, w) /
+    0.875, which is 256 for 224, and crop the centre -> Pillow image of `size`."""
     h, w = (int(side / 0.875) for side in size)
-    if image.width * h > image.height * w:    # wider than the crop: what is cut off is at the sides
+    if image.width * h > image.height * w:    # wider than the crop, which then cuts off the sides
         w = int(h * image.width / image.height)
     else:
         h = int(w * image.height / image.width)
@@ -286,9 +288,9 @@ class LabelledImages(ImageDataset):
     """Item (epoch, index) -> image (3, h, w) uint8, label. All randomness comes from (seed, epoch,
     index).
 
-    labels: (n,) int64. image_size: (h, w). Test images are centre crops. With min_crop, training
-    images: random crops of at least that share of the area, flipped, then RandAugmented if
-    magnitude > 0; pixels that this uncovers get the colour `fill`.
+    labels: (n,) int64. image_size: (h, w). min_crop: smallest share of the area of random crops,
+    which are flipped and, if magnitude > 0, RandAugmented; None: centre crops, for tests. fill:
+    colour of the pixels that RandAugment uncovers.
     """
 
     def __init__(self, files, labels, image_size, seed=0, min_crop=None, magnitude=0.0,
@@ -312,8 +314,8 @@ class LabelledImages(ImageDataset):
 
 
 def build_loaders(args, model, train_items, test_items, run):
-    """Loaders of the training images that --shots and --data-fraction leave, and of the test
-    images; both given as (files, labels)."""
+    """Build the loaders of the training images that --shots and --data-fraction leave, and of the
+    test images. items: (files, labels)."""
     files, labels = train_items
     kept = select(labels, args.data_fraction, args.shots, args.seed)
     fill = tuple(round(255 * value) for value in model.mean)
@@ -327,7 +329,7 @@ def build_loaders(args, model, train_items, test_items, run):
 
 def list_data(root, out):
     """List the training and the test images, root/{train,val}/CLASS/... -> two (files, labels), and
-    the sorted names of their classes. Nothing below `out` is data. Raises InputError."""
+    the sorted names of the classes. Nothing below `out` is data. Raises InputError."""
     *train_items, classes = list_split(root, "train", out)
     *test_items, test_classes = list_split(root, "val", out)
     check_classes(classes, test_classes, "the training set", "the test set")
@@ -335,8 +337,7 @@ def list_data(root, out):
 
 
 def list_split(root, split, out):
-    """The images root/split/CLASS/... -> their files, labels (n,) int64, sorted names of classes.
-    """
+    """List the images root/split/CLASS/... -> files, labels (n,) int64, sorted names of classes."""
     root = Path(root).resolve()
     folder = root / split
     if not folder.is_dir():
@@ -348,19 +349,19 @@ def list_split(root, split, out):
     try:
         names = [file[start:file.index(os.sep, start)] for file in files]
     except ValueError:
-        raise InputError(f"{folder} holds images that are in no folder of a class: it must hold "
-                         "CLASS/* (ImageNet's val: see valprep.sh)") from None
+        raise InputError(f"{folder} holds images outside of class folders: it must hold CLASS/* "
+                         "(valprep.sh moves those of ImageNet's val)") from None
     classes = sorted(set(names))
     if len(classes) == 1:
-        raise InputError(f"{folder} has one class, {classes[0]}: its folders are the classes; move "
-                         f"those of {folder / classes[0]} there if they are meant")
+        raise InputError(f"{folder} has one class, {classes[0]}: its folders are the classes; if "
+                         f"those of {folder / classes[0]} are meant, move them up")
     number = {name: label for label, name in enumerate(classes)}
     return files, torch.tensor([number[name] for name in names]), classes
 
 
 def select(labels, fraction, shots, seed):
-    """Keep a fraction or `shots` of each class's items (at least one) -> their sorted indices.
-    Subsets are nested. labels: (n,) int64."""
+    """Keep a fraction of each class's items, at least one and at most `shots` -> sorted indices.
+    Smaller subsets are parts of larger ones. labels: (n,) int64."""
     kept = []
     members = labels.argsort(stable=True).split(labels.bincount().tolist())    # of each class
     for label, indices in enumerate(members):
@@ -375,8 +376,8 @@ def check_classes(a, b, name_a, name_b):
     """Raise InputError unless the two lists of class names are the same."""
     if a != b:
         alone = sorted(set(a) ^ set(b))
-        raise InputError(f"{name_a} has {len(a)} classes, {name_b} {len(b)}, not the same: only "
-                         f"one of them has {', '.join(alone[:5])}")
+        raise InputError(f"{name_a} has {len(a)} classes, {name_b} {len(b)}, and not the same: "
+                         f"only one of them has {', '.join(alone[:5])}")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -384,8 +385,8 @@ def check_classes(a, b, name_a, name_b):
 # --------------------------------------------------------------------------------------------------
 @torch.no_grad()
 def evaluate(model, test_loader, classes, run):
-    """Accuracies in % and loss over the test images, in float32, each image once for any number of
-    processes -> dict, which process 0 prints. classes: their number."""
+    """Evaluate in float32, each test image once for any number of processes -> dict of accuracies
+    in % and the loss, which process 0 prints. classes: their number."""
     rank, world, device, _ = run
     model.eval()
     sums = torch.zeros(classes, 4, device=device)    # images, right, in five, loss
@@ -410,27 +411,26 @@ def evaluate(model, test_loader, classes, run):
 
 
 def load_classifier(file, name=None, **options):
-    """Classifier in a file (see `read_encoder`), of any publisher, whose head reads the mean patch
-    token -> model, number of its classes. name: a size in MODELS; options: of `build_model`. Raises
-    InputError."""
+    """Load a classifier of any publisher whose head reads the mean patch token -> model, number of
+    its classes. file: see `read_encoder`; name, options: see `build_model`. Raises InputError."""
     head = {k: v for k, v in file.others.items() if k.startswith("head.")}
     if not (head and file.pooled):
         found = "a head without fc_norm, so over the class token" if file.supervised else "no head"
         raise InputError(f"checkpoint {file.path} holds {found}: --eval and --predict need one "
-                         "over the mean patch token; train it by --init without them")
+                         "over the mean patch token; fine-tune the file by --init to get one")
     classes = len(next(iter(head.values())))
     rpe = any(key.endswith("bias_table") for key in file.state)
     model = build_model(name, file, num_classes=classes, vit=dict(rel_pos_bias=rpe), **options)
     file.state.update(head)    # loaded with the encoder
     lacking = model.state_dict().keys() - load_encoder(model, file)
     if lacking:
-        raise InputError(f"checkpoint {file.path} is no whole classifier: it lacks "
+        raise InputError(f"checkpoint {file.path} is an incomplete classifier: it lacks "
                          f"{', '.join(lacking)}")
     return model.eval(), classes
 
 
 def use_classifier(args):
-    """--eval and --predict: score the classifier in --init, or print what it sees."""
+    """Run --eval and --predict: score the classifier in --init, or print what it sees."""
     _, _, device, _ = run = init_distributed(args.device)
     file = read_encoder(args.init)
     model, classes = load_classifier(file, args.model, mean=args.mean, std=args.std,
@@ -439,13 +439,13 @@ def use_classifier(args):
     stored = file.content
     if isinstance(stored.get("args"), dict):    # MAE's files hold a Namespace
         stored = {**stored["args"], **stored}
-    names = stored.get("classes")    # None in files of others
+    names = stored.get("classes")    # None in files of other publishers
     if args.eval or args.data:
         root = args.data or stored.get("data", "data/imagenet")
         files, labels, folders = list_split(root, "val", args.out)
         if len(folders) != classes:
-            raise InputError(f"{args.init} has {classes} classes, {root} {len(folders)} folders in "
-                             "val: give the data set that it was trained on")
+            raise InputError(f"{args.init} has {classes} classes, but {root} has {len(folders)} "
+                             "folders in val: give the data set that it was trained on")
         names = names or folders
         check_classes(names, folders, args.init, root)
     if args.eval:
@@ -457,8 +457,8 @@ def use_classifier(args):
 
 @torch.no_grad()
 def predict(model, classes, paths, device):
-    """Print the five likeliest of the named classes, and their probabilities, for each image file
-    and each image in a folder. Raises OSError at the end if some images cannot be read."""
+    """Print the five likeliest classes of each image file, and of each image in a folder, with
+    their probabilities. classes: their names. Raises OSError for an unreadable file."""
     for path in paths:
         for file in list_images(path) if Path(path).is_dir() else [path]:
             pixels = pil_to_tensor(centre_crop(open_image(file), model.img_size))[None]
@@ -471,7 +471,7 @@ def predict(model, classes, paths, device):
 # Arguments: the defaults are the paper's recipes
 # --------------------------------------------------------------------------------------------------
 LARGEST = dict(layer_decay=1, drop_path=1, smoothing=1, rand_augment=10, erasing=1, min_crop=1)
-USED = "eval predict init out model image_size mean std device data"    # by --eval and --predict
+USED = "eval predict init out model image_size mean std device data workers"    # with --eval
 
 
 def recipe_word(text):
@@ -484,7 +484,7 @@ def recipe_word(text):
         return key, value
     if kind not in (int, float):
         raise argparse.ArgumentTypeError(f"{text} is neither a recipe ({', '.join(RECIPES)}) nor "
-                                         "KEY=VALUE for an entry of IMPROVED in finetune.py; "
+                                         "KEY=VALUE for an entry of IMPROVED in finetune.py; the "
                                          "optimizer is adamw or sgd")
     return key, bounded(kind, int(kind is int), LARGEST.get(key, math.inf))(value)
 
@@ -493,22 +493,24 @@ def parse_args(argv=None):
     """Options of the command line, or of the list `argv`."""
     parser = Parser(__doc__)
     add = parser.group("model")
-    add("--init", help="checkpoint to start from (README, 'Checkpoints'); default: random weights; "
-                       "with --eval, --predict the classifier, by default classifier.pt of --out")
+    add("--init",
+        help="checkpoint to start from (README, 'Checkpoints'), default: random weights; with "
+             "--eval, --predict the classifier, default: classifier.pt of --out")
     add("--keep-blocks", low=0,
         help="load only the embedding and the first KEEP_BLOCKS blocks of --init (Fig. 4)")
     add("--model", help="default: that of --init, else vit_tiny, the paper's; for small images "
                         "vit_nano (1.4M parameters), vit_pico (0.4M)")
     add("--rpe", action="store_true",
-        help="relative position bias in every block, zero where --init has none")
+        help="add a relative position bias to every block; it starts at zero where --init has none")
     add("--patch-size", low=1, help="side of a ViT patch; default: that of --init, else of --model")
 
     add = parser.group("data")
-    add("--data", help="folder that holds train/CLASS/ and val/CLASS/ (tests/tools/datasets.py "
-        "writes some); default: data/imagenet, with --eval that of the classifier's training")
+    add("--data",
+        help="folder that holds train/CLASS/ and val/CLASS/ (tests/tools/datasets.py writes some); "
+             "default: data/imagenet, with --eval that of the classifier's training")
     add("--data-fraction", type=float, low=0, high=1, default=1.0,
         help="share of each class's training images (Fig. 4)")
-    add("--shots", low=1, help="training images per class; default: all")
+    add("--shots", low=1, help="largest number of training images per class; default: all")
     parser.pixel_options(add)
 
     add = parser.group("recipe; these options override its entries")
@@ -517,21 +519,21 @@ def parse_args(argv=None):
              "entries to override; default: improved")
     add("--epochs", low=1, help="paper: improved 300 (1000 with --rpe), mae 100, cifar 50")
     add("--warmup-epochs", type=float, low=0,
-        help="linear from 0; default: the recipe's, scaled down for shorter runs")
+        help="linear from 0; default: the recipe's, less in shorter runs")
     add("--base-lr", type=float, low=0,
         help="per 256 images: lr = base_lr * batch_size / 256; paper: 1e-3, cifar 0.05")
 
     add = parser.group("evaluation")
-    add("--eval", action="store_true", help="evaluate a classifier on the test images, and exit")
+    add("--eval", action="store_true", help="score a classifier instead of training")
     add("--predict", nargs="+", metavar="PATH",
-        help="print the likeliest classes of images, or of all images in folders, and exit; files "
-             "of others hold no names of classes: --data takes those of its folders")
+        help="print the likeliest classes of images, or of all images below folders; where the "
+             "file names no classes, give --data to take the names of its folders")
 
     add = parser.run_options("out/finetune", batch_size=None, eval_every=1, clip_grad=None)
     add("--compile", action="store_true", help="torch.compile the model for training")
     args = parser.parse_args(argv)
     if args.eval or args.predict:
-        parser.check_unread(args, "a trained classifier", USED + " workers" * args.eval)
+        parser.check_unread(args, "a trained classifier", USED)
     return args
 
 
@@ -542,7 +544,7 @@ def resolve(args):
         args.init = args.init or f"{args.out}/classifier.pt"
         return args
     args.data = args.data or "data/imagenet"
-    changes = dict(args.recipe or [])
+    changes = dict(args.recipe or [])    # pairs of `recipe_word`
     recipe = dict(RECIPES[changes.setdefault("recipe", "improved")])
     changes.update({k: v for k, v in vars(args).items() if k in recipe and v is not None})
     if "epochs" in changes:    # a shorter run warms up less, a longer one as long
@@ -552,15 +554,12 @@ def resolve(args):
     if args.warmup_epochs >= args.epochs:
         raise InputError(f"--warmup-epochs must be fewer than --epochs {args.epochs}")
     if args.keep_blocks is not None and not args.init:
-        raise InputError("--keep-blocks takes blocks of a pre-trained encoder: give --init FILE")
+        raise InputError("--keep-blocks keeps blocks of a pre-trained encoder: give --init FILE")
     return args
 
 
-# --------------------------------------------------------------------------------------------------
-# Main
-# --------------------------------------------------------------------------------------------------
 def main(args):
-    """The run that the options describe: training, --eval or --predict."""
+    """Train, or run --eval and --predict."""
     args = resolve(args)
     if args.eval or args.predict:
         use_classifier(args)

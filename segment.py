@@ -2,20 +2,21 @@
 
     torchrun --nproc_per_node=8 segment.py --init out/pretrain/encoder.pt    # D2-MAE: 39.0 mIoU
     torchrun --nproc_per_node=8 segment.py --init out/rpe/classifier.pt      # fine-tuned, RPE: 42.8
-    python segment.py --eval                                                 # score of segmenter.pt
+    python segment.py --eval                                                 # scores segmenter.pt
     python segment.py --predict photo.jpg                                    # or a folder
     python tests/tools/demo.py segment                                       # needs no files
 
-A plain ViT gives four maps of one size, after blocks 4, 6, 8 and 12. `Pyramid` makes them strides
-4, 8, 16 and 32; `SemanticFPN` brings them all to stride 4, adds and classifies. Position tables
-belong to one size, so an image is scored by overlapping windows of the training crop, whose logits
-are averaged (`sliding_logits`). Read `SemanticFPN`, `segmentation_loss`, `augment`, then `train`.
+A plain ViT gives four maps of one size, after blocks 4, 6, 8 and 12. `Pyramid` converts them to
+strides 4, 8, 16 and 32; `SemanticFPN` brings all of them to stride 4, adds them and classifies the
+sum. Position tables belong to one image size, so an image is scored by overlapping windows of the
+size of a training crop, whose logits are averaged (`sliding_logits`). Read `SemanticFPN`,
+`segmentation_loss`, `augment`, then `train`.
 
-Shapes: B images, K classes, h x w patch grid, D width of the encoder, C = D / 4 of the pyramid,
-        s = patch size / 4, the stride of the class scores.
+Shapes: B images, K classes, H x W pixels, C = a quarter of the encoder's width, s = a quarter of
+        its patch size, the stride of the class scores.
 Labels: (H, W) uint8, 0 .. K - 1, and 255 for pixels that are neither trained on nor scored.
-Data:   DIR/{images,annotations}/{training,validation}, as in ADEChallengeData2016; label files are
-        PNG of the image's name. Class names: DIR/objectInfo150.txt, or one name per line there.
+Data:   DIR/{images,annotations}/{training,validation}, as in ADEChallengeData2016. A label file is
+        a PNG of the image's name. DIR/objectInfo150.txt holds the names of the classes, one a line.
 
 NOTES, details that the paper does not give, and departures from the authors' code, which runs in
 mmsegmentation:
@@ -23,19 +24,21 @@ mmsegmentation:
    (avg_non_ignore=False in cross_entropy_loss.py).
 2. Training runs in bfloat16 or float16 on GPUs, as the paper says. The authors' configuration asks
    for it by a key that MMEngine does not read, so their code trains in float32: --dtype fp32.
-3. Evaluation runs in float32, like theirs; GPUs from Ampere on multiply in TensorFloat-32.
+3. Evaluation runs in float32, as the authors' does. GPUs from Ampere on multiply float32 matrices
+   in TensorFloat-32.
 4. Warm-up reaches the full rate at iteration 1500, MMEngine's one iteration earlier.
 5. The position table and the class token are not decayed. mmsegmentation intends to exempt them,
    but compares names without their prefix (layer_decay_optimizer_constructor.py).
 6. Hue shifts are continuous, not whole steps of OpenCV's 180.
-7. Images smaller than a window are padded to it with the mean colour, zero once normalised.
+7. Images smaller than a window are padded to its size with the mean colour, zero once normalised.
 8. Crops and test images are scaled by the shorter side of --image-size, whatever the shape of the
-   image: a picture keeps its ratio, in training as in evaluation.
+   image: its aspect ratio is kept, in training as in evaluation.
 9. Crops, flips and colours depend on (seed, epoch, image): not on the number of workers or
-   processes. Dropout and drop path are drawn in each process, from (seed, epoch, process).
-10. With --accum-steps batch statistics are those of a micro-batch. Without GPUs they are those of
+   processes. Dropout and drop path depend on (seed, epoch, process).
+10. With --accum-steps, batch statistics are those of a micro-batch. Without GPUs they are those of
     each process, since PyTorch's SyncBatchNorm needs GPUs.
-11. `--predict` classifies the resized photograph and enlarges labels, not all logits, to its size.
+11. `--predict` classifies the resized photograph and enlarges its labels, not the logits of all
+    classes, to the size of the photograph.
 """
 import math
 from pathlib import Path
@@ -60,7 +63,7 @@ from models import (Block, ImageDataset, InputError, Parser, build_model, eval_l
                     open_image, param_groups, plain_errors, read_encoder, read_text, resume, save,
                     train_loader)
 
-RECIPE = dict(    # settings without an option. All others: `parse_args`
+RECIPE = dict(    # Sec. "transfer"; settings without an option. All others: `parse_args`
     dropout=0.1,                              # before the classifier
     betas=(0.9, 0.999), weight_decay=0.05,    # AdamW; no decay of biases, norms and tokens
 )
@@ -98,9 +101,9 @@ VIT = dict(rel_pos_bias=True, block=ScaledBlock)    # see `build_model`
 
 
 class Pyramid(nn.Module):
-    """From the maps after the blocks `taps` to four (B, C, ., .), each half the size of the one
-    before. Those of a plain ViT have one size and are enlarged or reduced; Hiera's stages are a
-    pyramid already.
+    """Convert the maps after the blocks `taps` to four maps (B, C, ., .), each half the size of the
+    one before. Those of a plain ViT have one size and are enlarged or reduced. Hiera's stages form
+    a pyramid already.
     """
 
     def __init__(self, encoder, channels):
@@ -126,8 +129,8 @@ class Pyramid(nn.Module):
 class SemanticFPN(nn.Module):
     """Encoder, pyramid and the head of Panoptic FPN (arXiv 1901.02446), for images of one size.
 
-    In the head each level passes 3x3 convolutions, one per doubling (at least one) with a bilinear
-    doubling after each, up to the size of the first level; the sum is classified.
+    Level k of the head doubles its map k times, from 0 to 3, each time by a 3x3 convolution and
+    bilinear interpolation; level 0 has one convolution. The sum of the levels is classified.
     """
 
     def __init__(self, encoder, num_classes, width=128, dropout=0.1):
@@ -158,7 +161,7 @@ class SemanticFPN(nn.Module):
         nn.init.zeros_(self.classifier.bias)
 
     def forward(self, images):
-        """Normalised (B, 3, H, W) -> logits (B, K, H/s, W/s). At the right: ViT-Tiny at 512."""
+        """Normalised images (B, 3, H, W) -> logits (B, K, H/s, W/s); shapes of ViT-Tiny at 512."""
         maps = self.encoder.feature_maps(images, self.pyramid.taps)     # 4 x (B, 192, 32, 32)
         maps = self.pyramid(maps)                                       # (B, 48, 128, 128) .. 16
         x = sum(head(m) for head, m in zip(self.scale_heads, maps))     # (B, 128, 128, 128)
@@ -166,9 +169,9 @@ class SemanticFPN(nn.Module):
 
 
 def segmentation_loss(logits, labels):
-    """Cross entropy of logits (B, K, ., .), enlarged bilinearly, with labels (B, H, W).
+    """Compute the cross entropy of logits (B, K, ., .), enlarged bilinearly, and labels (B, H, W).
 
-    The mean is over ignored pixels too: every process and micro-batch has the same denominator, so
+    The mean includes ignored pixels: every process and micro-batch has the same denominator, so
     their average is the loss of the whole batch.
     """
     logits = F.interpolate(logits.float(), labels.shape[1:], mode="bilinear")
@@ -204,7 +207,6 @@ def train(args):
         torch.manual_seed(mix_seed(args.seed, epoch, rank))    # of dropout and drop path
         network.train()
         bar = tqdm(loader, f"epoch {epoch + 1}/{epochs}", disable=rank > 0)
-        mean_loss = 0.0    # of the batch
         for i, (images, labels) in enumerate(bar):
             step = epoch * steps + i // accum_steps
             if step == args.iters:
@@ -215,7 +217,7 @@ def train(args):
             with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
                 loss = segmentation_loss(network(images), labels)
             scaler.scale(loss / accum_steps).backward()
-            mean_loss += loss.detach() / accum_steps
+            mean_loss = (mean_loss if i % accum_steps else 0) + loss.detach() / accum_steps
             if not update:
                 continue
 
@@ -232,11 +234,10 @@ def train(args):
                 values = log(args, rank, world, epoch=epoch + 1, step=step, lr=lr,
                              grad_norm=grad_norm, loss=mean_loss)
                 bar.set_postfix(loss=f"{values['loss']:.4f}")
-            mean_loss = 0.0
+
         if (epoch + 1) % args.eval_every == 0 or epoch + 1 == epochs:
-            values = evaluate(model, val_loader, classes, args.out, run)
             log(args, rank, world, epoch=epoch + 1, step=min((epoch + 1) * steps, args.iters),
-                **values)
+                **evaluate(model, val_loader, classes, args.out, run))
         save(args, rank, "last.pt", model, epoch=epoch + 1, **data,
              optimizer=optimizer.state_dict(), scaler=scaler.state_dict())
 
@@ -244,17 +245,19 @@ def train(args):
 
 
 def linear_lr(step, total, warmup, lr):
-    """Learning rate of optimizer step `step` (from 0): linear warm-up from a millionth of lr, then
-    linear to 0."""
+    """Learning rate of step `step` (from 0): linear warm-up from a millionth of lr, then linear
+    decay to 0."""
     if step < warmup:
         return lr * (1e-6 + (1 - 1e-6) * step / warmup)
-    return lr * (total - step) / max(1, total - warmup)
+    return lr * (total - step) / (total - warmup)
 
 
 def build_segmenter(args):
-    """SemanticFPN of the options: on the encoder of --init, or on --model with random weights. A
-    ViT gets relative position bias and LayerScale, which start at 0 and 1 where --init has none. By
-    default crops are the paper's 512 pixels, or 512/224 of the image size of a smaller encoder."""
+    """Build the SemanticFPN of the options, on the encoder of --init or on random weights.
+
+    A ViT gets relative position bias and LayerScale, which start at 0 and 1 where --init has none.
+    By default crops have the paper's 512 pixels, or 512/224 of the image size of a smaller encoder.
+    """
     file = read_encoder(args.init) if args.init else None
     arch = {"patch_size": 16, "img_size": (224, 224), **(file.arch if file else {})}
     cell = 2 * (args.patch_size or arch["patch_size"])
@@ -266,22 +269,6 @@ def build_segmenter(args):
     return SemanticFPN(encoder, args.num_classes, dropout=args.dropout)
 
 
-def load_segmenter(path, img_size=None):
-    """The model in segmenter.pt or last.pt, for its own image size or another -> model, names of
-    its classes, options of its training (dict). Raises InputError for a file of another script."""
-    file = read_encoder(path)
-    stored = file.content.get("args", {})
-    if "zero_is_class" not in stored:
-        raise InputError(f"{path} is no segmentation model: give segmenter.pt of segment.py")
-    encoder = build_model(file=file, img_size=img_size, vit=VIT)
-    load_encoder(encoder, file)
-    model = SemanticFPN(encoder, stored["num_classes"])
-    heads = {k: v for k, v in file.content["model"].items() if not k.startswith("encoder.")}
-    model.load_state_dict(heads, strict=False)
-    classes = file.content.get("classes") or stored["classes"]    # older files: among the options
-    return model.eval(), classes, stored
-
-
 # --------------------------------------------------------------------------------------------------
 # Data: images and augmentation
 # --------------------------------------------------------------------------------------------------
@@ -290,21 +277,22 @@ def uniform(low, high):
 
 
 def resized_shape(shape, short, long):
-    """The largest (H, W) of the same ratio with sides of at most `short` and `long`."""
+    """Compute the largest [H, W] of the same ratio with sides of at most `short` and `long`."""
     factor = min(short / min(shape), long / max(shape))
     return [max(1, int(side * factor + 0.5)) for side in shape]
 
 
 def resize_for_test(image, size):
-    """(3, H, W) with the short side of a window `size`, but a long side of at most 4 times it."""
+    """Resize an image (3, H, W) to the short side of a window `size`, but to a long side of at most
+    4 times that."""
     shape = resized_shape(image.shape[1:], min(size), 4 * min(size))
     return resize(image, shape, antialias=False)
 
 
 def class_ratio_crop(labels, size, ratio=0.75, tries=10):
-    """(top, left, height, width) of a random crop of `size` (h, w) out of labels (H, W), drawn
-    again, at most `tries` times, until two classes occur and none covers `ratio` of the labelled
-    pixels."""
+    """Draw a random crop of `size` (h, w) from labels (H, W), and redraw it, at most `tries` times,
+    until two classes occur and none covers `ratio` of the labelled pixels -> (top, left, height,
+    width)."""
     size = [min(sides) for sides in zip(labels.shape, size)]
     for _ in range(tries + 1):
         box = RandomCrop.get_params(labels, size)
@@ -315,16 +303,16 @@ def class_ratio_crop(labels, size, ratio=0.75, tries=10):
 
 
 def saturate(x, factor):
-    """S of HSV times `factor`, at most 1, of (3, H, W) in [0, 1]; the hue and V, the brightest
-    channel, stay."""
+    """Multiply S of HSV by `factor`, up to 1, in an image (3, H, W) in [0, 1]. The hue and V, the
+    brightest channel, stay."""
     value = x.amax(dim=0)
     chroma = (value - x.amin(dim=0)).clamp(min=1e-6)
     return value - (value - x) * (value / chroma).clamp(max=factor)
 
 
 def distort(image):
-    """Photometric distortion of (3, H, W) uint8: brightness, saturation, hue and, before or after
-    these two, contrast, each with probability 0.5."""
+    """Distort the colours of an image (3, H, W) uint8: brightness, saturation, hue and, before or
+    after these two, contrast, each with probability 0.5."""
     x = image.float() / 255
     brighter, contrasted, contrast_first, saturated, shifted = torch.rand(5) < 0.5
     contrast = uniform(0.5, 1.5) if contrasted else 1.0
@@ -342,10 +330,11 @@ def distort(image):
 
 
 def augment(image, labels, size, fill):
-    """The paper's augmentation: image (3, H, W), labels (H, W) -> both of `size` (h, w).
+    """Augment as the paper does: image (3, H, W), labels (H, W) -> both of `size` (h, w).
 
-    Short side U(0.5, 2) times the crop's (long side at most 4 times that), class-ratio crop, flip,
-    photometric distortion, and padding at the right and below with the colour `fill` and IGNORE.
+    The short side becomes U(0.5, 2) times the crop's, the long side at most 4 times that. Then come
+    the class-ratio crop, photometric distortion, a random flip, and padding at the right and below
+    with the colour `fill` and IGNORE.
     """
     scale = uniform(0.5, 2) * min(size)
     shape = resized_shape(labels.shape, scale, 4 * scale)
@@ -362,13 +351,12 @@ def augment(image, labels, size, fill):
 
 
 class SegmentationSet(ImageDataset):
-    """Item (epoch, index) -> image (3, H, W) uint8, labels (H, W) uint8, of the pairs of files in
-    ROOT/{images,annotations}/SPLIT. Raises InputError.
+    """Item (epoch, index) -> image (3, H, W) uint8, labels (H, W) uint8. All randomness comes from
+    (seed, epoch, index). Pairs of files are in ROOT/{images,annotations}/SPLIT. Raises InputError.
 
     num_classes, zero_is_class: see `read_labels`. size: (h, w) of crops and windows. fill: colour,
-    three numbers in 0 .. 255, that pads augmented crops, whose randomness comes from (seed, epoch,
-    index); None: the image resized for windows, labels in their own size. out: folder whose images
-    are left out.
+    three numbers in 0 .. 255, that pads augmented crops; None: images are resized for windows, and
+    labels keep their size. out: folder below which nothing is data.
     """
 
     def __init__(self, root, split, num_classes, zero_is_class, size, seed=0, fill=None, out=None):
@@ -386,7 +374,7 @@ class SegmentationSet(ImageDataset):
         self.fill = fill
 
     def label_file(self, index):
-        """Path of the labels of an image: PNG, by the same name."""
+        """Path of the label file of an image: a PNG of the same name."""
         name = Path(self.files[index]).relative_to(self.folder)
         return (self.label_folder / name).with_suffix(".png")
 
@@ -396,16 +384,16 @@ class SegmentationSet(ImageDataset):
         labels = read_labels(path, self.num_classes, self.zero_is_class)
         if labels.shape != image.shape[1:]:
             raise OSError(f"image {self.files[index]} and its labels {path} differ in size: "
-                          f"{tuple(image.shape[1:])}, upright by its EXIF orientation, and "
-                          f"{tuple(labels.shape)}, as stored; tests/tools/check.py lists all such "
-                          "pairs")
+                          f"{tuple(image.shape[1:])}, upright by EXIF, and {tuple(labels.shape)}, "
+                          "as stored; tests/tools/check.py lists all such pairs")
         if self.fill:
             return augment(image, labels, self.size, self.fill)
         return resize_for_test(image, self.size), labels
 
 
 def build_loaders(args, model, run):
-    """-> loaders of training and validation, names of the classes. Process 0 looks at labels."""
+    """Build the loaders of training and validation -> both, and the names of the classes. Process 0
+    checks the labels first."""
     shared = args.num_classes, args.zero_is_class, model.img_size
     fill = [round(255 * value) for value in model.mean]
     train_set = SegmentationSet(args.data, "training", *shared, args.seed, fill, args.out)
@@ -423,23 +411,24 @@ def build_loaders(args, model, run):
 # Data: labels
 # --------------------------------------------------------------------------------------------------
 def read_numbers(path):
-    """Numbers (H, W) int32 that a label file holds: a grey or palette image, whose transparency is
-    dropped, in a format that loses nothing. Raises OSError."""
+    """Read the numbers (H, W) int32 in a label file: a grey or palette image in a lossless format,
+    whose transparency is dropped. Raises OSError."""
     try:
         image = Image.open(path)
         bands = image.split()
     except Exception as error:    # Pillow's plugins raise many kinds
-        raise OSError(f"cannot read labels {path} ({type(error).__name__}: {error}): give a good "
-                      "copy; tests/tools/check.py lists all such files") from None
+        raise OSError(f"cannot read labels {path} ({type(error).__name__}: {error}): replace them "
+                      "by a good copy; tests/tools/check.py lists all such files") from None
     if len(bands) > 2 or image.format not in ("PNG", "BMP", "TIFF"):
         raise OSError(f"labels {path} are {image.format} of mode {image.mode}: give a grey or "
-                      "palette PNG of class numbers, which JPEG would change")
+                      "palette PNG of class numbers, since JPEG would change them")
     return np.asarray(bands[0]).astype(np.int32)    # a one-bit image has booleans
 
 
 def read_labels(path, num_classes, zero_is_class=False):
-    """Classes (H, W) uint8 of a label file. 255 becomes IGNORE. ADE20K: so does 0, and 1 .. 150 are
-    classes 0 .. 149; with zero_is_class, numbers are classes. Raises OSError for other numbers."""
+    """Read the classes (H, W) uint8 in a label file. 255 becomes IGNORE. As in ADE20K, 0 does so,
+    too, and 1 .. K are the classes 0 .. K - 1; with zero_is_class, 0 .. K - 1 are. Raises OSError
+    for other numbers."""
     first = 1 - zero_is_class
     numbers = read_numbers(path)
     classes = np.where(numbers == IGNORE, -1, numbers - first)
@@ -476,8 +465,8 @@ def check_labels(dataset, enough=256):
 
 
 def class_names(root, num_classes, zero_is_class):
-    """Names from objectInfo150.txt in the folder of the data, which comes with ADE20K, if it lists
-    `num_classes`; else the numbers of label files."""
+    """Read the names of the classes from root/objectInfo150.txt, which comes with ADE20K, if it
+    lists `num_classes` of them; else make names of the numbers in label files."""
     listed = Path(root, "objectInfo150.txt")
     rows = read_text(listed).splitlines() if listed.exists() else []
     rows = [row for row in rows if row.strip() and not row.startswith("Idx")]    # the header
@@ -490,33 +479,35 @@ def class_names(root, num_classes, zero_is_class):
 # Evaluation: sliding windows and mean IoU
 # --------------------------------------------------------------------------------------------------
 def window_starts(length, window, stride):
-    """First pixels of the windows that cover `length` pixels: 0, stride, 2 stride, ..., and the
-    last flush with the end."""
+    """List the first pixels of the windows that cover `length` pixels: 0, stride, 2 stride, ...;
+    the last window ends where the pixels end."""
     last = max(0, length - window)
     return [*range(0, last, stride), last]
 
 
 @torch.no_grad()
 def sliding_logits(model, image, window, stride):
-    """Class logits (K, H, W) float32 of a normalised image (3, H, W) of any size: the average over
-    overlapping windows of `window` (h, w), the size that the model is built for, in one batch."""
+    """Compute class logits (K, H, W) of a normalised image (3, H, W) of any size, averaged over
+    overlapping windows in one batch. window: (h, w) that the model is built for; stride: pixels
+    between windows."""
     h, w = window
     H, W = image.shape[1:]
     image = F.pad(image, (0, max(0, w - W), 0, max(0, h - H)))
     windows = [(..., slice(y, y + h), slice(x, x + w))
                for y in window_starts(H, h, stride) for x in window_starts(W, w, stride)]
     scores = model(torch.stack([image[window] for window in windows]))           # (., K, h/s, w/s)
-    scores = scores.contiguous()    # channels may stand last in memory: slow sums
+    scores = scores.contiguous()    # sums are slow where channels are last in memory
     total = image.new_zeros(scores.shape[1], *image.shape[1:])
     count = torch.zeros_like(image[0])
     for window, score in zip(windows, scores):
-        total[window] += F.interpolate(score[None].float(), (h, w), mode="bilinear")[0]
+        total[window] += F.interpolate(score[None], (h, w), mode="bilinear")[0]
         count[window] += 1
     return total.div_(count)[:, :H, :W]
 
 
 def label_image(model, image, size):
-    """Classes (H, W) uint8, in the given size, of an image (3, ., .) uint8 by sliding windows."""
+    """Predict the classes (H, W) uint8, in the given size, of an image (3, ., .) uint8 by sliding
+    windows."""
     window = model.img_size
     image = normalize(image[None], model.mean, model.std)[0]
     logits = sliding_logits(model, image, window, 2 * min(window) // 3)    # stride 341 of 512
@@ -525,21 +516,23 @@ def label_image(model, image, size):
 
 
 def confusion_matrix(predicted, labels, num_classes):
-    """Pixels of every (true, predicted) pair of classes -> (K, K) int64, without ignored ones."""
+    """Count the pixels of every (true, predicted) pair of classes -> (K, K) int64. Ignored pixels
+    do not count."""
     labelled = labels != IGNORE
     cells = labels[labelled].long() * num_classes + predicted[labelled]
     return cells.bincount(minlength=num_classes ** 2).view(num_classes, num_classes)
 
 
 def class_iou(confusion):
-    """IoU = true positives / (labelled or predicted as the class) -> (K,), NaN where neither is."""
+    """Compute the IoU of each class -> (K,): hits / pixels that are labelled or predicted as it,
+    NaN for a class without such pixels."""
     hits = confusion.diagonal()
     return hits / (confusion.sum(dim=0) + confusion.sum(dim=1) - hits)
 
 
 def summarize(confusion):
-    """Scores in per cent from the confusion matrix of the whole set -> dict. The mean IoU is over
-    the classes that occur in labels or predictions; that of the others is None."""
+    """Compute scores in per cent from the confusion matrix of the whole set -> dict. The mean is
+    over the classes that occur in labels or predictions; the IoU of the others is None."""
     confusion = confusion.cpu().double()
     iou = 100 * class_iou(confusion)
     return {"miou": iou.nanmean().item(),
@@ -549,12 +542,12 @@ def summarize(confusion):
 
 
 def evaluate(model, val_loader, classes, out, run):
-    """Scores of the validation set, each image once for any number of processes -> dict; process 0
-    prints them and draws its first images, their truth and prediction, into the folder `out`.
-    names: of the classes."""
+    """Evaluate in float32, each image once for any number of processes -> dict of scores, which
+    process 0 prints. It also draws its first images, with truth and prediction, into the folder
+    `out`. classes: their names."""
     rank, world, device, _ = run
     model.eval()
-    if world > 1:    # running statistics differ without SyncBatchNorm: process 0 saves its own
+    if world > 1:    # without SyncBatchNorm running statistics differ; those of process 0 are saved
         for buffer in model.buffers():
             dist.broadcast(buffer, 0)
     counts = torch.zeros(len(classes), len(classes), dtype=torch.long, device=device)
@@ -579,14 +572,15 @@ def evaluate(model, val_loader, classes, out, run):
 # Pictures and predictions
 # --------------------------------------------------------------------------------------------------
 def class_colors(n):
+    """Colours of n classes -> [(r, g, b)]."""
     return [ImageColor.getrgb(f"hsl({137.5 * k % 360}, 90%, {65 - 20 * (k % 2)}%)")
             for k in range(n)]
 
 
 def draw_overlay(path, classes, picture, *maps, side=480):
-    """PNG of a picture (3, H, W) uint8, and beside it the same under each of its label maps (H, W),
-    of at most `side` pixels. Ignored pixels are not coloured. The legend at the right names the
-    `classes` in their colours, as many as fit."""
+    """Save a PNG of a picture (3, H, W) uint8 and, beside it, the same under each of its label maps
+    (H, W), each of at most `side` pixels. Ignored pixels are not coloured. A legend at the right
+    lists the names in `classes` that occur, as many as fit."""
     shape = resized_shape(picture.shape[1:], side, side)
     picture = resize(picture, shape)
     maps = [resize(labels[None], shape, InterpolationMode.NEAREST) for labels in maps]
@@ -603,8 +597,24 @@ def draw_overlay(path, classes, picture, *maps, side=480):
     sheet.save(path)
 
 
+def load_segmenter(path, img_size=None):
+    """Load segmenter.pt or last.pt, for its own image size or another -> model, names of its
+    classes, options of its training (dict). Raises InputError for a file of another script."""
+    file = read_encoder(path)
+    stored = file.content.get("args", {})
+    if "zero_is_class" not in stored:
+        raise InputError(f"{path} is no segmentation model: give segmenter.pt of segment.py")
+    encoder = build_model(file=file, img_size=img_size, vit=VIT)
+    load_encoder(encoder, file)
+    model = SemanticFPN(encoder, stored["num_classes"])
+    heads = {k: v for k, v in file.content["model"].items() if not k.startswith("encoder.")}
+    model.load_state_dict(heads, strict=False)
+    classes = file.content.get("classes") or stored["classes"]    # which older files have
+    return model.eval(), classes, stored
+
+
 def use_segmenter(args):
-    """--eval and --predict: score the model in --init, or label images."""
+    """Run --eval and --predict: score the model in --init, or label images."""
     rank, _, device, _ = run = init_distributed(args.device)
     model, classes, stored = load_segmenter(args.init, args.image_size)
     model.to(device)
@@ -621,8 +631,8 @@ def use_segmenter(args):
 
 def predict(model, classes, zero_is_class, path, out, device):
     """Label an image, or every image below a folder but outside `out`, into out/predict:
-    NAME_labels.png, a palette image with the numbers of label files, and NAME_overlay.png. Raises
-    OSError at the end if some images cannot be read."""
+    NAME_labels.png, a palette image with the numbers of label files, and NAME_overlay.png. classes:
+    their names. Raises OSError for an unreadable file."""
     root = Path(path)
     files = list_images(root, out) if root.is_dir() else [root]
     folder = root if root.is_dir() else root.parent
@@ -644,41 +654,41 @@ def predict(model, classes, zero_is_class, path, out, device):
 # --------------------------------------------------------------------------------------------------
 # Arguments: the defaults are the paper's
 # --------------------------------------------------------------------------------------------------
-USED = "eval predict init out image_size data device workers"
+USED = "eval predict init out image_size device data workers"    # by --eval and --predict
 
 
 def parse_args(argv=None):
     """Options of the command line, or of the list `argv`."""
     parser = Parser(__doc__)
     add = parser.group("model and classes; --eval and --predict take the file's")
-    add("--model", help="encoder; default: that of --init, else vit_tiny, the paper's")
+    add("--model", help="size of the encoder; default: that of --init, else vit_tiny, the paper's")
     add("--init",
         help="checkpoint of the encoder (README, 'Checkpoints'), default: random weights; with "
              "--eval, --predict a file of this script, default: segmenter.pt of --out")
     add("--patch-size", low=1, help="side of a ViT patch; default: that of --init, else of --model")
     add("--drop-path", type=float, low=0, high=1, default=0.1,
-        help="rate of the encoder's last block; grows linearly from 0; paper: 0.1")
+        help="drop path rate of the encoder's last block; grows linearly from 0; paper: 0.1")
 
     add = parser.group("data")
     add("--data",
         help="folder that holds images and annotations, each with training and validation; "
-             "default: data/ADEChallengeData2016, with --eval that of the training")
+             "default: data/ADEChallengeData2016, with --eval that of the model's training")
     add("--num-classes", low=2, high=254, default=150,
-        help="label files hold 1 .. this, and 0 or 255 for ignored pixels")
+        help="number K of classes; label files hold 1 .. K, and 0 or 255 for ignored pixels")
     add("--zero-is-class", action="store_true",
-        help="label files hold 0 .. num-classes - 1, and 255 for ignored pixels")
+        help="label files hold 0 .. K - 1, and 255 for ignored pixels")
     parser.pixel_options(add, "the paper's 512 for crops and windows, or 512/224 of a smaller "
                               "--init; with --eval, --predict that of the file")
 
     add = parser.group("recipe (Sec. 'transfer', ADE20K)")
     add("--iters", low=1, default=160_000,
-        help="optimizer steps, by which this recipe counts instead of epochs; paper: 160000")
+        help="optimizer steps, which this recipe counts instead of epochs; paper: 160000")
     add("--warmup-iters", low=0,
-        help="linear from a millionth of --lr; default: 1500 of 160000, as the paper's")
+        help="linear from a millionth of --lr; default: the paper's 1500, scaled with --iters")
     add("--lr", type=float, low=0, default=1e-4,
-        help="of pyramid and head for the whole batch; falls to 0 linearly; paper: 1e-4")
+        help="peak rate of pyramid and head for the whole batch; decays linearly to 0; paper: 1e-4")
     add("--layer-decay", type=float, low=0, high=1, default=0.8,
-        help="factor on the rate for every block towards the input; paper: 0.8")
+        help="factor on the rate for each block towards the input; paper: 0.8")
 
     add = parser.group("evaluation, every 13 epochs by default: the paper's 16,000 iterations")
     add("--eval", action="store_true", help="score a checkpoint instead of training")
@@ -706,11 +716,8 @@ def resolve(args):
     return args
 
 
-# --------------------------------------------------------------------------------------------------
-# Main
-# --------------------------------------------------------------------------------------------------
 def main(args):
-    """The run that the options describe: training, --eval or --predict."""
+    """Train, or run --eval and --predict."""
     args = resolve(args)
     if args.eval or args.predict:
         use_segmenter(args)
