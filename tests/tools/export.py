@@ -6,6 +6,7 @@
     python tests/tools/export.py out/track/tracker.pt tracker --keep-rate 0.7
     python tests/tools/export.py out/pretrain/encoder.pt my_encoder --to timm         # a folder
     python tests/tools/export.py out/finetune/classifier.pt my_classifier --to transformers
+    python tests/tools/export.py out/segment/segmenter.pt segmenter --to ncnn         # for pnnx
 
 FILE is an encoder or classifier of README, "Checkpoints", a segmenter.pt or a tracker.pt. OUT.onnx
 takes a batch of any size. Its outputs are compared with PyTorch's at batches of 1, 2 and 5, and its
