@@ -88,7 +88,7 @@ TRACKER = dict(    # OSTrack-256; stored beside the weights
     keep_rate=0.7,                              # share of the search tokens that each of them keeps
     head_channels=256,                          # halved by each of the next three layers
 )
-RECIPE = dict(    # OSTrack-256; settings without an option. All others: `parse_args`
+RECIPE = dict(    # OSTrack-256; settings without an option. All others: `parse_args`, `Pairs`
     weight_decay=1e-4,                          # AdamW; no decay of biases, norms, position tables
     val_pairs=256,                              # of each evaluation during training
 )
@@ -98,10 +98,10 @@ RECIPE = dict(    # OSTrack-256; settings without an option. All others: `parse_
 # Method: joint encoder with candidate elimination
 # --------------------------------------------------------------------------------------------------
 def block_with_elimination(block, x, ids, Z, keep, centre):
-    """Run a transformer block and keep `keep` search tokens -> x (B, Z + keep, D), ids likewise.
+    """Run a transformer block that keeps only `keep` search tokens -> x (B, Z + keep, D), its ids.
 
-    x (B, T, D): the Z template tokens, then search tokens. ids (B, T): places of these tokens when
-    none was removed. centre: the template token whose attention (after the softmax over all tokens,
+    x (B, T, D): Z template tokens, then search tokens. ids (B, T): places of these tokens before
+    any was removed. centre: the template token whose attention (after the softmax over all tokens,
     mean over heads) ranks the search tokens. Removed tokens still serve as keys and values, but
     skip the MLP.
     """
@@ -221,8 +221,8 @@ class CenterHead(nn.Module):
 
 
 def convolutions(dim, channels, outputs):
-    """Stack four 3x3 convolutions with batch norm and ReLU, the channels halved from one to
-    the next, and a 1x1 convolution."""
+    """Stack four 3x3 convolutions with batch norm and ReLU, each with half the channels of the one
+    before, and a 1x1 convolution."""
     layers = []
     for _ in range(4):
         layers += [nn.Conv2d(dim, channels, 3, padding=1), nn.BatchNorm2d(channels), nn.ReLU()]
@@ -454,7 +454,7 @@ def train(args):
 @torch.no_grad()
 def report(args, rank, model, val_loader, epoch, step):
     """Log and print the mean loss and IoU on fixed pairs, in float32 and at the final keep rate.
-    Process 0 computes them alone: its batch norms are those that are saved."""
+    Process 0 does it alone: its batch norms are those that are saved."""
     if rank > 0:
         return
     model.eval()
