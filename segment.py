@@ -273,6 +273,7 @@ def build_segmenter(args):
 # Data: images and augmentation
 # --------------------------------------------------------------------------------------------------
 def uniform(low, high):
+    """Draw a number between `low` and `high`."""
     return low + (high - low) * torch.rand(()).item()
 
 
@@ -403,8 +404,8 @@ def build_loaders(args, model, run):
         check_labels(val_set)
     loader = train_loader(train_set, args.batch_size, args.accum_steps, 16, args.workers, args.seed,
                           run)
-    val_loader = eval_loader(val_set, 1, args.workers, run)    # images differ in size
-    return loader, val_loader, class_names(args.data, args.num_classes, args.zero_is_class)
+    names = class_names(args.data, args.num_classes, args.zero_is_class)
+    return loader, eval_loader(val_set, 1, args.workers, run), names    # images differ in size
 
 
 # --------------------------------------------------------------------------------------------------
@@ -451,10 +452,10 @@ def check_labels(dataset, enough=256):
             break
         numbers.update(np.unique(read_numbers(dataset.label_file(i))).tolist())
     if len(numbers - ignored) < 2:
-        raise InputError(f"the labels in {dataset.label_folder} hold "
-                         f"{' and '.join(map(str, sorted(numbers)))} alone, and two classes are "
-                         "needed: 255 is ignored, and so is 0 without --zero-is-class; write 1 for "
-                         "255, and give --zero-is-class where 0 is a class")
+        found = " and ".join(map(str, sorted(numbers)))
+        raise InputError(f"the labels in {dataset.label_folder} hold {found} alone, and two classes "
+                         "are needed: 255 is ignored, and so is 0 without --zero-is-class; write 1 "
+                         "for 255, and give --zero-is-class where 0 is a class")
     needed = max(numbers - ignored) + dataset.zero_is_class
     text = f"{dataset.folder}: {len(dataset)} images; the label files that were read need " \
            f"--num-classes {needed}; given is {dataset.num_classes}"
