@@ -33,8 +33,8 @@ NOTES, details that the paper does not give, and departures from the authors' co
 6. The final norm is loaded from supervised files alone, as in the authors' DeiT rows. After
    pre-training it starts as the identity.
 7. Untrained weights, including blocks that --keep-blocks leaves out, use MAE's initialisation
-   (Xavier uniform, a head of std 2e-5). The authors' use timm's (truncated normal of std 0.02, the
-   head too). With --rpe both follow BEiT, here with a head of std 2e-5.
+   (Xavier uniform, a head of std 2e-5). The authors' code uses timm's (truncated normal of std
+   0.02, the head too). With --rpe both follow BEiT, here with a head of std 2e-5.
 8. With --rpe, the qkv biases of --init are loaded. The authors' model has a q_bias and a v_bias in
    their place, so it does not find those of a plain MAE file and starts them at zero. Its k has no
    bias, which changes nothing, since the softmax cancels a bias of k.

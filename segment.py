@@ -691,7 +691,7 @@ def parse_args(argv=None):
     add("--layer-decay", type=float, low=0, high=1, default=0.8,
         help="factor on the rate for each block towards the input; paper: 0.8")
 
-    add = parser.group("evaluation, every 13 epochs by default: the paper's 16,000 iterations")
+    add = parser.group("evaluation (by default every 13 epochs, the paper's 16,000 iterations)")
     add("--eval", action="store_true", help="score a checkpoint instead of training")
     add("--predict", metavar="PATH", help="label an image, or all images below a folder")
 
