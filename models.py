@@ -1,8 +1,8 @@
 """ViT and Hiera from scratch, the checkpoints they read, and what all scripts share.
 
-Part 1, models: `VisionTransformer`, `Hiera`, `load_encoder`. They differ from the usual ones in two
-ways: `forward_features` embeds and encodes **only the visible patches** that it is given, and
-`attention_map` returns the pre-softmax map that the distillation reads, from q and k alone.
+Part 1, models: `VisionTransformer`, `Hiera`, `load_encoder`. The models differ from other
+implementations in two ways: `forward_features` embeds and encodes **only the visible patches**, and
+`attention_map` returns the pre-softmax map that the distillation compares.
 Part 2, runs: processes, loaders, log, checkpoints of a run, errors, options, images.
 
     vit = build_model("vit_tiny", num_classes=1000)          # 5,717,416 parameters, random weights
@@ -58,15 +58,15 @@ LayerNorm = functools.partial(nn.LayerNorm, eps=1e-6)    # everywhere, decoders 
 
 
 class InputError(ValueError):
-    """Something that the user gave cannot be used. The message is one sentence, and is printed
-    without a traceback."""
+    """Raised for an option, a file or data that cannot be used. Scripts print its message, one
+    sentence, without a traceback."""
 
 
 def normalize(images, mean=IMAGENET_MEAN, std=IMAGENET_STD):
     """Normalise (B, 3, H, W) uint8 to float32 of about zero mean and unit variance, on its device.
 
-    The constants are Python numbers: a tensor of them would have to be copied to the device, for
-    which the host waits.
+    mean, std: of pixels in [0, 1], one number per channel. They stay Python numbers: the host would
+    wait for the copy of a tensor to the device.
     """
     channels = zip(images.unbind(1), mean, std)
     return torch.stack([(x - 255 * m) / (255 * s) for x, m, s in channels], dim=1)
@@ -86,19 +86,20 @@ class Mlp(nn.Module):
 
 
 def attention_logits(q, k):
-    """Pre-softmax attention map A = q k^T / sqrt(d): two (..., T, d) -> (..., T, T).
+    """Compute the pre-softmax attention map A = q k^T / sqrt(d): two (..., T, d) -> (..., T, T).
 
-    In float32 also under autocast: the distillation loss squares differences of these logits, which
-    can be large.
+    It is computed in float32 even under autocast: the distillation loss squares differences of
+    these logits, which can be large.
     """
     with torch.autocast(q.device.type, enabled=False):
         return (q.float() * q.shape[-1] ** -0.5) @ k.float().transpose(-2, -1)
 
 
 def attend(q, k, v, bias=None):
-    """softmax(q k^T / sqrt(d) + bias) v by PyTorch's fused kernels: three (..., T, d) -> the same.
+    """Compute softmax(q k^T / sqrt(d) + bias) v by PyTorch's fused kernels: three (..., T, d) ->
+    the same shape.
 
-    A CPU computes it in float32 also under autocast: in bfloat16 the backward pass of heads of 16
+    A CPU computes it in float32 even under autocast: in bfloat16 the backward pass of heads with 16
     dimensions takes 7 times as long (torch 2.14).
     """
     if torch.is_autocast_enabled("cpu"):
@@ -108,7 +109,8 @@ def attend(q, k, v, bias=None):
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention. bias_rows: rows of its relative position bias table, or 0."""
+    """Multi-head self-attention. bias_rows: rows of the relative position bias table, 0 for none.
+    """
 
     def __init__(self, dim, num_heads, bias_rows=0):
         super().__init__()
@@ -119,7 +121,7 @@ class Attention(nn.Module):
             self.relative_position_bias_table = nn.Parameter(torch.zeros(bias_rows, num_heads))
 
     def bias(self, index):
-        """Relative position bias of each head, (1, H, T, T), or None for a model without one."""
+        """Look up the relative position bias, (1, H, T, T), by `index` (T, T); None without one."""
         if index is None:
             return None
         table = self.relative_position_bias_table.t().contiguous()    # heads first, as it is read
@@ -132,7 +134,7 @@ class Attention(nn.Module):
         return self.proj(x.transpose(1, 2).flatten(2))
 
     def logits(self, x, index=None):
-        """Pre-softmax map (B, H, T, T) in float32 of tokens (B, T, D). Only q, k are projected."""
+        """Compute the float32 pre-softmax map (B, H, T, T) of tokens (B, T, D) from q, k alone."""
         rows = 2 * x.shape[2]
         qk = F.linear(x, self.qkv.weight[:rows], self.qkv.bias[:rows])
         qk = qk.unflatten(2, (2, self.num_heads, -1))
@@ -158,7 +160,7 @@ class Block(nn.Module):
 
 
 class PatchEmbed(nn.Module):
-    """Linear embedding of p x p patches, of all of them or of the visible ones only."""
+    """Embed patches of p x p pixels linearly, either all of them or only the visible ones."""
 
     def __init__(self, patch_size, dim):
         super().__init__()
@@ -166,9 +168,9 @@ class PatchEmbed(nn.Module):
         self.proj = nn.Conv2d(3, dim, patch_size, patch_size)    # Conv2d for timm's key and shape
 
     def forward(self, images, ids_keep=None):
-        """(B, 3, H, W) -> (B, N, D) in raster order, or (B, V, D) in that of ids_keep (B, V).
+        """(B, 3, H, W) -> (B, N, D) in raster order, or (B, V, D) in the order of ids_keep (B, V).
 
-        Indexing a view copies the visible patches and never touches the others.
+        Indexing a view copies only the visible patches.
         """
         p = self.patch_size
         patches = images.unfold(2, p, p).unfold(3, p, p).permute(0, 2, 3, 1, 4, 5)
@@ -182,13 +184,13 @@ class PatchEmbed(nn.Module):
 
 
 class VisionTransformer(nn.Module):
-    """Plain ViT with a class token. The classifier reads head(fc_norm(mean patch token)) (Sec. 3).
+    """Plain ViT with a class token. A classifier computes head(fc_norm(mean patch token)) (Sec. 3).
 
-    img_size: side or (H, W), multiples of patch_size. num_classes=0 builds an encoder that ends in
-    `norm` instead. drop_path: rate of the last block; the rates grow linearly from 0.
-    rel_pos_bias: BEiT's relative position bias in every block. fixed_pos_embed: sin-cos table that
-    is not trained (pre-training); else it is trained. block: class of the blocks. Raises InputError
-    if patches do not fill the image.
+    img_size: side or (H, W) in pixels, multiples of patch_size. num_classes: 0 builds an encoder,
+    which ends in `norm`. drop_path: rate of the last block; the rates grow linearly from 0.
+    rel_pos_bias: add BEiT's relative position bias in every block. fixed_pos_embed: keep the
+    sin-cos position table fixed, as in pre-training; otherwise it is random and trained. block:
+    class of the blocks. Raises InputError if img_size is not a multiple of patch_size.
     """
 
     def __init__(self, img_size=224, patch_size=16, embed_dim=192, depth=12, num_heads=12,
@@ -228,7 +230,8 @@ class VisionTransformer(nn.Module):
             nn.init.trunc_normal_(self.head.weight, std=2e-5)    # as in MAE: logits start near zero
 
     def embed(self, images, ids_keep=None):
-        """(B, 3, H, W) -> (B, 1 + V, D): class token, then the patches of ids_keep (None: all)."""
+        """(B, 3, H, W) -> (B, 1 + V, D): class token, then the patches ids_keep (None: all). Raises
+        ValueError for another size of images than the model's."""
         if tuple(images.shape[2:]) != self.img_size:
             raise ValueError(f"images of {images.shape} given to a model for {self.img_size}")
         pos = self.pos_embed[:, 1:] if ids_keep is None else self.pos_embed[0, 1:][ids_keep]
@@ -237,30 +240,30 @@ class VisionTransformer(nn.Module):
         return torch.cat([cls_token.to(x.dtype), x], dim=1)
 
     def forward_features(self, images, taps, ids_keep=None):
-        """Unnormalised tokens after the blocks in `taps` -> {tap: (B, T, D)}. Later blocks are
-        skipped."""
+        """Encode normalised images (B, 3, H, W) -> {tap: tokens after block `tap` (B, T, D)}, not
+        normalised. Blocks after the last tap do not run."""
         return run_blocks(self.embed(images, ids_keep), self.blocks, taps, self.rel_pos_index)
 
     def forward(self, images):
-        """(B, 3, H, W) -> logits (B, classes); without a head, normalised tokens (B, T, D)."""
+        """(B, 3, H, W) -> logits (B, classes), or without a head tokens after `norm` (B, T, D)."""
         x = self.forward_features(images, [self.depth])[self.depth]
         if hasattr(self, "head"):
             return self.head(self.fc_norm(x[:, 1:].mean(dim=1)))
         return self.norm(x)
 
     def feature_maps(self, images, taps):
-        """Patch tokens after the blocks in `taps` as raster maps, a list of (B, D, h, w)."""
+        """(B, 3, H, W) -> patch tokens after the blocks in `taps`, a list of maps (B, D, h, w)."""
         features = self.forward_features(images, taps)
         return [features[tap][:, 1:].transpose(1, 2).unflatten(2, self.grid) for tap in taps]
 
     def attention_map(self, x, k):
-        """Pre-softmax map (B, H, T, T) of block k from its input, the tokens before it."""
+        """Compute the pre-softmax map (B, H, T, T) of block k from its input x (B, T, D)."""
         block = self.blocks[k - 1]
         return block.attn.logits(block.norm1(x), self.rel_pos_index)
 
     def representation(self, x, k):
-        """Representation of block k (Fig. 2) from its output x: normalised by the next block's
-        norm1, by `norm` for the last."""
+        """Normalise the output x (B, T, D) of block k by norm1 of the next block, of the last block
+        by `norm`: the representation that Fig. 2 compares."""
         return self.blocks[k].norm1(x) if k < self.depth else self.norm(x)
 
 
@@ -268,7 +271,7 @@ class VisionTransformer(nn.Module):
 # Hiera (arXiv 2306.00989), 2-D
 # --------------------------------------------------------------------------------------------------
 def unroll(x, grid, rounds=3):
-    """Raster tokens (B, h * w, C) -> the same tokens reordered: pooling then needs no 2-D layout.
+    """Reorder raster tokens (B, h * w, C) so that pooling needs no 2-D layout -> the same shape.
 
     Each round splits the grid into 2x2 cells and moves (row bit, column bit) to the front. The
     token axis becomes [4 (finest), 4, 4 (coarsest), units in raster order]: pooling is a max over
@@ -305,8 +308,8 @@ def reroll(x, units):
 
 
 class MaskUnitAttention(nn.Module):
-    """Attention over unrolled tokens, inside mask units (tokens_per_unit > 0) or global (0), with
-    max-pooled queries (q_pool) or not."""
+    """Attention over unrolled tokens, within mask units (tokens_per_unit > 0) or global (0).
+    q_pool: pool the queries of each 2x2 tokens by their maximum."""
 
     def __init__(self, dim, dim_out, num_heads, q_pool, tokens_per_unit):
         super().__init__()
@@ -338,8 +341,8 @@ class MaskUnitAttention(nn.Module):
 
 
 class HieraBlock(nn.Module):
-    """Pre-norm block. One that opens a stage doubles the width and, with q_pool, takes the maximum
-    over 2x2 tokens."""
+    """Pre-norm block. A block that opens a stage doubles the width and, with q_pool, pools each 2x2
+    tokens by their maximum."""
 
     def __init__(self, dim, dim_out, num_heads, q_pool, tokens_per_unit, drop_path):
         super().__init__()
@@ -362,11 +365,12 @@ class HieraBlock(nn.Module):
 
 
 class Hiera(nn.Module):
-    """Hierarchical ViT of four stages; width and heads double with each. Tokens stay unrolled.
+    """Hierarchical ViT of four stages; each stage doubles width and heads. Tokens stay unrolled.
 
-    img_size: side or (H, W), multiples of 32 (one mask unit = 8x8 tokens = 32x32 pixels). q_pool:
-    stages that open with 2x2 pooling; 3 for classification (last grid 7x7 at 224), 2 in
-    pre-training (14x14). Raises InputError if mask units do not fill the image.
+    Stages 1 and 2 attend within mask units, stages 3 and 4 globally. img_size: side or (H, W) in
+    pixels, multiples of 32 (one mask unit = 8x8 tokens = 32x32 pixels). stages: blocks of each
+    stage. q_pool: number of stages that open with 2x2 pooling; 3 for classification (last grid 7x7
+    at 224), 2 in pre-training (14x14). Raises InputError if img_size is not a multiple of 32.
     """
     patch_size = 16    # in pre-training: the pixels that a token predicts, after two poolings
 
@@ -411,10 +415,10 @@ class Hiera(nn.Module):
                 p.data.mul_(0.001)
 
     def embed(self, images, ids_keep=None):
-        """(B, 3, H, W) -> unrolled tokens (B, 64 * U, D), only those of the mask units ids_keep
-        (B, V) if given.
+        """(B, 3, H, W) -> unrolled tokens (B, 64 * U, D), or (B, 64 * V, D) of the mask units
+        ids_keep (B, V). Raises ValueError for another size of images than the model's.
 
-        The patch convolution overlaps, so masked units are zeroed *before* it: nothing leaks.
+        The patch convolutions overlap: masked units are zeroed *before* them, so nothing leaks.
         """
         if tuple(images.shape[2:]) != self.img_size:
             raise ValueError(f"images of {images.shape} given to a model for {self.img_size}")
@@ -430,33 +434,32 @@ class Hiera(nn.Module):
         return x
 
     def forward_features(self, images, taps, ids_keep=None):
-        """Unrolled tokens after the blocks in `taps` -> {tap: (B, T, D of the block)}. Later blocks
-        are skipped."""
+        """Encode normalised images (B, 3, H, W) -> {tap: unrolled tokens after block `tap`
+        (B, T, D of the block)}. Blocks after the last tap do not run."""
         return run_blocks(self.embed(images, ids_keep), self.blocks, taps)
 
     def forward(self, images):
-        """(B, 3, H, W) -> logits head(norm(mean token)) (B, classes); without a classifier, all
-        tokens of the last block, unrolled."""
+        """(B, 3, H, W) -> logits head(norm(mean token)) (B, classes), or without a head the
+        unrolled tokens of the last block."""
         x = self.forward_features(images, [self.depth])[self.depth]
         if hasattr(self, "head"):
             return self.head(self.norm(x.mean(dim=1)))
         return x
 
     def feature_maps(self, images, taps):
-        """Tokens after the blocks in `taps`, such as `stage_ends`, as raster maps, a list of
-        (B, D of the block, h, w)."""
+        """(B, 3, H, W) -> tokens after the blocks in `taps`, such as `stage_ends`, a list of raster
+        maps (B, D of the block, h, w)."""
         features = self.forward_features(images, taps)
         return [reroll(features[tap], self.unit_grid).permute(0, 3, 1, 2) for tap in taps]
 
     def unit_maps(self, x, rounds):
-        """Unrolled tokens (B, 4^rounds * V, C) -> raster map of each unit (B V, C, 2^r, 2^r)."""
+        """Unrolled tokens (B, 4^rounds * V, C) -> a raster map of each unit (B V, C, 2^r, 2^r)."""
         x = x.unflatten(1, (4 ** rounds, -1)).transpose(1, 2).flatten(0, 1)     # (B V, 4^r, C)
         return reroll(x, (1, 1)).permute(0, 3, 1, 2)
 
     def attention_map(self, x, k):
-        """Pre-softmax map of block k from its input, the unrolled tokens before it.
-
-        (B, H, T, T) for a global block, (B * U, H, queries, keys) for one attending within units.
+        """Compute the pre-softmax map of block k from its input x, unrolled tokens (B, T, D):
+        (B, H, T, T) if the block is global, (B * U, H, queries, keys) if it attends within units.
         """
         block = self.blocks[k - 1]
         return block.attn.logits(block.norm1(x))
@@ -466,8 +469,8 @@ class Hiera(nn.Module):
 # What ViT and Hiera are built with: sizes, weights, position tables
 # --------------------------------------------------------------------------------------------------
 def pair(size, cell):
-    """A side or (height, width) -> (height, width). Raises InputError unless both are multiples of
-    `cell` pixels, a patch or a mask unit."""
+    """Turn a side or (height, width) into (height, width). Raises InputError unless both are
+    multiples of `cell` pixels, the side of a patch or mask unit."""
     height, width = (size, size) if isinstance(size, int) else size
     if height % cell or width % cell:
         nearest = tuple(max(1, round(side / cell)) * cell for side in (height, width))
@@ -477,7 +480,7 @@ def pair(size, cell):
 
 
 def run_blocks(x, blocks, taps, *context):
-    """Run tokens x through the blocks -> {tap: tokens after block `tap`}; 0 is x itself."""
+    """Run tokens x through the blocks -> {tap: tokens after block `tap`}; 0 stands for x itself."""
     features = {0: x} if 0 in taps else {}
     for k, block in enumerate(blocks[:max(taps)], start=1):
         x = block(x, *context)
@@ -487,8 +490,8 @@ def run_blocks(x, blocks, taps, *context):
 
 
 def init_mae(model):
-    """Initialise as MAE does: Xavier-uniform linear layers, the patch embedding like the linear
-    layer that it is, zero biases, identity norms."""
+    """Initialise linear layers as MAE does: Xavier-uniform weights and zero biases. The patch
+    embedding counts as linear. Norms keep PyTorch's initialisation, the identity."""
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear):
             nn.init.xavier_uniform_(module.weight)
@@ -498,10 +501,11 @@ def init_mae(model):
 
 
 def sincos_2d(dim, grid):
-    """Fixed 2-D sin-cos position embedding of MAE -> (1, 1 + N, dim), the class row zero.
+    """Compute the fixed 2-D sin-cos position table of MAE -> (1, 1 + N, dim); row 0, of the class
+    token, is zero. dim must be a multiple of 4.
 
-    The first half of the channels encodes the column, the second the row; in each half all sines
-    stand before all cosines, at frequencies omega_i = 10000^(-i / (dim / 4)).
+    The first half of the channels encodes the column, the second half the row; within each half all
+    sines precede all cosines, at frequencies omega_i = 10000^(-i / (dim / 4)).
     """
     omega = 10000 ** -(torch.arange(dim // 4, dtype=torch.float64) / (dim / 4))    # on the host
     y, x = torch.cartesian_prod(*map(torch.arange, grid)).T                        # 2 x (N,)
@@ -514,7 +518,7 @@ def sincos_2d(dim, grid):
 
 
 def relative_position_index(grid):
-    """Row of the bias table for every (query, key) pair, as in BEiT -> (N + 1, N + 1) int64.
+    """Number the rows of BEiT's bias table for each (query, key) pair -> (1 + N, 1 + N) int64.
 
     Patch to patch: (dy + h - 1) * (2w - 1) + dx + w - 1, with (dy, dx) = query minus key. The last
     three rows of the table are class -> patch, patch -> class and class -> class.
@@ -549,19 +553,20 @@ MODELS = {    # parameters: the encoder alone / with a classifier of 1000 classe
 
 
 def build_model(name=None, file=None, mean=None, std=None, vit={}, hiera={}, **options):
-    """ViT or Hiera with random weights: of a size in MODELS, or for the encoder in `file`, which
-    `load_encoder` then loads.
+    """Build a ViT or Hiera with random weights, either of a size in MODELS or of the size of the
+    encoder in `file`, which `load_encoder` can then load.
 
-    file: see `read_encoder`; name, image size, patch size, mean and std are those of the file
-    unless given. options: arguments of both classes, None for the default; vit, hiera: of one of
-    them. The model carries `mean` and `std`, the statistics of the pixels in [0, 1] that it reads.
-    Raises InputError.
+    file: what `read_encoder` returns; it supplies name, image size, patch size, mean and std unless
+    these are given. options: arguments of both classes; None stands for the default. vit, hiera:
+    arguments of one class. The model gets attributes `mean` and `std`, the statistics of its
+    training pixels in [0, 1]. Raises InputError.
     """
     name = name or (model_name(file) if file else "vit_tiny")
     if name not in MODELS:
         raise InputError(f"--model {name} is none of {', '.join(MODELS)}")
     hierarchical = "stages" in MODELS[name]
-    stored = {k: v for k, v in (file.arch if file else {}).items() if k in ("img_size", "patch_size")}
+    arch = file.arch if file else {}
+    stored = {k: v for k, v in arch.items() if k in ("img_size", "patch_size")}
     given = {k: v for k, v in options.items() if v is not None}
     sizes = {**MODELS[name], **stored, **given, **(hiera if hierarchical else vit)}
     if hierarchical and "patch_size" in sizes:
@@ -573,8 +578,8 @@ def build_model(name=None, file=None, mean=None, std=None, vit={}, hiera={}, **o
 
 
 def load_model(path, name=None, **options):
-    """Read an encoder file, build its model with the `options` of `build_model`, and load it
-    -> model, what `read_encoder` returns. Raises InputError."""
+    """Read an encoder file, build its model with the `options` of `build_model`, and load the
+    weights -> model, what `read_encoder` returned. Raises InputError."""
     file = read_encoder(path)
     model = build_model(name, file, **options)
     load_encoder(model, file)
@@ -582,7 +587,8 @@ def load_model(path, name=None, **options):
 
 
 def model_name(file):
-    """Name in MODELS of the encoder in a file; the first, if the number of heads is unknown."""
+    """Find the name in MODELS of the encoder in a file. If the file does not store the number of
+    heads, the first name that fits is returned. Raises InputError."""
     for name, sizes in MODELS.items():
         if ("stages" in sizes) == ("stages" in file.arch) and all(
                 file.arch.get(k, v) == v for k, v in sizes.items() if k != "patch_size"):
@@ -592,15 +598,16 @@ def model_name(file):
 
 
 def layer_id(name, depth):
-    """Layer of a parameter: 0 embeddings and tokens, k for block k, depth + 1 for the rest."""
+    """Layer of a parameter: 0 for embeddings and tokens, k for block k, depth + 1 for the rest."""
     if name.startswith("blocks."):
         return int(name.split(".")[1]) + 1
     return 0 if name.startswith(("patch_embed", "pos_embed", "cls_token")) else depth + 1
 
 
 def param_groups(model, weight_decay, layer_decay=1.0, depth=12):
-    """Optimizer groups: lr_scale = layer_decay^(depth + 1 - layer) (Sec. 4), and no weight decay on
-    biases, norms, tokens, position embeddings. Names may start with 'encoder.'."""
+    """Divide trained parameters into optimizer groups with lr_scale = layer_decay^(depth + 1 -
+    layer) (Sec. 4). Biases, norms, tokens and position embeddings get no weight decay. Names may
+    start with 'encoder.'."""
     groups = {}
     for name, p in model.named_parameters():
         if not p.requires_grad:
@@ -621,11 +628,11 @@ def param_groups(model, weight_decay, layer_decay=1.0, depth=12):
 def load_encoder(model, file, keep_blocks=None):
     """Load the encoder of a file into a ViT or Hiera, in place -> names of the loaded tensors.
 
-    file: a path or what `read_encoder` returns. Every encoder tensor must be there in the right
-    shape. Position tables are resized to the model's grid. What the file was trained without (a
-    relative position bias, LayerScale) keeps its initial value, as does a final norm, which a
-    classifier takes from supervised files alone. keep_blocks: load only the embedding and the first
-    `keep_blocks` blocks (Fig. 4). Raises InputError naming the file and the keys.
+    file: a path, or what `read_encoder` returns. The file must hold every tensor of the encoder, in
+    the shape of the model; position tables are resized to the model's grid. A relative position
+    bias or LayerScale that only the model has keeps its initial value. A classifier loads the final
+    norm only if the file was trained with labels. keep_blocks: load only the embedding and the
+    first `keep_blocks` blocks (Fig. 4). Raises InputError that states the file and the tensors.
     """
     if not isinstance(file, SimpleNamespace):
         file = read_encoder(file)
@@ -660,8 +667,8 @@ def load_encoder(model, file, keep_blocks=None):
 
 
 def fit_state(file, model, target):
-    """Tensors of a file, adapted to a model with the state `target`: the name of the final norm,
-    LayerScale folded where the model has none, position tables of the model's grid."""
+    """Adapt the tensors of a file to a model with the state `target`: rename or drop the final
+    norm, fold LayerScale unless the model has it, resize position tables. Raises InputError."""
     norm_fits = file.supervised or not hasattr(model, "head")
     state = {}
     for key, value in file.state.items():
@@ -693,7 +700,7 @@ def fit_state(file, model, target):
 
 
 def fold_layer_scale(state):
-    """Fold LayerScale, in place, into the linear layers before it: the same function."""
+    """Fold LayerScale, in place, into the linear layer before it, which computes the same."""
     for key in [k for k in state if k.endswith(".gamma")]:
         gamma = state.pop(key)
         layer = key.replace("ls1.gamma", "attn.proj").replace("ls2.gamma", "mlp.fc2")
@@ -702,8 +709,8 @@ def fold_layer_scale(state):
 
 
 def resize_grid(table, old, new):
-    """Resize a raster table bicubically, without antialiasing: (1, old_h * old_w, D) -> (1, N, D).
-    """
+    """Resize a position table in raster order bicubically, without antialiasing, from grid `old`
+    to `new`: (1, old_h * old_w, D) -> (1, new_h * new_w, D)."""
     if tuple(old) == tuple(new):
         return table
     x = table.float().reshape(1, *old, -1).permute(0, 3, 1, 2)
@@ -722,12 +729,15 @@ def resize_relative_table(table, old, new):
 
 
 def spline_matrix(old, new):
-    """Matrix (2 new - 1, 2 old - 1) that resizes one axis of a relative position table, as BEiT and
-    mmsegmentation do. Offsets matter most near 0: the rows of the table are placed at distances 1,
-    1 + q, 1 + q + q^2, ... on both sides of 0, the last at new - 1, and an interpolating cubic
-    spline (not-a-knot) through them is read at the offsets -(new - 1) .. new - 1. A smaller grid
-    has q = 1: it reads the rows of its own offsets. q is at most 1.5: beyond the last place, which
-    a table of fewer than 6 tokens may have, its row is read."""
+    """Compute the matrix (2 new - 1, 2 old - 1) that resizes one axis of a relative position table,
+    as BEiT and mmsegmentation do.
+
+    Offsets near 0 matter most. The rows of the table are placed at distances 1, 1 + q, 1 + q + q^2,
+    ... on both sides of 0, the last at new - 1. A cubic spline through them (not-a-knot) is
+    evaluated at the offsets -(new - 1) .. new - 1. For a smaller grid q = 1: the rows of its own
+    offsets are returned. As in BEiT q is at most 1.5; offsets beyond the last place, which occur
+    for fewer than 6 tokens, get the last row.
+    """
     low, high = 1.0, 1.5
     for _ in range(60):                                     # bisection for q
         q = (low + high) / 2
@@ -744,16 +754,16 @@ def spline_matrix(old, new):
 
 
 def read_encoder(path):
-    """Read the encoder in any file of README, "Checkpoints" -> SimpleNamespace of
+    """Read the encoder in any file of README, "Checkpoints" -> SimpleNamespace with
 
-    path, state (its tensors, by the names of timm, MAE and Hiera), others (all other tensors behind
-    the same prefix, such as heads), arch (its sizes, see `infer_arch`), size_is_stored, supervised
-    (there is a classifier), pooled (it reads the mean patch token), mean and std (None if not
-    stored), content (all that the file holds).
+    path; state: tensors of the encoder by the names of timm, MAE and Hiera; others: other tensors
+    under the same prefix, such as heads; arch: sizes, see `infer_arch`; size_is_stored: whether the
+    file states its image size; supervised: whether it has a classifier; pooled: whether that reads
+    the mean patch token; mean, std: pixel statistics or None; content: all that the file holds.
 
-    Unwraps {'model'}, {'model_state'}, {'state_dict'}, drops prefixes (DistributedDataParallel,
-    torch.compile, MAE-Lite, MoCo-v3, Hugging Face, Lightning) and joins q, k, v. Of several
-    encoders it takes the student. Raises InputError.
+    Unwraps {'model'}, {'model_state'}, {'state_dict'}, removes prefixes (DistributedDataParallel,
+    torch.compile, MAE-Lite, MoCo-v3, Hugging Face, Lightning) and joins q, k, v. If a file has
+    several encoders, the student is read. Raises InputError.
     """
     content = read_file(path)
     state = content if isinstance(content, dict) else {}
@@ -761,22 +771,20 @@ def read_encoder(path):
         if isinstance(state.get(key), dict):
             state = state[key]
     state = {str(k): v for k, v in state.items() if torch.is_tensor(v)}
+    for old, new in RENAMED:
+        state = {k.replace(old, new): v for k, v in state.items()}
 
     # one encoder, without its prefix
-    stems = ("patch_embed.proj.weight", "embeddings.patch_embeddings.projection.weight")
-    prefixes = {k[:-len(stem)] for k in state for stem in stems if k.endswith(stem)}
+    stem = "patch_embed.proj.weight"
+    prefixes = {k.removesuffix(stem) for k in state if k.endswith(stem)}
     if len(prefixes) > 1:
         prefixes = {p for p in prefixes if not re.search("tch_model|teacher|momentum", p)}
     if len(prefixes) != 1:
         found = f"several encoders: {sorted(prefixes)}" if prefixes else "no ViT or Hiera encoder"
-        raise InputError(f"checkpoint {path} has {found} (looked for a key ending in {stems[0]})")
+        raise InputError(f"checkpoint {path} has {found} (looked for a tensor {stem})")
     prefix = prefixes.pop()
     supervised = any(k.endswith("classifier.weight") for k in state)    # Hugging Face's
     state = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
-
-    # names, and one qkv
-    for old, new in RENAMED:
-        state = {k.replace(old, new): v for k, v in state.items()}
     join_qkv(state)
     supervised |= bool({"head.weight", "head.projection.weight"} & state.keys())
     pooled = bool({"fc_norm.weight", "head.projection.weight"} & state.keys())
@@ -792,11 +800,11 @@ def read_encoder(path):
               if layer_id(k, -1) > arch["depth"] or re.search(OTHERS, k)}
     lost = [k for k in state if not k.startswith(ENCODER)]
     if lost:
-        raise InputError(f"checkpoint {path} has tensors of an encoder that is none of this "
-                         f"project's, and gives other features without them: {', '.join(lost[:5])}")
+        raise InputError(f"checkpoint {path} is of another architecture: this project's models "
+                         f"cannot use its tensors {', '.join(lost[:5])}")
     for key, value in state.items():
         if not value.isfinite().all():
-            raise InputError(f"checkpoint {path}: {key} holds NaN or infinity; give an earlier one")
+            raise InputError(f"checkpoint {path}: {key} holds NaN or infinity: give another")
     return SimpleNamespace(path=path, state=state, others=others, arch=arch, content=content,
                            mean=content.get("mean"), std=content.get("std"), pooled=pooled,
                            size_is_stored=size_is_stored, supervised=supervised)
@@ -845,8 +853,7 @@ def infer_arch(state, path):
 
 
 def read_file(path):
-    """Read the object in a checkpoint file, onto the CPU. Never unpickles code. Raises InputError.
-    """
+    """Read the object in a checkpoint file to the CPU. Never unpickles code. Raises InputError."""
     path = Path(path)
     if not path.is_file():
         raise InputError(f"checkpoint {path} does not exist, or is a folder: give a file, such as "
@@ -893,7 +900,7 @@ RENAMED = (    # in published files -> here; q_proj, layers: names of transforme
     ("gamma_2", "ls2.gamma"),
 )
 ENCODER = ("patch_embed.proj.", "pos_embed", "cls_token", "blocks.", "norm.")
-OTHERS = (    # known to have no part in an encoder: decoders, heads, adapters, a teacher, constants
+OTHERS = (    # not of an encoder: decoders, heads, adapters, a teacher, constants
     r"^(decoder|mask_token|embeddings.mask_token|head|classifier|pooler|lm_head|predictor"
     r"|projector|encoder_norm|multi_scale|attn_adapter|adapter|distillation|extra|tch_model"
     r"|teacher|template_pos_embed|search_pos_embed)|(relative_position|rel_pos)_index$")
@@ -905,12 +912,14 @@ OTHERS = (    # known to have no part in an encoder: decoders, heads, adapters, 
 def init_distributed(device="auto", dtype="auto", minutes=10):
     """Join torchrun's process group, if there is one -> rank, world, torch.device, torch.dtype.
 
-    device auto: cuda, mps or cpu, the first that is there; dtype auto: bf16 on GPUs that have it,
-    fp16 on others, float32 elsewhere. minutes: how long a process waits for the others.
+    device "auto": the first available of cuda, mps and cpu. dtype "auto": bf16 on GPUs that support
+    it, fp16 on other GPUs, else float32. minutes: timeout of collective operations. Raises
+    InputError.
     """
     check_launcher()
-    rank, world, local_rank = (int(os.environ.get(name, default)) for name, default in
-                               (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    rank = int(os.environ.get("RANK", 0))
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(),
              "cpu": True}
     name = next(n for n in there if there[n]) if device == "auto" else device
@@ -923,7 +932,7 @@ def init_distributed(device="auto", dtype="auto", minutes=10):
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")
-        if dtype == "auto":    # before Ampere bf16 is emulated, and slow
+        if dtype == "auto":    # GPUs before Ampere emulate bf16, which is slow
             dtype = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
     if world > 1:
         backend = "nccl" if name == "cuda" else "gloo"
@@ -933,8 +942,8 @@ def init_distributed(device="auto", dtype="auto", minutes=10):
 
 
 def check_launcher():
-    """Raise InputError if another launcher than torchrun has started several processes: each would
-    take itself for the whole run."""
+    """Raise InputError if a launcher other than torchrun has started several processes, each of
+    which would train alone."""
     if "RANK" in os.environ:
         return
     for name in ("WORLD_SIZE", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "PMIX_RANK"):
@@ -944,14 +953,14 @@ def check_launcher():
 
 
 class EpochSampler(DistributedSampler):
-    """(epoch, index) of this process's share of an epoch's whole batches, which hold the same items
-    for any number of processes and micro-batches.
+    """Sample keys (epoch, index) for this process, its share of the whole batches of an epoch. A
+    batch has the same items for any number of processes and micro-batches.
 
-    total_batch: items of an optimizer step, over all processes; micro_batch: those that a process
-    computes at once, accum_steps times a step. accum_steps=None takes the fewest micro-batches of
-    at most `most` items. A data set smaller than the batch gives one batch, rounded down. Libraries
-    that prepare loaders (Lightning Fabric, Accelerate) count epochs themselves: call
-    `sampler.set_epoch(epoch)` on this object before every epoch, not on their wrapper.
+    total_batch: items of an optimizer step, over all processes. micro_batch: items that a process
+    computes at once, accum_steps times in a step. accum_steps=None chooses the fewest micro-batches
+    of at most `most` items. A data set smaller than the batch gives one batch, rounded down.
+    Libraries that wrap loaders (Lightning Fabric, Accelerate) count epochs themselves: call
+    `set_epoch(epoch)` on this object before every epoch, not on their wrapper. Raises InputError.
     """
 
     def __init__(self, dataset, batch_size, accum_steps, most, rank, world, seed):
@@ -974,24 +983,24 @@ class EpochSampler(DistributedSampler):
 
 
 class DeviceLoader(DataLoader):
-    """A DataLoader whose batches are on the device. To a GPU, each is copied from pinned memory, in
-    a stream of its own, while the step before it runs. Its processes live as long as the loader."""
+    """A DataLoader with batches on the device and persistent workers. A batch is copied to a GPU
+    from pinned memory, in a stream of its own, while the step before it runs."""
 
     def __init__(self, dataset, batch_size, sampler, workers, device):
         packages = ["torch", "torchvision.transforms.v2", "PIL.Image"]
-        multiprocessing.set_forkserver_preload(packages)    # read if this start method is in use
+        multiprocessing.set_forkserver_preload(packages)    # no effect under fork and spawn
         super().__init__(dataset, batch_size, sampler=sampler, num_workers=workers,
                          persistent_workers=workers > 0, pin_memory=device.type == "cuda",
-                         generator=torch.Generator())    # else it draws from the global one
+                         generator=torch.Generator())    # the global one is left alone
         self.device = device
         self.copies = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def __iter__(self):
         ahead = []
         for batch in super().__iter__():
-            if self.copies:    # wait for the readers of the memory that is used again
+            if self.copies:    # earlier steps may still read the memory that is reused
                 self.copies.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(self.copies):    # of None: does nothing
+            with torch.cuda.stream(self.copies):    # None has no effect
                 batch = [x.to(self.device, non_blocking=True) for x in batch]
             yield from ahead
             if self.copies:
@@ -1001,9 +1010,12 @@ class DeviceLoader(DataLoader):
 
 
 def train_loader(dataset, batch_size, accum_steps, most, workers, seed, run):
-    """Micro-batches of this process, read ahead by `workers` processes; loader.sampler is an
-    `EpochSampler`. run: what `init_distributed` returns. Raises InputError if processes, such as
-    those of two machines, hold data sets of different sizes."""
+    """Build the loader of this process's micro-batches; its `sampler` is an `EpochSampler`.
+
+    most: largest micro-batch if accum_steps is None. workers: loader processes. run: what
+    `init_distributed` returned. Raises InputError if the data sets of the processes, for example on
+    two machines, differ in size.
+    """
     rank, world, device, _ = run
     if dist.is_initialized():
         sizes = [None] * world
@@ -1020,15 +1032,16 @@ def train_loader(dataset, batch_size, accum_steps, most, workers, seed, run):
 
 
 def eval_loader(dataset, batch_size, workers, run):
-    """Batches of an evaluation: every item once, dealt out to the processes, under epoch 0."""
+    """Build the loader of an evaluation: each item once, with key (0, index), divided among the
+    processes."""
     rank, world, device, _ = run
     own = [(0, index) for index in range(rank, len(dataset), world)]
     return DeviceLoader(dataset, batch_size, own, workers, device)
 
 
 def mix_seed(*numbers):
-    """Mix whole numbers into one seed in [0, 2^63), by steps of a linear congruential generator:
-    there is no RNG state to save, and an item is the same whichever process loads it."""
+    """Mix whole numbers into one seed in [0, 2^63) by steps of a linear congruential generator. An
+    item seeded so is the same in every process, and no RNG state has to be saved."""
     seed = 0
     for n in numbers:
         seed = ((seed ^ n) * 6364136223846793005 + 1442695040888963407) % 2 ** 63
@@ -1039,11 +1052,11 @@ def mix_seed(*numbers):
 # Log and checkpoints of a run
 # --------------------------------------------------------------------------------------------------
 def log(args, rank, world, **values):
-    """Append the values to log.jsonl, on process 0 -> them as plain numbers.
+    """Append values to args.out/log.jsonl, on process 0 -> the values as Python numbers.
 
-    Tensors are averaged over processes first: the only device-to-host sync of a training loop. What
-    is not finite, such as gradients that the loss scaler skips, becomes null. Raises
-    FloatingPointError, on all processes, if `loss` is not finite.
+    Tensors are averaged over processes first, which is the only device-to-host sync of a training
+    loop. Numbers that are not finite, such as the norm of gradients that the loss scaler skips,
+    become null. Raises FloatingPointError, on all processes, if `loss` is not finite.
     """
     tensors = {k: v.detach().float() for k, v in values.items() if torch.is_tensor(v)}
     if tensors:
@@ -1061,7 +1074,7 @@ def log(args, rank, world, **values):
 
 
 def read_log(path):
-    """Read the objects in a log.jsonl, skipping a truncated line."""
+    """Read the objects in a log.jsonl. A truncated line is skipped."""
     values = []
     for line in read_text(path).splitlines():
         with contextlib.suppress(json.JSONDecodeError):
@@ -1077,11 +1090,12 @@ def check_finite(value, what):
 
 
 def save(args, rank, name, model, **state):
-    """Write the weights of a model, its arch, mean and std, the options and `state` (plain types)
-    to args.out/name, on process 0.
+    """Write args.out/name on process 0: the weights of a model, its arch, mean and std, the options
+    and `state` (plain types).
 
-    Atomic: a killed process or a full disk leaves the file as it was. Raises FloatingPointError, on
-    all processes, if a weight is not finite, so that a checkpoint is always good.
+    The write is atomic: a killed process or a full disk leaves the old file. Raises
+    FloatingPointError, on all processes, if a weight is not finite, so checkpoints are always
+    finite; OSError if the file cannot be written.
     """
     weights = model.state_dict()
     total = torch.stack([w.float().sum() for w in weights.values()]).sum().item()
@@ -1094,12 +1108,12 @@ def save(args, rank, name, model, **state):
     scratch = path.with_suffix(".tmp")
     about = dict(arch=model.arch, mean=list(model.mean), std=list(model.std), args=vars(args))
     try:
-        with open(scratch, "wb") as file:    # given a name, torch.save crashes on a full disk
+        with open(scratch, "wb") as file:    # given a path, torch.save crashes on a full disk
             torch.save(dict(model=weights, **about, **state), file)
         os.replace(scratch, path)
     except (OSError, RuntimeError) as error:
         scratch.unlink(missing_ok=True)
-        raise OSError(f"cannot write {path} ({error}): what it held before is kept") from None
+        raise OSError(f"cannot write {path} ({error}); the file before it is kept") from None
 
 
 MAY_CHANGE = {"out", "data", "init", "teacher", "no_resume", "device", "dtype", "workers",
@@ -1110,13 +1124,13 @@ RUN_FILES = ("last.pt", "encoder.pt", "classifier.pt", "segmenter.pt", "tracker.
 
 
 def resume(args, run, steps, model, optimizer, scaler, **data):
-    """Load args.out/last.pt, if there, into model, optimizer and scaler -> the number of finished
-    epochs, 0 for a new run. Process 0 reads it for all of them, and drops from log.jsonl what will
-    be logged again.
+    """Load args.out/last.pt, if it exists, into model, optimizer and scaler -> number of finished
+    epochs, 0 for a new run. Process 0 reads the file for all processes, locks args.out and removes
+    the lines of log.jsonl that will be logged again.
 
-    steps: optimizer steps of an epoch; data: what the run has found, such as the number of images,
-    which is compared and must be saved beside the options. Raises InputError if the file is of
-    another run, or if another process is writing to args.out.
+    steps: optimizer steps per epoch. data: facts about the data, such as the number of images; they
+    are compared with those in the file, to which `save` must write them. Raises InputError if
+    last.pt is of another run, or if another process is writing to args.out.
     """
     rank, world, _, _ = run
     out = Path(args.out)
@@ -1140,7 +1154,7 @@ def resume(args, run, steps, model, optimizer, scaler, **data):
     if state["epoch"]:
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
-        if state["scaler"]:    # empty where the run had no loss scaler until now
+        if state["scaler"]:    # empty if the run had no loss scaler until now
             scaler.load_state_dict(state["scaler"])
     if rank == 0:
         start_log(out / "log.jsonl", args, state["epoch"], found)
@@ -1155,9 +1169,8 @@ def resume(args, run, steps, model, optimizer, scaler, **data):
 
 
 def lock_folder(out):
-    """Create the folder of a run, and lock it -> file that holds the lock until it is closed, at
-    the latest when this process ends, however it ends. Raises InputError if another process has
-    locked it."""
+    """Create the folder of a run and lock it -> file that holds the lock until it is closed or this
+    process ends, even by SIGKILL. Raises InputError if another process holds the lock."""
     out.mkdir(parents=True, exist_ok=True)
     file = open(out / ".lock", "a")
     try:
@@ -1172,14 +1185,14 @@ def lock_folder(out):
 def check_same_run(path, state, options):
     """Raise InputError if a checkpoint is of another run; print which options have changed."""
     if not isinstance(state, dict) or not {"args", "optimizer", "epoch"} <= state.keys():
-        raise InputError(f"{path} cannot be resumed from: give another --out, or --no-resume")
+        raise InputError(f"{path} is no training state: give another --out, or --no-resume")
     before = {**state, **state["args"]}
     changed = [k for k in options if options[k] != before.get(k)]
     refused = [f"{k.replace('_', '-')} {str(before.get(k))[:160]}, not {str(options[k])[:160]}"
                for k in changed if k not in MAY_CHANGE]
     if refused:
         raise InputError(f"{path} was written with {'; '.join(refused[:5])}: give the same options "
-                         "to resume, another --out, or --no-resume to start again")
+                         "to resume it, another --out, or --no-resume to start again")
     news = "".join(f"; {k} is now {options[k]}, was {before.get(k)}" for k in changed)
     finished = state["epoch"] >= options.get("epochs", math.inf)
     text = "the run is finished" if finished else f"resuming after epoch {state['epoch']}"
@@ -1187,7 +1200,7 @@ def check_same_run(path, state, options):
 
 
 def start_log(path, args, epoch, data):
-    """Begin a log with the options and the git commit, or keep it up to `epoch`."""
+    """Begin a log with the options, the data and the git commit, or cut it after `epoch`."""
     kept = [v for v in read_log(path) if v["epoch"] <= epoch] if epoch and path.exists() else []
     if not kept:
         commit = subprocess.run("git rev-parse --short HEAD", shell=True, capture_output=True,
@@ -1203,17 +1216,16 @@ def start_log(path, args, epoch, data):
 # --------------------------------------------------------------------------------------------------
 RUNTIME_ERRORS = {    # pattern in the message of a RuntimeError -> what to say
     "out of memory|can't allocate memory|not enough memory":
-        "out of memory: in training --accum-steps 2 (or twice what the first line tells) halves "
-        "the items held at a time; elsewhere a smaller --batch-size, or fewer --workers, does",
+        "out of memory: in training --accum-steps 2 (or twice the number that the first line "
+        "states) halves the micro-batch; otherwise give a smaller --batch-size or fewer --workers",
     r"worker \(pid|shared memory|/torch_":
-        "a loader process ended, most often for lack of memory: give fewer --workers or, in a "
-        "container, more memory (docker run --shm-size=16g)",
+        "a loader process was killed, most often for lack of memory: give fewer --workers or, in "
+        "a container, more shared memory (docker run --shm-size=16g)",
     "connectFullMesh|Connection refused":
-        "the processes cannot reach each other: where torchrun has restarted them, rerun the "
-        "command instead; on several machines without GPUs set GLOO_SOCKET_IFNAME to the network "
-        "interface",
+        "the processes cannot reach each other: if torchrun has restarted them, rerun the command "
+        "instead; on several machines without GPUs set GLOO_SOCKET_IFNAME to the network interface",
     "by peer":
-        "the connection to another process broke: its own message, if any, says why",
+        "the connection to another process was lost: its own message, if any, states the cause",
     r"C\+\+ compiler|CppCompileError|gcc":
         "--compile needs a C++ compiler (g++), which was not found or failed: leave --compile out",
 }
@@ -1221,12 +1233,12 @@ RUNTIME_ERRORS = {    # pattern in the message of a RuntimeError -> what to say
 
 @contextlib.contextmanager
 def plain_errors():
-    """Print errors that the user can mend as one sentence, without a traceback, and exit with
-    status 1, immediately: leaving the process group first would deadlock, as the other processes
-    wait for gradients; torchrun ends them.
+    """Print errors that the user can fix as one sentence, without a traceback, and exit with status
+    1 immediately: leaving the process group first would deadlock, since the other processes wait
+    for gradients. torchrun ends them.
 
-    InputError and FloatingPointError are raised by all processes alike: the first of each machine
-    prints them. A file that cannot be read, a full disk or a full GPU concerns one process alone.
+    All processes raise InputError and FloatingPointError alike, and the first one of each machine
+    prints them. An unreadable file, a full disk or a full GPU concerns a single process.
     """
     alone = False
     try:
@@ -1261,14 +1273,14 @@ def plain_errors():
 # Options
 # --------------------------------------------------------------------------------------------------
 def bounded(convert, low, high):
-    """An argparse type: an int or float in [low, high]."""
+    """Make an argparse type for an int or float in [low, high]."""
     def parse(text):
         value = convert(text)
         if not low <= value <= high:
             raise argparse.ArgumentTypeError(f"{text} must lie in [{low}, {high}]")
         return value
 
-    parse.__name__ = convert.__name__    # for argparse's own message on text that is no number
+    parse.__name__ = convert.__name__    # argparse names it if the text is no number
     return parse
 
 
@@ -1282,13 +1294,13 @@ class Size(argparse.Action):
 
 
 class Parser(argparse.ArgumentParser):
-    """Options in groups. An option shows its default where it has one, and may be bounded."""
+    """ArgumentParser with groups, bounded numbers, and defaults in the help texts."""
 
     def __init__(self, doc, **options):
         super().__init__(usage="%(prog)s [options]", description=doc.split("\n\n")[0], **options)
 
     def group(self, title):
-        """Begin a group -> a function that adds an option to it; numbers may have bounds."""
+        """Begin a group -> function that adds an option to it; low and high bound a number."""
         group = self.add_argument_group(title)
 
         def add(name, help, low=None, high=math.inf, **options):
@@ -1301,14 +1313,15 @@ class Parser(argparse.ArgumentParser):
         return add
 
     def check_unread(self, args, mode, read):
-        """Exit with a usage error if an option was given that a mode does not read."""
+        """Exit with a usage error if an option was given that `mode` does not read. read: names of
+        the options that it reads."""
         for name, value in vars(args).items():
             if value != self.get_default(name) and name not in read.split():
                 self.error(f"{mode} does not read --{name.replace('_', '-')}: leave it out")
 
     def pixel_options(self, add, default="that of the checkpoint, else 224",
                       use="default: that of the checkpoint, or ImageNet's"):
-        """Size and statistics of the pixels that an encoder reads."""
+        """Add the size and statistics of the pixels that an encoder reads."""
         add("--image-size", low=1, nargs="+", action=Size,
             help=f"side, or height and width, in pixels; default: {default}")
         for name in ("mean", "std"):
@@ -1316,27 +1329,26 @@ class Parser(argparse.ArgumentParser):
                 help=f"of pixels in [0, 1] (divide values of 0..255 by 255); {use}")
 
     def run_options(self, out, batch_size, eval_every, clip_grad=0.0):
-        """The options that all training scripts share -> a function that adds more of them."""
+        """Add the options that all training scripts share -> function that adds more of them."""
         add = self.group("run")
         add("--out", default=out,
-            help="folder for checkpoints, log and pictures; rerun the command to resume")
+            help="folder for checkpoints, log and pictures; rerunning the command resumes")
         add("--no-resume", action="store_true",
             help="delete checkpoints, log and pictures of an older run in --out")
         add("--batch-size", low=1, default=batch_size,
             help="items per optimizer step, over all processes; default: the paper's")
         add("--accum-steps", low=1,
-            help="micro-batches that each batch is split into, per process; default: the fewest "
-                 "that a usual GPU holds")
+            help="micro-batches per process and batch; default: the fewest that fit a usual GPU")
         add("--clip-grad", type=float, low=0, default=clip_grad,
             help="largest gradient norm; 0: no clipping")
         cores = (os.cpu_count() or 2) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         add("--workers", low=0, default=max(1, min(16, cores)),
             help="loader processes per training process")
         add("--device", choices=("auto", "cuda", "mps", "cpu"), default="auto",
-            help="auto: cuda, mps or cpu, the first that is there")
+            help="auto: the first available of cuda, mps and cpu")
         add("--dtype", choices=("auto", "bf16", "fp16", "fp32"), default="auto",
-            help="auto: bf16 on GPUs that have it, fp16 with loss scaling on others, else fp32; "
-                 "bf16 pays on CPUs with AVX512-BF16 or AMX")
+            help="auto: bf16 on GPUs that support it, fp16 with loss scaling on other GPUs, else "
+                 "fp32; bf16 is faster on CPUs with AVX512-BF16 or AMX")
         add("--seed", low=0, high=2 ** 32 - 1, default=0, help="of weights, order and crops")
         add("--log-every", low=1, default=20, help="updates per line of log.jsonl")
         add("--eval-every", low=1, default=eval_every, help="epochs between evaluations")
@@ -1347,11 +1359,11 @@ class Parser(argparse.ArgumentParser):
 # Files and images
 # --------------------------------------------------------------------------------------------------
 class Names(Sequence):
-    """Sequence of strings in shared memory, which loader processes read without a copy of their
-    own, however they are started. A list of a million file names takes 180 MB in each process."""
+    """Sequence of strings in shared memory: loader processes need no copy of their own, whatever
+    their start method. In a list, a million file names take 180 MB in each process."""
 
     def __init__(self, names):
-        table = np.array([os.fsencode(name) for name in names], dtype="S")    # zeros at the ends
+        table = np.array([os.fsencode(name) for name in names], dtype="S")    # padded by zeros
         rows = table.view(np.uint8).reshape(len(table), table.itemsize)
         self.rows = torch.from_numpy(rows).share_memory_()
 
@@ -1363,7 +1375,7 @@ class Names(Sequence):
 
 
 def read_text(path):
-    """Read a text file, in UTF-8 with or without a byte order mark. Raises OSError."""
+    """Read a text file in UTF-8, with or without a byte order mark. Raises OSError."""
     try:
         return Path(path).read_text("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -1373,7 +1385,7 @@ def read_text(path):
 
 def list_images(folder, out=None):
     """List all image files below a folder, flat or nested, sorted. Hidden files are skipped, and so
-    is everything below `out`: what a run writes is no data. Raises InputError if there is none."""
+    is everything below `out`, the output of a run. Raises InputError if no image is found."""
     if not Path(folder).is_dir():
         raise InputError(f"{folder} is not a folder: give a folder of images")
     others = {"MPEG", "FLI", "EPS", "PDF", "WMF", "GRIB", "BUFR", "HDF5", "FITS", "PSD"}
@@ -1386,7 +1398,7 @@ def list_images(folder, out=None):
     while folders:
         place = folders.pop()
         real = os.path.realpath(place)
-        if real in seen:                                    # a link may lead to a folder above
+        if real in seen:                                    # links may form a loop
             continue
         seen.add(real)
         for entry in os.scandir(place):
@@ -1401,30 +1413,30 @@ def list_images(folder, out=None):
                 skipped[ending] += 1
     kinds = ", ".join(f"{ending} {n}" for ending, n in skipped.most_common(5)) or "no files"
     if not files:
-        raise InputError(f"{folder} holds no image that Pillow reads ({kinds}), --out left aside")
+        raise InputError(f"{folder} holds no image that Pillow reads ({kinds}) outside --out")
     if skipped and int(os.environ.get("RANK", 0)) == 0:
-        print(f"{folder}: {skipped.total()} files of other endings left out ({kinds})")
+        print(f"{folder}: {skipped.total()} files of other types skipped ({kinds})")
     return sorted(files)
 
 
 def open_image(path):
-    """Read an image file as an upright Pillow RGB image, the first frame if there are several.
+    """Read an image file, the first frame if there are several -> upright Pillow RGB image.
 
-    Grey of 16 or 32 bits is divided by 257; float grey lies in [0, 1], or in [0, 255] if a value is
-    above 1; transparency is dropped. Raises OSError naming the file.
+    Grey of 16 or 32 bits is divided by 257. Float grey is read as [0, 1], or as [0, 255] if a value
+    exceeds 1. Transparency is dropped. Raises OSError with the name of the file.
     """
     try:
         image = Image.open(path)
-        with contextlib.suppress(SyntaxError, struct.error):    # broken EXIF: taken as upright
+        with contextlib.suppress(SyntaxError, struct.error):    # broken EXIF: assumed upright
             if image.getexif().get(0x0112, 1) != 1:    # orientation
                 image.load()
-                image.info.clear()    # else its other tags are written again, and fail if odd
+                image.info.clear()    # otherwise exif_transpose rewrites all tags, odd ones fail
                 image = ImageOps.exif_transpose(image)
         if image.mode.startswith("I") or image.mode == "F":
             grey = np.nan_to_num(np.asarray(image, dtype=np.float64), posinf=1)
             white = 65535 if image.mode != "F" else 255 if grey.max() > 1 else 1
             image = Image.fromarray((255 * (grey / white).clip(0, 1)).round().astype(np.uint8))
-        image.info.pop("transparency", None)    # of a palette: dropped like any other
+        image.info.pop("transparency", None)    # of a palette
         image.load()
         return image.convert("RGB")
     except Exception as error:    # Pillow's plugins raise many kinds
@@ -1433,9 +1445,12 @@ def open_image(path):
 
 
 class ImageDataset(Dataset):
-    """Image files for keys (epoch, index), such as data[0, 7]. A subclass has `transform(image,
-    index)` of a Pillow image, which may draw from torch's generator: it is seeded by (seed, epoch,
-    index). An unreadable file raises OSError."""
+    """Image files, read by keys (epoch, index), such as data[0, 7]. files: a sequence of paths.
+
+    A subclass defines `transform(image, index)` of a Pillow RGB image. It may draw from torch's
+    global generator, which is seeded by (seed, epoch, index) and restored afterwards. An unreadable
+    file raises OSError.
+    """
 
     def __init__(self, files, seed):
         self.files = Names(files)
@@ -1447,17 +1462,17 @@ class ImageDataset(Dataset):
     def __getitem__(self, key):
         if not isinstance(key, tuple):
             raise TypeError(f"give (epoch, index), such as data[0, {key}]; see EpochSampler")
-        with torch.random.fork_rng(devices=[]):    # the process's own generator is left alone
+        with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(mix_seed(self.seed, *key))
             return self.transform(open_image(self.files[key[1]]), key[1])
 
 
 def random_crop(image, size, scale):
-    """RandomResizedCrop of a Pillow RGB image to `size` (h, w), of `scale` of the area and a ratio
-    of 3/4 .. 4/3 times width / height, and a random flip -> (3, h, w) uint8. Draws from torch's
-    global generator.
+    """Crop a Pillow RGB image at random, resize it to `size` (h, w), flip half of them -> (3, h, w)
+    uint8. scale: range of the crop's share of the area; its aspect ratio is 3/4 .. 4/3 times w / h.
+    Draws from torch's global generator.
 
-    torch resizes uint8 three times as fast as Pillow, to the same pixels but for rounding.
+    torch resizes uint8 three times as fast as Pillow, to the same pixels up to rounding.
     """
     h, w = size
     ratio = [3 / 4 * w / h, 4 / 3 * w / h]

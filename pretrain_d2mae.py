@@ -6,31 +6,30 @@ r"""MAE pre-training of lightweight ViTs with decoupled attention distillation, 
         --teacher mae_hiera_base_224.pth
     python tests/tools/demo.py                                              # needs no files
 
-The student sees a quarter of the patches and learns two things. Its block 8 feeds a small decoder
-that predicts the masked patches (L_rec). The attention map of one extra, 13th attention after block
-12 imitates, through a learned mix of heads, that of the teacher's last block over the same visible
-patches (L_attn). So reconstruction shapes the lower blocks, distillation all of them, and the two
-losses do not compete in blocks 9 to 12. Read `MaskedAutoencoder.forward` next to the paper, then
-`train`.
+The student sees a quarter of the patches and is trained by two losses. Its block 8 feeds a small
+decoder that predicts the masked patches (L_rec). An extra, 13th attention after block 12 imitates,
+through a learned mix of heads, the attention map of the teacher's last block over the same visible
+patches (L_attn). Reconstruction trains blocks 1 to 8 and distillation all 12, so the two losses do
+not compete in blocks 9 to 12. Read `MaskedAutoencoder.forward` next to the paper, then `train`.
 
 Shapes: B images, N patches, V visible, M = N - V masked, T = 1 + V tokens, D width, H heads,
         P = 3 * patch_size^2. Hiera: N, V, M count mask units of 32x32 pixels; each holds 4 tokens
         of 16x16 pixels where pixels are predicted, and T = 4 V where maps are compared.
-Masks:  ids_keep (B, V) and ids_masked (B, M) are raster indices, together all of range(N).
+Masks:  ids_keep (B, V) and ids_masked (B, M) are raster indices; together they are range(N).
 
 NOTES, details that the paper does not give, and departures from the authors' code:
-1. The decoder keeps the shuffled order [class, visible, masked]: attention is permutation-
-   equivariant, the masked tokens are a slice, and only their pixels are predicted. The authors
-   unshuffle first (models_mae.py, forward_decoder). The numbers are the same.
-2. The 13th block is a LayerNorm and the q and k rows of a qkv projection. The authors' code creates
-   v as well, and never uses it; q and k are initialised as if it were there.
+1. The decoder keeps the shuffled order [class, visible, masked] and predicts only the pixels of the
+   masked slice. The authors unshuffle first (models_mae.py, forward_decoder). Attention is
+   permutation-equivariant, so the numbers are the same.
+2. The 13th block consists of a LayerNorm and a projection to q and k, initialised as if v existed.
+   The authors' code also creates v, which it never uses.
 3. Tokens and position tables get no weight decay. The authors' code decays those that are trained.
-4. Crops, flips and masks depend on (seed, epoch, image): not on the number of workers or processes.
-   A killed run finishes with bit-identical weights on one number of CPU threads, or on GPUs of one
-   kind with deterministic kernels (gradients of norms and convolutions are summed by thread).
-5. Crops are resized bicubically. The authors draw bilinear or bicubic at random.
-6. Attention maps are compared in float32, the authors' in float16. GPUs from Ampere on multiply
-   float32 matrices in TensorFloat-32.
+4. Crops, flips and masks depend on (seed, epoch, image), not on the number of workers or processes.
+   A killed run finishes with bit-identical weights for one number of CPU threads, which changes the
+   order of sums in gradients, and on GPUs of one kind if their kernels are deterministic.
+5. Crops are resized bicubically. The authors choose bilinear or bicubic at random.
+6. Attention maps are compared in float32, in the authors' code in float16. GPUs from Ampere on
+   multiply float32 matrices in TensorFloat-32.
 """
 import math
 from pathlib import Path
@@ -52,10 +51,10 @@ from models import (Block, ImageDataset, InputError, Parser, attention_logits, b
                     normalize, param_groups, plain_errors, random_crop, resume, save, sincos_2d,
                     train_loader)
 
-RECIPE = dict(    # Sec. 4; settings without an option. All others: `parse_args`
-    betas=(0.9, 0.95), weight_decay=0.05,   # AdamW; no decay of biases, norms and tokens
-    min_lr=0.0,                             # end of the cosine
-    val_images=512,                         # held-out images at most
+RECIPE = dict(    # Sec. 4; settings without an option. `parse_args` has all others
+    betas=(0.9, 0.95), weight_decay=0.05,   # of AdamW; biases, norms and tokens do not decay
+    min_lr=0.0,                             # at the end of the cosine
+    val_images=512,                         # largest number of held-out images
 )
 
 
@@ -63,7 +62,7 @@ RECIPE = dict(    # Sec. 4; settings without an option. All others: `parse_args`
 # Method: masking, targets and losses
 # --------------------------------------------------------------------------------------------------
 def random_masking(noise, mask_ratio):
-    """Mask at random per sample: noise (B, N) is sorted, the V = int(N (1 - mask_ratio)) smallest
+    """Draw masks by sorting noise (B, N): the V = int(N (1 - mask_ratio)) patches of smallest noise
     stay visible -> ids_keep (B, V), ids_masked (B, M)."""
     ids = noise.argsort(dim=1)
     keep = int(noise.shape[1] * (1 - mask_ratio))
@@ -71,8 +70,8 @@ def random_masking(noise, mask_ratio):
 
 
 def patch_pixels(images, ids, patch_size):
-    """Pixels of the patches `ids` (B, M) of images (B, 3, H, W) -> (B, M, P), ordered (row, column,
-    channel). Indexing a view copies those patches alone."""
+    """Cut the patches `ids` (B, M) out of images (B, 3, H, W) -> pixels (B, M, P), ordered (row,
+    column, channel). Indexing a view copies only these patches."""
     p = patch_size
     patches = images.unfold(2, p, p).unfold(3, p, p).permute(0, 2, 3, 4, 5, 1)
     batch = torch.arange(images.shape[0], device=images.device)[:, None]
@@ -81,23 +80,24 @@ def patch_pixels(images, ids, patch_size):
 
 
 def normalize_patches(patches):
-    """norm_pix: (x - mean) / sqrt(variance + 1e-6) of each patch (B, M, P), variance unbiased."""
+    """Normalise each patch of (B, M, P): (x - mean) / sqrt(variance + 1e-6), with the unbiased
+    variance (norm_pix_loss of MAE)."""
     variance, mean = torch.var_mean(patches, dim=-1, keepdim=True)
     return (patches - mean) / (variance + 1e-6).sqrt()
 
 
 def reconstruction_loss(pred, target):
-    """L_rec: mean squared error over the masked patches alone. pred, target: (B, M, P); computed in
-    float32."""
+    """Compute L_rec, the mean squared error over the masked patches, in float32. pred, target:
+    (B, M, P)."""
     return F.mse_loss(pred.float(), target.float())
 
 
 def attention_loss(student, teacher, adapter):
-    """L_attn = MSE(A_T, M A_S), A = q k^T / sqrt(d) before the softmax.
+    """Compute L_attn = MSE(A_T, M A_S) with A = q k^T / sqrt(d), before the softmax, in float32.
 
-    student (B, H_S, T, T), teacher (B, H_T, T, T) over the same visible tokens, class token
-    included; the adapter M is a learned bias-free 1x1 convolution over heads, H_S -> H_T. Computed
-    in float32, since logits can be large. (An ablation compares hidden states (B, T, D) by it.)
+    student: A_S (B, H_S, T, T), teacher: A_T (B, H_T, T, T), over the same visible tokens including
+    the class token. adapter: M, a learned 1x1 convolution over heads, H_S -> H_T, without bias. (An
+    ablation compares hidden states (B, T, D) through a linear layer.)
     """
     with torch.autocast(student.device.type, enabled=False):
         return F.mse_loss(adapter(student.float()), teacher.float())
@@ -109,8 +109,9 @@ def attention_loss(student, teacher, adapter):
 class MaskedAutoencoder(nn.Module):
     """Student of MAE, D-MAE and D2-MAE: a ViT encoder, a decoder and, with a teacher, L_attn.
 
-    encoder: VisionTransformer without a head. decoder_tap: block whose normalised output the
-    decoder reads. distillation: `Distillation` or None. alpha: weight of L_attn.
+    encoder: VisionTransformer without a head, with attributes mean and std. decoder_tap: block
+    whose normalised output the decoder reads. norm_pix: predict normalised patches. distillation:
+    `Distillation` or None. alpha: weight of L_attn.
     """
 
     def __init__(self, encoder, decoder_tap=12, decoder_dim=96, decoder_depth=1, decoder_heads=3,
@@ -123,7 +124,7 @@ class MaskedAutoencoder(nn.Module):
         self.distillation = distillation
         self.alpha = alpha
         self.taps = {decoder_tap} | (distillation.taps if distillation else set())
-        self.cells = math.prod(encoder.grid)    # what is masked or kept: patches
+        self.cells = math.prod(encoder.grid)    # what a mask removes or keeps: patches
 
         self.decoder_embed = nn.Linear(encoder.embed_dim, decoder_dim)
         self.mask_token = nn.Parameter(torch.randn(1, 1, decoder_dim) * 0.02)
@@ -137,10 +138,11 @@ class MaskedAutoencoder(nn.Module):
             init_mae(part)
 
     def forward(self, images, ids_keep, ids_masked, target_maps=None):
-        """L = L_rec + alpha * L_attn -> dict of scalars: loss, rec and, with a teacher, attn.
+        """Compute L = L_rec + alpha * L_attn -> dict of scalars: loss, rec and, with a teacher,
+        attn.
 
-        images (B, 3, H, W) normalised; target_maps: A_T, the teacher's pre-softmax map of the same
-        images and ids_keep, see `Distillation.target_maps`.
+        images: (B, 3, H, W), normalised. target_maps: A_T, the teacher's pre-softmax map of the
+        same images and ids_keep, see `Distillation.target_maps`.
         """
         features = self.encoder.forward_features(images, self.taps, ids_keep)   # block -> (B, T, D)
 
@@ -157,11 +159,12 @@ class MaskedAutoencoder(nn.Module):
         return {"loss": rec + self.alpha * attn, "rec": rec, "attn": attn}
 
     def latent(self, features):
-        # In D2-MAE this norm, and so the one in encoder.pt, belongs to block 8, not to block 12.
+        """Normalise the tokens that the decoder reads -> (B, T, D). In D2-MAE this norm, which is
+        also the one in encoder.pt, is trained on block 8, not on block 12."""
         return self.encoder.norm(features[self.decoder_tap])
 
     def forward_decoder(self, latent, ids_keep, ids_masked):
-        """Predict pixels: visible tokens (B, T, D) -> masked patches (B, M, P), in their order."""
+        """Predict the masked patches (B, M, P) from the visible tokens `latent` (B, T, D)."""
         x = self.decoder_embed(latent)                                          # (B, 1 + V, D_dec)
         B, T, _ = x.shape
         rows = self.position_rows(ids_keep, ids_masked)
@@ -172,22 +175,23 @@ class MaskedAutoencoder(nn.Module):
         return self.decoder_pred(self.decoder_norm(x[:, T:]))
 
     def position_rows(self, ids_keep, ids_masked):
-        """Rows of the decoder's position table (B, 1 + N) for the tokens [class, visible, masked].
+        """Rows of the position table (B, 1 + N) for [class, visible, masked]; the class is row 0.
         """
-        return F.pad(torch.cat([ids_keep, ids_masked], dim=1) + 1, (1, 0))      # class token: 0
+        return F.pad(torch.cat([ids_keep, ids_masked], dim=1) + 1, (1, 0))
 
     def target(self, images, ids_masked):
-        """What the decoder should predict: pixels of the masked patches (B, M, P)."""
+        """Compute what the decoder should predict, (B, M, P) float32."""
         patches = self.masked_pixels(images, ids_masked).float()
         return normalize_patches(patches) if self.norm_pix else patches
 
     def masked_pixels(self, images, ids_masked):
+        """Pixels of the masked patches (B, M, P)."""
         return patch_pixels(images, ids_masked, self.encoder.patch_size)
 
 
 class Distillation(nn.Module):
     """L_attn of D2-MAE: the map A_S of a 13th attention after the student's last block imitates
-    A_T, that of the teacher's last block. Of the 13th block, LayerNorm, q and k exist.
+    A_T, the map of the teacher's last block. The 13th block consists of LayerNorm, q and k.
 
     A teacher is any module with depth, blocks[-1].attn.num_heads,
     forward_features(images, taps, ids_keep) -> {tap: tokens (B, T, D)} and
@@ -198,7 +202,7 @@ class Distillation(nn.Module):
         super().__init__()
         dim = encoder.embed_dim
         self.heads = encoder.blocks[-1].attn.num_heads
-        self.taps = {encoder.depth}    # blocks whose outputs A_S is made of
+        self.taps = {encoder.depth}    # blocks whose outputs `student_map` reads
         self.norm = nn.LayerNorm(dim, eps=1e-6)
         self.qk = nn.Linear(dim, 2 * dim)
         self.adapter = nn.Conv2d(self.heads, teacher.blocks[-1].attn.num_heads, 1, bias=False)
@@ -207,20 +211,21 @@ class Distillation(nn.Module):
         nn.init.zeros_(self.qk.bias)
 
     def student_map(self, encoder, features):
-        """A_S, pre-softmax (B, H_S, T, T), from the tokens {tap: (B, T, D)} of the student."""
+        """Compute A_S, pre-softmax (B, H_S, T, T), from the student's tokens {tap: (B, T, D)}."""
         qk = self.qk(self.norm(features[encoder.depth]))                        # (B, T, 2 D)
         qk = qk.unflatten(2, (2, self.heads, -1)).permute(2, 0, 3, 1, 4)        # 2 x (B, H, T, d)
         return attention_logits(*qk)
 
     @torch.no_grad()
     def target_maps(self, teacher, images, ids_keep):
-        """A_T, pre-softmax (B, H_T, T, T). Of the teacher's last block LayerNorm, q and k run."""
+        """Compute A_T, pre-softmax (B, H_T, T, T). Only LayerNorm, q and k of the teacher's last
+        block run."""
         last = teacher.depth
         features = teacher.forward_features(images, {last - 1}, ids_keep)
         return teacher.attention_map(features[last - 1], last)
 
     def forward(self, encoder, features, target_maps):
-        """L_attn of the student's features and A_T, a scalar."""
+        """Compute L_attn, a scalar, of the student's tokens {tap: (B, T, D)} and A_T."""
         return attention_loss(self.student_map(encoder, features), target_maps, self.adapter)
 
 
@@ -262,7 +267,7 @@ def train(args):
 
     for epoch in range(first_epoch, args.epochs):
         loader.sampler.set_epoch(epoch)
-        student.train()    # nothing below draws random numbers: masks come with the data
+        student.train()    # the loop draws no random numbers: masks come with the data
         bar = tqdm(loader, f"epoch {epoch + 1}/{args.epochs}", disable=rank > 0)
         means = {}    # of the losses over a batch
         for i, (images, noise) in enumerate(bar):
@@ -302,7 +307,8 @@ def train(args):
 
 
 def lr_at(step, total, warmup, lr, min_lr):
-    """Learning rate of step `step` (from 0): linear warm-up from 0, then half a cosine."""
+    """Learning rate of step `step` (from 0) of `total`: linear warm-up from 0, then half a cosine
+    from lr to min_lr."""
     if step < warmup:
         return lr * step / warmup
     done = (step - warmup) / max(1, total - warmup)
@@ -313,17 +319,17 @@ def lr_at(step, total, warmup, lr, min_lr):
 # Student and teacher, from the options
 # --------------------------------------------------------------------------------------------------
 def build_student(args):
-    """Student of --model, --method and the ablation options, and the frozen teacher, None for MAE.
+    """Build the student of the options and read its teacher -> student, frozen teacher or None.
 
-    The encoder is drawn first: it depends on the seed alone, whatever the method. The student sees
-    the same pixels as the teacher, normalised as the teacher's.
+    The encoder is drawn first, so it depends on the seed alone, not on the method. The student gets
+    the same pixels as the teacher, with the teacher's normalisation. Raises InputError.
     """
     hiera = args.model.startswith("hiera")
     options = dict(img_size=args.image_size, mean=args.mean, std=args.std, hiera=dict(q_pool=2),
                    vit=dict(fixed_pos_embed=True))
     encoder = build_model(args.model, patch_size=args.patch_size, **options)
     tap = args.decoder_tap or (8 if args.method == "d2-mae" else encoder.depth)
-    dim = 96 if hiera else max(96, encoder.embed_dim // 2)    # of the decoder; heads of 32
+    dim = 96 if hiera else max(96, encoder.embed_dim // 2)    # of the decoder, with heads of 32
     kind = HieraMaskedAutoencoder if hiera else MaskedAutoencoder
     model = kind(encoder, tap, dim, 1, dim // 32, args.norm_pix, None, args.alpha)
     if tap > encoder.depth or not 0 < int(model.cells * (1 - args.mask_ratio)) < model.cells:
@@ -345,7 +351,7 @@ def build_student(args):
 
 
 def build_distillation(args, encoder, teacher):
-    """The distillation of --method, or an ablation of it."""
+    """Build the distillation of --method, or an ablation of it. Raises InputError."""
     decoupled = args.method == "d2-mae"
     if not args.distill_layers and args.distill == "attention":
         kind = Distillation if decoupled else CoupledDistillation
@@ -364,7 +370,8 @@ class Images(ImageDataset):
     """Item (epoch, index) -> image (3, h, w) uint8, and the noise (cells,) that decides its mask.
     All randomness comes from (seed, epoch, index).
 
-    image_size: (h, w). crop_scale: area range of a random crop; None: the resized centre crop.
+    files: sequence of paths. cells: number of patches or mask units. image_size: (h, w).
+    crop_scale: range of a random crop's share of the area; None: resized centre crop.
     """
 
     def __init__(self, files, seed, cells, image_size, crop_scale=None):
@@ -381,8 +388,9 @@ class Images(ImageDataset):
 
 
 def list_data(root, out):
-    """List the training and the held-out images: those of the folders train and val of `root`, or,
-    without val, every 50th image held out. Nothing below `out` is data. Raises InputError."""
+    """List the training and the held-out images: those of the folders train and val of `root`. If
+    there is no val, every 50th image is held out. Nothing below `out` is data. Raises InputError.
+    """
     root = Path(root)
     if (root / "annotations").is_dir():
         raise InputError(f"--data {root} holds annotations beside its images: give the folder of "
@@ -397,7 +405,7 @@ def list_data(root, out):
 
 
 def build_loaders(args, model, run):
-    """Loaders of the training images, and of at most args.val_images of the held-out ones."""
+    """Build the loaders of the training images and of at most args.val_images held-out images."""
     train, val = list_data(args.data, args.out)
     count = min(len(val), args.val_images)
     val = [val[i * len(val) // count] for i in range(count)]    # from all folders
@@ -413,7 +421,7 @@ def build_loaders(args, model, run):
 # Evaluation and pictures
 # --------------------------------------------------------------------------------------------------
 def report(args, run, model, teacher, val_loader, epoch, step):
-    """Evaluate on all processes; process 0 logs, prints, and draws once training has begun."""
+    """Evaluate on all processes. Process 0 logs and prints, and draws pictures after epoch 0."""
     rank, world, _, _ = run
     values = evaluate(model, teacher, val_loader, args.mask_ratio, run)
     log(args, rank, world, epoch=epoch, step=step, **values)
@@ -435,11 +443,11 @@ def report(args, run, model, teacher, val_loader, epoch, step):
 
 @torch.no_grad()
 def evaluate(model, teacher, val_loader, mask_ratio, run):
-    """Mean losses over held-out images with fixed masks, each image once for any number of
-    processes -> dict.
+    """Compute the mean losses over held-out images with fixed masks -> dict. Each image counts once
+    for any number of processes.
 
-    val_base is the loss of predicting the mean of each masked patch: what a model that knows only
-    brightness reaches.
+    val_base is the loss of predicting the mean of each masked patch, which a model that has learned
+    only brightness reaches.
     """
     rank, world, device, dtype = run
     model.eval()
@@ -462,11 +470,11 @@ def evaluate(model, teacher, val_loader, mask_ratio, run):
 
 @torch.no_grad()
 def reconstruct(model, images, ids_keep, ids_masked):
-    """Images with masked patches greyed out, and with predicted ones in their place -> two
-    (B, 3, H, W), normalised.
+    """Replace the masked patches of normalised images (B, 3, H, W) by grey -> (B, 3, H, W), and by
+    predictions -> (B, 3, H, W).
 
-    A model trained with norm_pix predicts patches of zero mean and unit variance; their mean and
-    standard deviation are taken from the input.
+    With norm_pix the model predicts patches of zero mean and unit variance; mean and standard
+    deviation are those of the input.
     """
     features = model.encoder.forward_features(images, model.taps, ids_keep)
     pred = model.forward_decoder(model.latent(features), ids_keep, ids_masked).float()
@@ -479,17 +487,17 @@ def reconstruct(model, images, ids_keep, ids_masked):
 
 
 def paste(model, images, pixels, ids_masked):
-    """A copy of images (B, 3, H, W) with the pixels (B, M, P) in the masked patches."""
+    """Copy images (B, 3, H, W), with the pixels (B, M, P) in the masked patches."""
     numbers = torch.arange(images[0].numel(), device=images.device).view_as(images[0])
-    places = model.masked_pixels(numbers.expand_as(images), ids_masked)         # of those pixels
+    places = model.masked_pixels(numbers.expand_as(images), ids_masked)         # (B, M, P)
     return images.flatten(1).scatter(1, places.flatten(1), pixels.flatten(1)).view_as(images)
 
 
 @torch.no_grad()
 def draw(args, model, teacher, val_loader):
-    """Draw eight held-out images: reconstruction.png has the rows input, masked input, prediction;
-    attention.png, for a ViT without ablations, input, student (M A_S) and teacher (A_T): softmax
-    attention of the central patch, mean over heads, white at its maximum, all patches visible."""
+    """Draw eight held-out images. reconstruction.png has the rows input, masked input, prediction.
+    attention.png, for a ViT without ablations, has the rows input, student (M A_S), teacher (A_T):
+    softmax attention of the central patch to all patches, mean over heads, white at its maximum."""
     data = val_loader.dataset
     shown = [data[0, i] for i in range(0, len(data), max(1, len(data) // 8))][:8]
     images, noise = (torch.stack(column).to(model.mask_token.device) for column in zip(*shown))
@@ -518,10 +526,10 @@ def draw(args, model, teacher, val_loader):
 # MAE and D-MAE on Hiera
 # --------------------------------------------------------------------------------------------------
 class HieraMaskedAutoencoder(MaskedAutoencoder):
-    """MAE and D-MAE on Hiera (with q_pool=2): the decoder fuses stages 1, 2 and the last block.
+    """MAE and D-MAE on Hiera (with q_pool=2): the decoder reads stages 1, 2 and the last block.
 
-    ids_keep and ids_masked count mask units; each has 2x2 decoder tokens of 16x16 pixels, kept
-    together: token 4 u + i is token i (raster) of unit u.
+    ids_keep and ids_masked number mask units. Each unit has 2x2 decoder tokens of 16x16 pixels in
+    adjacent places: token 4 u + i is token i (raster) of the unit at place u.
     """
 
     def __init__(self, encoder, decoder_tap=12, decoder_dim=96, *args, **options):
@@ -547,7 +555,8 @@ class HieraMaskedAutoencoder(MaskedAutoencoder):
         self.encoder_norm = nn.LayerNorm(width, eps=1e-6)
 
     def latent(self, features):
-        """Stages 1, 2 and the last block, fused at 2x2 tokens a unit, normalised -> (B, 4 V, D)."""
+        """Fuse stages 1, 2 and the last block at 2x2 tokens per unit, and normalise -> (B, 4 V, D).
+        """
         encoder = self.encoder
         first, second, _, last = encoder.stage_ends
         head1, head2 = self.multi_scale_fusion_heads
@@ -557,15 +566,15 @@ class HieraMaskedAutoencoder(MaskedAutoencoder):
         return self.encoder_norm(fused.flatten(2).transpose(1, 2).reshape(features[last].shape))
 
     def raster_ids(self, units):
-        """Mask units (B, V) -> raster indices (B, 4 V) of their tokens in the 16-pixel grid."""
+        """Turn mask units (B, V) into raster indices (B, 4 V) of their tokens of 16x16 pixels."""
         return self.unit_tokens[units].flatten(1)
 
     def position_rows(self, ids_keep, ids_masked):
-        """Rows of the position table (B, 4 N) for the tokens [visible, masked]."""
+        """Rows of the position table (B, 4 N) for [visible, masked]; there is no class token."""
         return self.raster_ids(torch.cat([ids_keep, ids_masked], dim=1))
 
     def masked_pixels(self, images, ids_masked):
-        """Pixels (B, 4 M, P), ordered (channel, row, column)."""
+        """Pixels of the masked units (B, 4 M, P), ordered (channel, row, column) as by Hiera."""
         pixels = patch_pixels(images, self.raster_ids(ids_masked), 16)
         return pixels.unflatten(2, (256, 3)).transpose(2, 3).flatten(2)
 
@@ -574,11 +583,11 @@ class HieraMaskedAutoencoder(MaskedAutoencoder):
 # Ablations of the distillation (Fig. 2 and its tables)
 # --------------------------------------------------------------------------------------------------
 class AblatedDistillation(nn.Module):
-    """Sum of L_attn over several layers: student blocks `layers` (from 1) imitate the teacher's at
-    the same relative depth; with decoupled=True the 13th attention takes the place of the last.
+    """Sum of L_attn over several layers: the student's blocks `layers` (from 1) imitate blocks of
+    the teacher at the same relative depth. decoupled: a 13th attention replaces the last block.
 
-    signal: "attention" compares maps before the softmax, "probabilities" after it, "hidden" each
-    `representation` (B, T, D) through a bias-free linear layer.
+    signal: "attention" compares maps before the softmax, "probabilities" maps after it, "hidden"
+    `representation`s (B, T, D) through a linear layer without bias.
     """
 
     def __init__(self, encoder, teacher, decoupled, layers, signal):
@@ -587,7 +596,7 @@ class AblatedDistillation(nn.Module):
         self.signal = signal
         self.layers = layers
         self.teacher_layers = [max(1, k * teacher.depth // encoder.depth) for k in layers]
-        self.extra = encoder.depth if decoupled else None    # what the 13th attention replaces
+        self.extra = encoder.depth if decoupled else None    # the block that is replaced
         self.taps = {k if hidden or k == self.extra else k - 1 for k in layers}
         if decoupled and hidden:
             self.norm = nn.LayerNorm(encoder.embed_dim, eps=1e-6)
@@ -606,7 +615,7 @@ class AblatedDistillation(nn.Module):
         return model.attention_map(features[k - 1], k)
 
     def layer_map(self, encoder, features, k):
-        """The same of the student, whose last block may be replaced."""
+        """Map or representation of the student's block k, or of what replaces it."""
         if k != self.extra:
             return self.read(encoder, features, k)
         if self.signal == "hidden":
@@ -615,7 +624,7 @@ class AblatedDistillation(nn.Module):
 
     @torch.no_grad()
     def target_maps(self, teacher, images, ids_keep):
-        """The teacher's maps or representations, a list with one for each layer."""
+        """Compute the teacher's maps or representations, a list with one entry per layer."""
         taps = {k if self.signal == "hidden" else k - 1 for k in self.teacher_layers}
         features = teacher.forward_features(images, taps, ids_keep)
         return [self.read(teacher, features, k) for k in self.teacher_layers]
@@ -634,52 +643,52 @@ class AblatedDistillation(nn.Module):
 # Arguments: the defaults are the paper's
 # --------------------------------------------------------------------------------------------------
 def parse_args(argv=None):
-    """Options of the command line, or of the list `argv`."""
+    """Parse the command line, or the list `argv`."""
     parser = Parser(__doc__)
     add = parser.group("method (Sec. 4)")
     add("--method", choices=("d2-mae", "d-mae", "mae"), default="d2-mae",
-        help="d2-mae: decoder on an inner block, distillation on a 13th attention; d-mae: both on "
-             "the last block; mae: no teacher")
+        help="d2-mae: the decoder reads an inner block, distillation a 13th attention; d-mae: both "
+             "read the last block; mae: no teacher")
     add("--model", default="vit_tiny", help="student; paper: vit_tiny (12 heads), hiera_tiny; for "
-        "small images vit_nano (1.4M parameters), vit_pico (0.4M)")
+        "small images: vit_nano (1.4M parameters), vit_pico (0.4M)")
     add("--teacher", help="checkpoint of the frozen teacher (README, 'Checkpoints'); paper: MAE "
                           "ViT-Base, 1600 epochs")
     add("--alpha", type=float, low=0, default=1.0, help="weight in L = L_rec + alpha * L_attn")
     add("--mask-ratio", type=float, low=0, high=1,
-        help="share of patches removed; default: ViT 0.75, Hiera 0.4 of its mask units")
+        help="share of patches to mask; default: ViT 0.75, Hiera 0.4 of its mask units")
     add("--no-norm-pix", dest="norm_pix", action="store_false",
-        help="predict plain pixels instead of patches normalised by their mean and variance")
+        help="predict plain pixels, not patches normalised by their mean and variance")
     add("--decoder-tap", low=1,
-        help="block whose normalised output the decoder reads; default: d2-mae 8, else the last")
+        help="block whose normalised output the decoder reads; default: d2-mae 8, others the last")
     add("--distill", choices=("attention", "probabilities", "hidden"), default="attention",
-        help="ablation: maps before or after the softmax, or hidden states")
+        help="ablation: compare maps before the softmax, maps after it, or hidden states")
     add("--distill-layers", low=1, nargs="+",
-        help="ablation: student blocks, counted from 1; default: the last")
+        help="ablation: student blocks to distil, counted from 1; default: the last")
 
     add = parser.group("data")
-    add("--data", default="data/imagenet", help="folder that holds train and val (optional), or a "
-        "folder of images, flat or nested; without val, every 50th image is held out")
-    add("--patch-size", low=1, help="side of a ViT patch; default: 16, of vit_huge 14")
+    add("--data", default="data/imagenet", help="folder that holds train and optionally val, or a "
+        "folder of images, flat or nested; without val every 50th image is held out")
+    add("--patch-size", low=1, help="side of a ViT patch in pixels; default: 16, vit_huge 14")
     add("--crop-scale", type=float, low=0, high=1, nargs=2, default=(0.08, 1.0),
-        help="area range of the random crop")
+        help="range of the random crop's share of the area")
     parser.pixel_options(add, "224, the paper's")
 
     add = parser.group("recipe (Sec. 4, pre-training)")
     add("--epochs", low=1, default=400, help="paper: 400")
     add("--warmup-epochs", type=float, low=0,
-        help="linear from 0; default: a tenth of --epochs, as the paper's 40 of 400")
+        help="epochs of linear growth from 0; default: a tenth of --epochs, the paper's 40 of 400")
     add("--base-lr", type=float, low=0, default=1.5e-4,
         help="per 256 images: lr = base_lr * batch_size / 256; paper: 1.5e-4")
 
     add = parser.run_options("out/pretrain", batch_size=4096, eval_every=10)
-    add("--compile", action="store_true", help="torch.compile the student and the teacher")
+    add("--compile", action="store_true", help="apply torch.compile to student and teacher")
     parser.set_defaults(**RECIPE)
     return parser.parse_args(argv)
 
 
 def resolve(args):
-    """Fill in the defaults that depend on other options; raise InputError for contradictory ones.
-    """
+    """Fill in defaults that depend on other options. Raises InputError if options contradict each
+    other."""
     hiera = args.model.startswith("hiera")
     if (args.method == "mae") == bool(args.teacher):
         raise InputError(f"--method {args.method} {'has no' if args.teacher else 'needs a'} "

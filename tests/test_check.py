@@ -126,7 +126,7 @@ def test_each_fault_of_pre_training_images(tmp_path, capsys):
     assert found == {"unreadable file": 8, "left out by the run": 2, "picture in both sets": 1,
                      "image smaller than a patch of 16 pixels": 1}
     assert "    and 3 more\n" in text and "valid (rename it to val)" in text
-    assert "1 files of other endings left out (.txt 1)" in text and "(30 x 8)" in text
+    assert "1 files of other types skipped (.txt 1)" in text and "(30 x 8)" in text
     assert f"again.png (as {tmp_path}/train/0.png)" in text
     names = (tmp_path / "names").read_text().split()
     assert len(names) == 8 and f"{tmp_path}/train/cut.png" in names

@@ -723,7 +723,7 @@ with models.plain_errors():
 """
     done = run("-c", code, check=False)
     assert done.returncode == 1 and "Traceback" not in done.stderr
-    assert re.search(r"^error: cannot write \S+last.pt \(.*\): what it held before is kept$",
+    assert re.search(r"^error: cannot write \S+last.pt \(.*\); the file before it is kept$",
                      done.stderr.strip())
     assert (tmp_path / "last.pt").read_bytes() == before
     assert [file.name for file in tmp_path.iterdir()] == ["last.pt"]
@@ -816,11 +816,11 @@ def test_photographs_stand_upright(tmp_path):
     (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), 1, "error: out of mem"),
     (MemoryError(), 0, "error: out of memory: in training --accum-steps 2"),
     (RuntimeError("Gloo connectFullMesh failed with ... Connection refused"), 0,
-     "error: the processes cannot reach each other: where torchrun has restarted them, rerun"),
+     "error: the processes cannot reach each other: if torchrun has restarted them, rerun"),
     (RuntimeError("InvalidCxxCompiler: No working C++ compiler found in ..."), 1,
      "error: --compile needs a C++ compiler"),
     (RuntimeError("DataLoader worker (pid 7) is killed by signal: Bus error. It is possible"), 1,
-     "error: a loader process ended, most often for lack of memory: give fewer --workers"),
+     "error: a loader process was killed, most often for lack of memory: give fewer --workers"),
     (RuntimeError("[gloo] Connection closed by peer"), 0, "error: the connection to another"),
     (KeyboardInterrupt(), 0, "error: interrupted; rerun")])
 def test_an_error_becomes_one_sentence(error, rank, printed, monkeypatch, capsys):
@@ -902,7 +902,7 @@ def test_a_folder_lists_each_image_once(tmp_path, capsys):
     avif = ["d/g.avif"] * (".avif" in Image.registered_extensions())
     assert listed == ["a.gif", "b.JFIF", "c.png", "d/e.PPM", "d/f.jpeg", *avif]
     left_out = capsys.readouterr().out
-    assert f"{4 - len(avif)} files of other endings left out (.heic 2, " in left_out
+    assert f"{4 - len(avif)} files of other types skipped (.heic 2, " in left_out
     assert ".txt 1" in left_out
 
 
