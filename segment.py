@@ -494,15 +494,15 @@ def sliding_logits(model, image, window, stride):
     h, w = window
     H, W = image.shape[1:]
     image = F.pad(image, (0, max(0, w - W), 0, max(0, h - H)))
-    windows = [(..., slice(y, y + h), slice(x, x + w))
-               for y in window_starts(H, h, stride) for x in window_starts(W, w, stride)]
-    scores = model(torch.stack([image[window] for window in windows]))           # (., K, h/s, w/s)
+    places = [(..., slice(y, y + h), slice(x, x + w))
+              for y in window_starts(H, h, stride) for x in window_starts(W, w, stride)]
+    scores = model(torch.stack([image[place] for place in places]))              # (., K, h/s, w/s)
     scores = scores.contiguous()    # sums are slow where channels are last in memory
     total = image.new_zeros(scores.shape[1], *image.shape[1:])
     count = torch.zeros_like(image[0])
-    for window, score in zip(windows, scores):
-        total[window] += F.interpolate(score[None], (h, w), mode="bilinear")[0]
-        count[window] += 1
+    for place, score in zip(places, scores):
+        total[place] += F.interpolate(score[None], (h, w), mode="bilinear")[0]
+        count[place] += 1
     return total.div_(count)[:, :H, :W]
 
 
@@ -610,7 +610,7 @@ def load_segmenter(path, img_size=None):
     model = SemanticFPN(encoder, stored["num_classes"])
     heads = {k: v for k, v in file.content["model"].items() if not k.startswith("encoder.")}
     model.load_state_dict(heads, strict=False)
-    classes = file.content.get("classes") or stored["classes"]    # which older files have
+    classes = file.content.get("classes") or stored["classes"]    # of older files
     return model.eval(), classes, stored
 
 
