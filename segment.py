@@ -453,9 +453,9 @@ def check_labels(dataset, enough=256):
         numbers.update(np.unique(read_numbers(dataset.label_file(i))).tolist())
     if len(numbers - ignored) < 2:
         found = " and ".join(map(str, sorted(numbers)))
-        raise InputError(f"the labels in {dataset.label_folder} hold {found} alone, and two classes "
-                         "are needed: 255 is ignored, and so is 0 without --zero-is-class; write 1 "
-                         "for 255, and give --zero-is-class where 0 is a class")
+        raise InputError(f"the labels in {dataset.label_folder} hold {found} alone, and two classes"
+                         " are needed: 255 is ignored, and so is 0 without --zero-is-class; write 1"
+                         " for 255, and give --zero-is-class where 0 is a class")
     needed = max(numbers - ignored) + dataset.zero_is_class
     text = f"{dataset.folder}: {len(dataset)} images; the label files that were read need " \
            f"--num-classes {needed}; given is {dataset.num_classes}"
