@@ -117,7 +117,7 @@ def test_a_network_in_onnx_runtime_is_that_of_the_file(name, options, keep_rate,
     """For any batch, in float32 and of pixels, and its score on data, too."""
     file, model = write(tmp_path, name)
     scored = ["--data", data[name]] if name in data and keep_rate != 0.5 else []
-    here(export, file, tmp_path / "new/out", "--rounds", 1, *options.split(), *scored)
+    here(export, file, tmp_path / name, "--rounds", 1, *options.split(), *scored)
     said = capsys.readouterr().out
     rows = [line.split() for line in said.splitlines() if line.startswith("PyTorch  ")]
     others = [line.split() for line in said.splitlines() if line.startswith("ONNX Runtime  ")]
@@ -128,7 +128,7 @@ def test_a_network_in_onnx_runtime_is_that_of_the_file(name, options, keep_rate,
     for batch in (1, 2, 5):
         pixels = [torch.randint(256, (batch, 3, side, side), dtype=torch.uint8) for side in sides]
         images = [normalize(x, MEAN, STD) for x in pixels]
-        names, outputs = in_onnx_runtime(tmp_path / "new/out.onnx",
+        names, outputs = in_onnx_runtime(tmp_path / f"{name}.onnx",
                                          pixels if "--uint8" in options else images)
         with torch.no_grad():
             truth = model(*images, *[keep_rate] * (name == "tracker"))
@@ -137,7 +137,7 @@ def test_a_network_in_onnx_runtime_is_that_of_the_file(name, options, keep_rate,
         bound = 1e-4 if name == "tracker" else 1e-5    # five convolutions of large weights
         assert all(rel_error(a, b) < bound for a, b in zip(outputs, truth))
     if "--int8" in options:
-        _, small = in_onnx_runtime(tmp_path / "new/out.int8.onnx",
+        _, small = in_onnx_runtime(tmp_path / f"{name}.int8.onnx",
                                    pixels if "--uint8" in options else images)
         assert 1e-5 < rel_error(small[0], truth[0]) < 0.3
     inputs = ["template", "search"] if name == "tracker" else ["images"]
@@ -230,7 +230,7 @@ def test_wrong_input_ends_in_one_sentence(tmp_path, monkeypatch):
             ([tracker, "--to", "ncnn"], "neither the tracker nor Hiera converts")):
         with pytest.raises(InputError, match=message):
             here(export, options[0], tmp_path / "out", *options[1:])
-    for out, options, message in (("encoder", ["--to", "ncnn"], "may overwrite .*encoder.pt"),
+    for out, options, message in (("encoder", ["--to", "ncnn"], "would overwrite .*encoder.pt"),
                                   ("encoder.pt", ["--to", "timm"], "is a file: give a folder")):
         with pytest.raises(InputError, match=message):
             here(export, encoder, tmp_path / out, *options)

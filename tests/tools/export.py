@@ -566,9 +566,9 @@ def main(args):
     if args.data and network.kind not in SCORES:
         raise InputError(f"{args.file} is an encoder, which has no score: leave out --data")
     out = Path(args.out)
-    written = [Path(f"{out}.pt"), out / "model.safetensors"]
-    if Path(args.file).resolve() in [path.resolve() for path in written]:
-        raise InputError(f"OUT {out} may overwrite {args.file}: give another")
+    written = Path(f"{out}.pt") if args.to == "ncnn" else out / "model.safetensors"
+    if Path(args.file).resolve() == written.resolve():
+        raise InputError(f"OUT {out} would overwrite {args.file}: give another")
     if args.to in ("timm", "transformers") and out.exists() and not out.is_dir():
         raise InputError(f"OUT {out} is a file: give a folder")
     out.parent.mkdir(parents=True, exist_ok=True)
