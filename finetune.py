@@ -315,12 +315,12 @@ class LabelledImages(ImageDataset):
 
 def build_loaders(args, model, train_items, test_items, run):
     """Build the loaders of the training images that --shots and --data-fraction leave, and of the
-    test images. items: (files, labels)."""
+    test images. items: (`Names`, labels)."""
     files, labels = train_items
     kept = select(labels, args.data_fraction, args.shots, args.seed)
     fill = tuple(round(255 * value) for value in model.mean)
-    train_set = LabelledImages([files[i] for i in kept.tolist()], labels[kept], model.img_size,
-                               args.seed, args.min_crop, args.rand_augment, fill)
+    train_set = LabelledImages(files[kept], labels[kept], model.img_size, args.seed, args.min_crop,
+                               args.rand_augment, fill)
     loader = train_loader(train_set, args.batch_size, args.accum_steps, 256, args.workers,
                           args.seed, run)
     test_set = LabelledImages(*test_items, model.img_size)

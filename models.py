@@ -1360,18 +1360,21 @@ class Parser(argparse.ArgumentParser):
 # --------------------------------------------------------------------------------------------------
 class Names(Sequence):
     """Sequence of strings in shared memory: loader processes need no copy of their own, whatever
-    their start method. In a list, a million file names take 180 MB in each process."""
+    their start method. In a list, a million file names take 180 MB in each process. A slice, a
+    tensor of indices or a mask selects Names from Names."""
 
     def __init__(self, names):
-        table = np.array([os.fsencode(name) for name in names], dtype="S")    # padded by zeros
-        rows = table.view(np.uint8).reshape(len(table), table.itemsize)
-        self.rows = torch.from_numpy(rows).share_memory_()
+        if not torch.is_tensor(names):
+            table = np.array([os.fsencode(name) for name in names], dtype="S")    # padded by zeros
+            names = torch.from_numpy(table.view(np.uint8).reshape(len(table), table.itemsize))
+        self.rows = names.share_memory_()
 
     def __len__(self):
         return len(self.rows)
 
     def __getitem__(self, index):
-        return os.fsdecode(self.rows[index].numpy().tobytes().rstrip(b"\0"))
+        row = self.rows[index]
+        return Names(row) if row.dim() > 1 else os.fsdecode(row.numpy().tobytes().rstrip(b"\0"))
 
 
 def read_text(path):
@@ -1384,8 +1387,9 @@ def read_text(path):
 
 
 def list_images(folder, out=None):
-    """List all image files below a folder, flat or nested, sorted. Hidden files are skipped, and so
-    is everything below `out`, the output of a run. Raises InputError if no image is found."""
+    """List all image files below a folder, flat or nested -> sorted `Names`. Hidden files are
+    skipped, and so is everything below `out`, the output of a run. Raises InputError if no image is
+    found."""
     if not Path(folder).is_dir():
         raise InputError(f"{folder} is not a folder: give a folder of images")
     others = {"MPEG", "FLI", "EPS", "PDF", "WMF", "GRIB", "BUFR", "HDF5", "FITS", "PSD"}
@@ -1416,7 +1420,7 @@ def list_images(folder, out=None):
         raise InputError(f"{folder} holds no image that Pillow reads ({kinds}) outside --out")
     if skipped and int(os.environ.get("RANK", 0)) == 0:
         print(f"{folder}: {skipped.total()} files of other types skipped ({kinds})")
-    return sorted(files)
+    return Names(sorted(files))
 
 
 def open_image(path):
@@ -1445,7 +1449,8 @@ def open_image(path):
 
 
 class ImageDataset(Dataset):
-    """Image files, read by keys (epoch, index), such as data[0, 7]. files: a sequence of paths.
+    """Image files, read by keys (epoch, index), such as data[0, 7]. files: sequence of paths, best
+    `Names`, which loader processes share.
 
     A subclass defines `transform(image, index)` of a Pillow RGB image. It may draw from torch's
     global generator, which is seeded by (seed, epoch, index) and restored afterwards. An unreadable
@@ -1453,7 +1458,7 @@ class ImageDataset(Dataset):
     """
 
     def __init__(self, files, seed):
-        self.files = Names(files)
+        self.files = files
         self.seed = seed
 
     def __len__(self):

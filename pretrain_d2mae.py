@@ -401,7 +401,8 @@ def list_data(root, out):
         return train, list_images(root / "val", out)
     if len(train) == 1:
         raise InputError(f"--data {root} holds a single image: give more")
-    return [file for i, file in enumerate(train) if i % 50], train[::50]
+    held_out = torch.arange(len(train)) % 50 == 0
+    return train[~held_out], train[held_out]
 
 
 def build_loaders(args, model, run):

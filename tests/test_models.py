@@ -927,6 +927,8 @@ def test_names_are_shared_strings(tmp_path):
     shared = models.Names(names)
     assert list(shared) == names and shared[-1] == names[-1] and len(models.Names([])) == 0
     assert shared.rows.is_shared()
+    for index in (slice(1, None, 2), torch.tensor([1, 3]), torch.tensor([False, True] * 2)):
+        assert list(shared[index]) == names[1::2] and shared[index].rows.is_shared()
     with pytest.raises(IndexError):
         shared[4]
 
