@@ -305,29 +305,18 @@ def tracking_losses(score, size, offset, boxes):
 # Method: crops and following a target
 # --------------------------------------------------------------------------------------------------
 def crop_square(image, box, factor, size):
-    """Cut a square of side ceil(factor * sqrt(w * h)) around a box, zero outside the image
-    -> (3, size, size) uint8, side. Corners are whole pixels; resized bilinearly, without
-    antialiasing."""
+    """Cut a square of side ceil(factor * sqrt(w * h)) around a box, zero outside the image, and
+    resize it bilinearly, without antialiasing -> (3, size, size) uint8, side, origin.
+
+    (box - origin) / side maps a box of the image to [0, 1] of the crop, box * side + origin maps it
+    back. In OSTrack the middle of a crop is (size - 1) / 2: pixel centres are whole numbers.
+    """
     side = math.ceil(math.sqrt(box[2] * box[3]) * factor)
     corner = box_centre(box) - side / 2
     left, top = (max(round(v), -side) for v in corner)    # torchvision misreads crops farther out
-    return resized_crop(image, top, left, side, side, [size, size], antialias=False), side
-
-
-def crop_origin(around, side, size):
-    """Upper left corner of the crop of `side` around the box `around`, resized to `size` pixels, as
-    a box x, y, 0, 0. In OSTrack pixel centres are whole numbers: the middle is (size - 1) / 2."""
-    return np.append(box_centre(around) - side * (size - 1) / (2 * size), [0, 0])
-
-
-def box_to_crop(box, around, side, size):
-    """Map a box of the frame to [0, 1] of the crop that `crop_origin` describes."""
-    return (box - crop_origin(around, side, size)) / side
-
-
-def box_from_crop(box, around, side, size):
-    """Map a box of the crop to the frame, the inverse of `box_to_crop`."""
-    return box * side + crop_origin(around, side, size)
+    crop = resized_crop(image, top, left, side, side, [size, size], antialias=False)
+    middle = side * (size - 1) / (2 * size)
+    return crop, side, np.append(box_centre(box) - middle, [0, 0])
 
 
 def hann_window(side):
@@ -357,16 +346,16 @@ class OnePassTracker:
         self.window = hann_window(model.search_side).to(device)
 
     def crop(self, frame, name):
-        """Cut the template or search crop around the last box -> (1, 3, size, size) normalised, its
-        side in the frame."""
-        crop, side = crop_square(frame, self.box, *self.model.crops[name])
+        """Cut the template or search crop around the last box -> (1, 3, size, size) normalised,
+        side, origin, see `crop_square`."""
+        crop, *place = crop_square(frame, self.box, *self.model.crops[name])
         crop = crop[None].to(self.window.device)
-        return normalize(crop, self.model.mean, self.model.std), side
+        return normalize(crop, self.model.mean, self.model.std), *place
 
     @torch.inference_mode()
     def start(self, frame, box):
         self.box = np.array(box)
-        crop, _ = self.crop(frame, "template")
+        crop, *_ = self.crop(frame, "template")
         self.template = self.model.embed_template(crop)
         return self.box, 1.0
 
@@ -380,10 +369,9 @@ class OnePassTracker:
         return box.cpu().numpy(), response.amax().item()
 
     def step(self, frame):
-        search, side = self.crop(frame, "search")
+        search, side, origin = self.crop(frame, "search")
         box, score = self.locate(search)
-        box = box_from_crop(box, self.box, side, self.model.options["search_size"])
-        self.box = clip_box(box, *frame.shape[1:])
+        self.box = clip_box(box * side + origin, *frame.shape[1:])
         return self.box, score
 
 
@@ -540,11 +528,9 @@ class Pairs(Dataset):
             raise TypeError(f"give (epoch, index), such as pairs[0, {key}]; see EpochSampler")
         rng = np.random.default_rng(mix_seed(self.seed, *key))
         (first, second), (target, box) = self.read_pair(rng)
-        template, _ = crop_square(first, target, *self.template)
-        around = jitter_box(rng, box)
-        search, side = crop_square(second, around, *self.search)
-        box = box_to_crop(box, around, side, self.search[1])
-        return augment(rng, template, search, box)
+        template, *_ = crop_square(first, target, *self.template)
+        search, side, origin = crop_square(second, jitter_box(rng, box), *self.search)
+        return augment(rng, template, search, (box - origin) / side)
 
     def read_pair(self, rng):
         """Read two frames (3, H, W) of a random sequence and their boxes (2, 4). Raises OSError."""
@@ -720,12 +706,11 @@ def score_sequence(boxes, truth, visible):
     is visible but its true box has no extent, the toolkits set some centre errors to -1, which is a
     hit: OSTrack's the normalised one, LaSOT's both. Here such a frame fails in all metrics.
     """
-    boxes = torch.tensor(boxes)
-    truth = torch.tensor(truth)
+    boxes, truth, visible = map(torch.tensor, (boxes, truth, visible))
     boxes[0] = truth[0]
     has_size = (boxes[:, 2:] > 0).all(dim=1)
     boxes = boxes[torch.where(has_size, torch.arange(len(boxes)), 0).cummax(dim=0).values]
-    present = torch.from_numpy(visible) & (truth[:, 2:] > 0).all(dim=1)
+    present = visible & (truth[:, 2:] > 0).all(dim=1)
     corners = [box_convert(x, "xywh", "xyxy")[:, None] for x in (boxes, truth)]
     iou = torch.vmap(box_iou)(*corners)[:, 0]                                   # (N, 1)
     shift = box_centre(boxes) - box_centre(truth)
