@@ -504,7 +504,7 @@ def draw_pictures(folder, size, options, count=64):
         picture = (picture + rng.normal(0, 6, (375, 500, 1))).clip(0, 255).astype(np.uint8)
         picture = Image.fromarray(picture).resize(size, Image.Resampling.BICUBIC)
         picture.save(f"{folder}/{i}.{options['format'].lower()}".replace("jpeg", "jpg"), **options)
-    return list_images(folder)
+    return list(list_images(folder))
 
 
 def peer_pipelines():
