@@ -683,7 +683,7 @@ def fit_state(file, model, target):
     first = int("cls_token" in target)                       # row of the class token
     tokens = file.state["pos_embed"].shape[1] - first
     cell = file.arch.get("patch_size", 4)                    # of Hiera 4
-    if not file.size_is_stored and tokens == math.prod(model.grid):
+    if not file.own and tokens == math.prod(model.grid):
         grid = model.grid                                    # square or not
     elif "img_size" in file.arch:
         grid = tuple(side // cell for side in file.arch["img_size"])
@@ -757,9 +757,9 @@ def read_encoder(path):
     """Read the encoder in any file of README, "Checkpoints" -> SimpleNamespace with
 
     path; state: tensors of the encoder by the names of timm, MAE and Hiera; others: other tensors
-    under the same prefix, such as heads; arch: sizes, see `infer_arch`; size_is_stored: whether the
-    file states its image size; supervised: whether it has a classifier; pooled: whether that reads
-    the mean patch token; mean, std: pixel statistics or None; content: all that the file holds.
+    under the same prefix, such as heads; arch: sizes, see `infer_arch`; mean, std: pixel statistics
+    or None; supervised: whether it has a classifier; pooled: whether that reads the mean patch
+    token; own: whether this project wrote the file; content: all that the file holds.
 
     Unwraps {'model'}, {'model_state'}, {'state_dict'}, removes prefixes (DistributedDataParallel,
     torch.compile, MAE-Lite, MoCo-v3, Hugging Face, Lightning) and joins q, k, v. If a file has
@@ -793,9 +793,10 @@ def read_encoder(path):
     # the encoder alone
     arch = infer_arch(state, path)
     stored = content.get("arch")
-    size_is_stored = isinstance(stored, dict) and "img_size" in stored    # others store a name
-    if size_is_stored:
+    own = isinstance(stored, dict) and "img_size" in stored    # files of others may store a name
+    if own:
         arch.update(stored)
+    mean, std = (content.get(k) if own else None for k in ("mean", "std"))
     others = {k: state.pop(k) for k in list(state)
               if layer_id(k, -1) > arch["depth"] or re.search(OTHERS, k)}
     lost = [k for k in state if not k.startswith(ENCODER)]
@@ -805,9 +806,8 @@ def read_encoder(path):
     for key, value in state.items():
         if not value.isfinite().all():
             raise InputError(f"checkpoint {path}: {key} holds NaN or infinity: give another")
-    return SimpleNamespace(path=path, state=state, others=others, arch=arch, content=content,
-                           mean=content.get("mean"), std=content.get("std"), pooled=pooled,
-                           size_is_stored=size_is_stored, supervised=supervised)
+    return SimpleNamespace(path=path, state=state, others=others, arch=arch, mean=mean, std=std,
+                           supervised=supervised, pooled=pooled, own=own, content=content)
 
 
 def join_qkv(state):
@@ -835,7 +835,7 @@ def infer_arch(state, path):
     if weight.dim() > 4 or "pos_embed" not in state or not (hierarchical or "cls_token" in state):
         raise InputError(f"checkpoint {path} is of none of this project's models: ViT with "
                          "cls_token and pos_embed, or Hiera, both for images (not for videos)")
-    depth = max(layer_id(k, -1) for k in state)
+    depth = max(layer_id(k, -1) for k in state)             # 0 for tensors outside blocks
     tokens = state["pos_embed"].shape[1]
     if hierarchical:
         opens = [k for k in range(depth) if f"blocks.{k}.proj.weight" in state]
@@ -920,10 +920,10 @@ def init_distributed(device="auto", dtype="auto", minutes=10):
     rank = int(os.environ.get("RANK", 0))
     world = int(os.environ.get("WORLD_SIZE", 1))
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(),
-             "cpu": True}
-    name = next(n for n in there if there[n]) if device == "auto" else device
-    if not there[name]:
+    best = "mps" if torch.backends.mps.is_available() else "cpu"
+    best = "cuda" if torch.cuda.is_available() else best
+    name = best if device == "auto" else device
+    if name not in (best, "cpu"):
         raise InputError(f"--device {name} is not available on this machine: choose another")
     device = torch.device(name)
     if name == "cuda":

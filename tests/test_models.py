@@ -484,7 +484,8 @@ def test_a_foreign_grid_that_is_no_square_stays_as_it_is(tmp_path):
 
 def test_statistics_are_those_of_the_file_unless_given(tmp_path, capsys):
     state = small_vit().state_dict()
-    torch.save({"model": state, "mean": [0.5] * 3, "std": [0.25] * 3}, tmp_path / "own.pt")
+    statistics = {"mean": [0.5] * 3, "std": [0.25] * 3}
+    torch.save({"model": state, "arch": small_vit().arch, **statistics}, tmp_path / "own.pt")
     torch.save(state, tmp_path / "foreign.pt")
     own, foreign = (read_encoder(tmp_path / name) for name in ("own.pt", "foreign.pt"))
     model = build_model("vit_pico", own)
