@@ -647,9 +647,10 @@ def test_a_missing_frame_stops_training(tmp_path):
 def test_a_sequence_without_its_labels_is_named(tmp_path):
     folder = write_lasot(tmp_path / "lasot", names=("airplane-2",))
     file = folder / "airplane" / "airplane-2" / "out_of_view.txt"
-    file.write_text("0,0,0")
-    with pytest.raises(OSError, match="airplane-2/out_of_view.txt is no .* text of 1 numbers"):
-        pairs_of(f"lasot={folder}")[0, 0]
+    for text in ("0,0,0", "0", "0 0\n" * 24):
+        file.write_text(text)
+        with pytest.raises(OSError, match="airplane-2/out_of_view.txt is no .* text of 1 numbers"):
+            pairs_of(f"lasot={folder}")[0, 0]
     file.unlink()
     with pytest.raises(OSError, match="airplane-2/out_of_view.txt is no .*No such file"):
         pairs_of(f"lasot={folder}")[0, 0]
