@@ -433,8 +433,9 @@ def read_labels(path, num_classes, zero_is_class=False):
     first = 1 - zero_is_class
     numbers = read_numbers(path)
     classes = np.where(numbers == IGNORE, -1, numbers - first)
-    if classes.max() >= num_classes:
-        raise OSError(f"labels {path} hold the number {classes.max() + first}, which is no class: "
+    wrong = numbers[(classes >= num_classes) | (numbers < 0)]
+    if wrong.size:
+        raise OSError(f"labels {path} hold the number {wrong.max()}, which is no class: "
                       "check --num-classes and --zero-is-class; tests/tools/check.py shows all "
                       "numbers")
     return torch.from_numpy(classes.astype(np.uint8))    # -1 becomes IGNORE

@@ -100,6 +100,13 @@ def test_numbers_beyond_the_classes_are_refused(classes, zero_is_class, tmp_path
         read(Image.fromarray(RAW), tmp_path / "grey.png", classes, zero_is_class)
 
 
+@pytest.mark.parametrize("zero_is_class", [False, True])
+def test_negative_numbers_are_refused(zero_is_class, tmp_path):
+    with pytest.raises(OSError, match="deep.tiff hold the number -1, which is no class"):
+        image = Image.fromarray(np.array([[-1, 0, 1]], np.int32))
+        read(image, tmp_path / "deep.tiff", 150, zero_is_class)
+
+
 def test_numbers_beyond_a_byte_are_refused(tmp_path):
     with pytest.raises(OSError, match="deep.png hold the number 256"):
         read(Image.fromarray(np.array([[256, 0, 1]], np.uint16)), tmp_path / "deep.png")
