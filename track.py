@@ -896,8 +896,10 @@ def parse_args(argv=None):
     add("--init", help="encoder to start from (README, 'Checkpoints'; default: random weights); "
                        "with --eval or --frames, the tracker (default: tracker.pt in --out)")
     add("--model", help="encoder; default: that of --init, or the paper's vit_tiny (12 heads)")
-    add("--template-size", low=1, help="pixels of the template crop's side; default: 128, the paper's")
-    add("--search-size", low=1, help="pixels of the search crop's side; default: 256, the paper's")
+    add("--template-size", low=1,
+        help="side of the template crop in pixels; default: 128, the paper's")
+    add("--search-size", low=1,
+        help="side of the search crop in pixels; default: 256, the paper's")
     add("--keep-rate", type=float, low=0.01,
         help="share of search tokens that blocks 4, 7 and 10 each keep; default: 0.7, reached by a "
              "cosine from 1 between 1/15 and 1/3 of the epochs, 20 and 100 of the paper's 300")
