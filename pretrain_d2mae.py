@@ -120,10 +120,10 @@ class MaskedAutoencoder(nn.Module):
         self.encoder = encoder
         self.arch, self.mean, self.std = encoder.arch, encoder.mean, encoder.std
         self.decoder_tap = decoder_tap
+        self.decoder_taps = {decoder_tap}
         self.norm_pix = norm_pix
         self.distillation = distillation
         self.alpha = alpha
-        self.taps = {decoder_tap} | (distillation.taps if distillation else set())
         self.cells = math.prod(encoder.grid)    # what a mask removes or keeps: patches
 
         self.decoder_embed = nn.Linear(encoder.embed_dim, decoder_dim)
@@ -136,6 +136,11 @@ class MaskedAutoencoder(nn.Module):
         self.decoder_pred = nn.Linear(decoder_dim, 3 * encoder.patch_size ** 2)
         for part in (self.decoder_embed, self.decoder_blocks, self.decoder_pred):
             init_mae(part)
+
+    @property
+    def taps(self):
+        """Blocks whose outputs the decoder or the distillation reads."""
+        return self.decoder_taps | (self.distillation.taps if self.distillation else set())
 
     def forward(self, images, ids_keep, ids_masked, target_maps=None):
         """Compute L = L_rec + alpha * L_attn -> dict of scalars: loss, rec and, with a teacher,
@@ -346,7 +351,6 @@ def build_student(args):
         raise InputError(f"--teacher {args.teacher} lacks the final norm of --distill hidden")
     encoder.mean, encoder.std = model.mean, model.std = teacher.mean, teacher.std
     model.distillation = build_distillation(args, encoder, teacher)
-    model.taps |= model.distillation.taps
     return model, teacher.eval().requires_grad_(False)
 
 
@@ -549,7 +553,7 @@ class HieraMaskedAutoencoder(MaskedAutoencoder):
 
         width = encoder.embed_dim
         first, second, _, last = encoder.stage_ends
-        self.taps |= {first, second, last}
+        self.decoder_taps = {first, second, last}
         self.multi_scale_fusion_heads = nn.ModuleList([
             nn.Conv2d(width // 8, width, 4, 4),     # stage 1: 8x8 tokens of a unit -> 2x2
             nn.Conv2d(width // 4, width, 2, 2)])    # stage 2: 4x4 tokens of a unit -> 2x2

@@ -141,9 +141,7 @@ def build_student(words, teacher):
     args = pretrain_d2mae.resolve(args)
     student, _ = pretrain_d2mae.build_student(argparse.Namespace(**{**vars(args), "teacher": None}))
     if teacher:
-        distillation = pretrain_d2mae.build_distillation(args, student.encoder, teacher)
-        student.distillation = distillation
-        student.taps |= distillation.taps
+        student.distillation = pretrain_d2mae.build_distillation(args, student.encoder, teacher)
 
     def loss(network, images, noise):
         ids_keep, ids_masked = pretrain_d2mae.random_masking(noise, args.mask_ratio)
