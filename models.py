@@ -193,6 +193,9 @@ class VisionTransformer(nn.Module):
     class of the blocks. Raises InputError if img_size is not a multiple of patch_size.
     """
 
+    mean = IMAGENET_MEAN    # of the pixels that it reads, as std; see `build_model`
+    std = IMAGENET_STD
+
     def __init__(self, img_size=224, patch_size=16, embed_dim=192, depth=12, num_heads=12,
                  num_classes=0, drop_path=0.0, rel_pos_bias=False, fixed_pos_embed=False,
                  block=Block):
@@ -373,6 +376,8 @@ class Hiera(nn.Module):
     at 224), 2 in pre-training (14x14). Raises InputError if img_size is not a multiple of 32.
     """
     patch_size = 16    # in pre-training: the pixels that a token predicts, after two poolings
+    mean = IMAGENET_MEAN    # of the pixels that it reads, as std; see `build_model`
+    std = IMAGENET_STD
 
     def __init__(self, img_size=224, embed_dim=46, num_heads=1, stages=(1, 2, 7, 2), q_pool=3,
                  num_classes=0, drop_path=0.0):
@@ -382,6 +387,7 @@ class Hiera(nn.Module):
         self.unit_grid = tuple(side // 32 for side in self.img_size)      # 7 x 7 mask units
         self.depth = sum(stages)
         self.stage_ends = tuple(np.cumsum(stages).tolist())               # last blocks
+        self.stage_dims = [embed_dim * 2 ** stage for stage in range(4)]
         self.arch = dict(kind="hiera", img_size=list(self.img_size), embed_dim=embed_dim,
                          num_heads=num_heads, stages=list(stages), depth=self.depth)
 
@@ -394,10 +400,10 @@ class Hiera(nn.Module):
             for i in range(depth):
                 opens = stage > 0 and i == 0                # and attends as the stage before
                 in_unit = (64, 16, 0, 0)[stage - opens]     # tokens of a mask unit; 0: global
-                block = HieraBlock(width, embed_dim * 2 ** stage, num_heads * 2 ** stage,
+                block = HieraBlock(width, self.stage_dims[stage], num_heads * 2 ** stage,
                                    opens and stage <= q_pool, in_unit, next(rates))
                 self.blocks.append(block)
-                width = embed_dim * 2 ** stage
+                width = self.stage_dims[stage]
         self.embed_dim = width
         if num_classes:
             self.norm = LayerNorm(self.embed_dim)
@@ -572,8 +578,8 @@ def build_model(name=None, file=None, mean=None, std=None, vit={}, hiera={}, **o
     if hierarchical and "patch_size" in sizes:
         raise InputError(f"--patch-size has no effect on {name}: leave it out")
     model = Hiera(**sizes) if hierarchical else VisionTransformer(**sizes)
-    model.mean = tuple(mean or (file and file.mean) or IMAGENET_MEAN)
-    model.std = tuple(std or (file and file.std) or IMAGENET_STD)
+    model.mean = tuple(mean or (file and file.mean) or model.mean)
+    model.std = tuple(std or (file and file.std) or model.std)
     return model
 
 

@@ -109,9 +109,9 @@ def attention_loss(student, teacher, adapter):
 class MaskedAutoencoder(nn.Module):
     """Student of MAE, D-MAE and D2-MAE: a ViT encoder, a decoder and, with a teacher, L_attn.
 
-    encoder: VisionTransformer without a head, with attributes mean and std. decoder_tap: block
-    whose normalised output the decoder reads. norm_pix: predict normalised patches. distillation:
-    `Distillation` or None. alpha: weight of L_attn.
+    encoder: VisionTransformer without a head. decoder_tap: block whose normalised output the
+    decoder reads. norm_pix: predict normalised patches. distillation: `Distillation` or None.
+    alpha: weight of L_attn.
     """
 
     def __init__(self, encoder, decoder_tap=12, decoder_dim=96, decoder_depth=1, decoder_heads=3,

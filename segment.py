@@ -111,7 +111,7 @@ class Pyramid(nn.Module):
         dim = encoder.embed_dim
         if encoder.arch["kind"] == "hiera":
             self.taps = encoder.stage_ends
-            levels = [nn.Conv2d(dim // k, channels, 1) for k in (8, 4, 2, 1)]
+            levels = [nn.Conv2d(width, channels, 1) for width in encoder.stage_dims]
         else:
             self.taps = [encoder.depth * k // 12 for k in (4, 6, 8, 12)]
             levels = [

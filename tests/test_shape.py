@@ -11,12 +11,12 @@ from conftest import ROOT
 
 TRAINING = ("pretrain_d2mae", "finetune", "segment", "track")
 SCRIPTS = (*TRAINING, "analyze")
-TOTAL = 36_000    # code tokens of the six files
+TOTAL = 37_250    # code tokens of the six files
 CLOSURES = [      # of a script and a name: what must be read, or copied, with it
-    ("pretrain_d2mae", "main", 15_400), ("finetune", "main", 14_000), ("segment", "main", 14_000),
-    ("track", "main", 15_500), ("models", "VisionTransformer", 2_150),
-    ("models", "load_encoder", 2_500), ("models", "ImageDataset", 350),
-    ("pretrain_d2mae", "Distillation", 450), ("track", "OnePassTracker", 1_100)]
+    ("pretrain_d2mae", "main", 14_800), ("finetune", "main", 13_550), ("segment", "main", 14_500),
+    ("track", "main", 16_050), ("models", "VisionTransformer", 2_150),
+    ("models", "load_encoder", 2_350), ("models", "ImageDataset", 350),
+    ("pretrain_d2mae", "Distillation", 420), ("track", "OnePassTracker", 800)]
 SILENT = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT,
           tokenize.ENDMARKER}
 
@@ -140,8 +140,7 @@ def definitions(name):
     return found
 
 
-@pytest.mark.parametrize("script, name, most", CLOSURES)
-def test_what_a_reader_must_read_for_a_name(script, name, most):
+def closure_tokens(script, name):
     """Code tokens of a name and of all that it needs, in its script and in models.py."""
     known = {**definitions("models"), **definitions(script)}
     todo, seen = [name], {}
@@ -150,7 +149,12 @@ def test_what_a_reader_must_read_for_a_name(script, name, most):
         if name in known and name not in seen:
             seen[name], mentioned = known[name]
             todo += mentioned
-    assert sum(seen.values()) <= most, seen
+    return sum(seen.values())
+
+
+@pytest.mark.parametrize("script, name, most", CLOSURES)
+def test_what_a_reader_must_read_for_a_name(script, name, most):
+    assert closure_tokens(script, name) <= most
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
