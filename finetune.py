@@ -171,6 +171,8 @@ def build_classifier(args, classes):
                         vit=dict(rel_pos_bias=args.rpe))
     if args.rpe and model.arch["kind"] != "vit":
         raise InputError("--rpe is defined for ViT: Hiera attends in windows and pools its tokens")
+    if (args.keep_blocks or 0) > model.depth:
+        raise InputError(f"--keep-blocks {args.keep_blocks}: {args.init} has {model.depth} blocks")
     loaded = load_encoder(model, file, args.keep_blocks) if file else []
     if args.rpe:
         init_beit(model, loaded)

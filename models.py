@@ -657,7 +657,8 @@ def load_encoder(model, file, keep_blocks=None):
     wrong = [f"{k} is {a} in the file, {b} in the model" for k, (a, b) in pairs.items() if a != b]
     if wrong:
         raise InputError(f"checkpoint {file.path} does not fit the model: {'; '.join(wrong[:5])}; "
-                         "choose the --model of the file, and --rpe if it has a bias table")
+                         "choose the --model of the file; one with a bias table fits segment.py, "
+                         "analyze.py and, by --rpe, finetune.py")
 
     if keep_blocks is not None:
         state = {k: v for k, v in state.items() if layer_id(k, model.depth) <= keep_blocks}
@@ -688,6 +689,9 @@ def fit_state(file, model, target):
 
     first = int("cls_token" in target)                       # row of the class token
     tokens = file.state["pos_embed"].shape[1] - first
+    if not file.own and first and tokens + 1 == math.prod(model.grid):
+        state["pos_embed"] = F.pad(state["pos_embed"], (0, 0, 1, 0))    # DeiT III: no such row
+        tokens += 1
     cell = file.arch.get("patch_size", 4)                    # of Hiera 4
     if not file.own and tokens == math.prod(model.grid):
         grid = model.grid                                    # square or not
@@ -1177,6 +1181,8 @@ def resume(args, run, steps, model, optimizer, scaler, **data):
 def lock_folder(out):
     """Create the folder of a run and lock it -> file that holds the lock until it is closed or this
     process ends, even by SIGKILL. Raises InputError if another process holds the lock."""
+    if out.is_file():
+        raise InputError(f"--out {out} is a file: give a folder")
     out.mkdir(parents=True, exist_ok=True)
     file = open(out / ".lock", "a")
     try:
@@ -1331,7 +1337,7 @@ class Parser(argparse.ArgumentParser):
         add("--image-size", low=1, nargs="+", action=Size,
             help=f"side, or height and width, in pixels; default: {default}")
         for name in ("mean", "std"):
-            add(f"--{name}", type=float, low=1e-3, high=1, nargs=3,
+            add(f"--{name}", type=float, low=1e-3 * (name == "std"), high=1, nargs=3,
                 help=f"of pixels in [0, 1] (divide values of 0..255 by 255); {use}")
 
     def run_options(self, out, batch_size, eval_every, clip_grad=0.0):
@@ -1408,7 +1414,8 @@ def list_images(folder, out=None):
     while folders:
         place = folders.pop()
         real = os.path.realpath(place)
-        if real in seen:                                    # links may form a loop
+        is_run = place != str(folder) and os.path.exists(f"{place}/.lock")
+        if real in seen or is_run:                          # links may form a loop
             continue
         seen.add(real)
         for entry in os.scandir(place):

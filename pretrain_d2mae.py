@@ -702,6 +702,8 @@ def resolve(args):
     if hiera and (args.method == "d2-mae" or args.distill != "attention" or args.distill_layers):
         raise InputError("d2-mae and the ablations of the distillation are for ViT: Hiera's "
                          "decoder reads all stages; give --method d-mae or mae alone")
+    if args.crop_scale[0] > args.crop_scale[1]:
+        raise InputError(f"--crop-scale takes the smaller number first, not {args.crop_scale}")
     if args.mask_ratio is None:
         args.mask_ratio = 0.4 if hiera else 0.75
     if args.warmup_epochs is None:

@@ -463,6 +463,8 @@ def check_labels(dataset, enough=256):
     if needed > dataset.num_classes:
         raise InputError(f"{text}: check it and --zero-is-class; tests/tools/check.py shows all "
                          "numbers")
+    if 0 in numbers & ignored and needed + 1 == dataset.num_classes:
+        text += "; 0 is ignored: give --zero-is-class if it is a class"
     print(text)
 
 

@@ -813,8 +813,10 @@ def track_frames(args):
     x, y, w, h = box if len(box) == 4 else np.zeros(4)
     width, height = open_image(files[0]).size
     if not (0 <= x < x + w <= width and 0 <= y < y + h <= height):
-        raise InputError(f"--frames needs --box X Y W H within a frame of {width} x {height}; if "
-                         f"yours is x1 y1 x2 y2, give --box {x:g} {y:g} {w - x:g} {h - y:g}")
+        corners = x < w <= width and y < h <= height
+        hint = f"; if yours is x1 y1 x2 y2, give --box {x:g} {y:g} {w - x:g} {h - y:g}"
+        raise InputError(f"--frames needs --box X Y W H within a frame of {width} x {height}"
+                         f"{hint * bool(corners)}")
     _, _, device, _ = init_distributed(args.device)
     tracker = load_tracker(args.init, device)
     boxes, scores = zip(*tqdm(follow(tracker, files, box, args.workers), total=len(files)))

@@ -350,7 +350,7 @@ def test_files_that_must_be_refused(tmp_path):
     refused({**state, "dist_token": torch.zeros(1, 1, 24)}, "dist_token")
     refused({**state, "patch_embed.proj.weight": torch.zeros(24, 3, 2, 8, 8)}, r"none of .*\(not for videos\)")
     refused({k: v for k, v in state.items() if k != "pos_embed"}, "ViT with cls_token and pos_embed")
-    refused({**state, "pos_embed": torch.zeros(1, 16, 24)}, "has 15 patches, no square")
+    refused({**state, "pos_embed": torch.zeros(1, 15, 24)}, "has 14 patches, no square")
     refused({**state, lost: torch.full_like(state[lost], torch.nan)}, f"{lost} holds NaN")
 
 
@@ -461,6 +461,17 @@ def test_tensors_that_no_encoder_here_has_are_named(tmp_path):
                 "blocks.0.attn.relative_position_index": torch.zeros(17, 17)}
     torch.save({**state, **harmless}, tmp_path / "file.pth")
     assert len(load_encoder(small_vit(), tmp_path / "file.pth")) == len(state)
+
+
+def test_a_position_table_without_a_row_for_the_class_token_is_read(tmp_path):
+    """As in DeiT III: the class token has no position."""
+    source = seed_weights(small_vit())
+    source.pos_embed.data[:, 0] = 0
+    state = {**source.state_dict(), "pos_embed": source.pos_embed.data[:, 1:]}
+    torch.save(state, tmp_path / "file.pth")
+    target = small_vit()
+    load_encoder(target, tmp_path / "file.pth")
+    assert torch.equal(target.pos_embed, source.pos_embed)
 
 
 def test_a_vit_of_seven_pixel_patches_is_no_hiera(tmp_path):
@@ -735,7 +746,7 @@ def test_a_run_never_overwrites_what_it_starts_from(tmp_path):
     with pytest.raises(InputError, match="would overwrite .*encoder.pt, its own start"):
         resumed(args)
     (tmp_path / "file").touch()
-    with pytest.raises(OSError, match="File exists.*file'"):
+    with pytest.raises(InputError, match="file is a file: give a folder"):
         resumed(options(out=tmp_path / "file"))
 
 
@@ -894,7 +905,8 @@ def test_damaged_and_huge_files_raise_an_error_that_names_them(tmp_path, monkeyp
 
 def test_a_folder_lists_each_image_once(tmp_path, capsys):
     names = ["a.gif", "b.JFIF", "c.png", "d/e.PPM", "d/f.jpeg", "d/notes.txt", "._g.jpg",
-             ".ipynb_checkpoints/h.png", "d/x.heic", "d/y.heic", "out/reconstruction.png", "d/g.avif"]
+             ".ipynb_checkpoints/h.png", "d/x.heic", "d/y.heic", "out/reconstruction.png", "d/g.avif",
+             "run/.lock", "run/attention.png"]
     for name in names:
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()

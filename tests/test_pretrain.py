@@ -637,6 +637,7 @@ MAE = ["--method", "mae"]
     ([*MAE, "--batch-size", 6, "--accum-steps", 4], "must be a multiple of .* = 4"),
     ([*MAE, "--device", "mps"], "--device mps is not available"),
     ([*MAE, "--mask-ratio", 0.99], "must leave visible and masked"),
+    ([*MAE, "--crop-scale", 1, 0.5], "--crop-scale takes the smaller number first"),
     ([*MAE, "--epochs", 20, "--warmup-epochs", 20], "fewer than --epochs 20"),
 ])
 def test_bad_options_end_in_one_sentence(options, match, tmp_path, teacher, pictures):

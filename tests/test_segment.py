@@ -956,6 +956,8 @@ def test_a_look_takes_evenly_spaced_files(tmp_path, monkeypatch):
 
 
 def test_what_the_labels_need_and_what_is_given_is_said_at_the_start(data, capsys):
+    segment.check_labels(opened(data, num_classes=6))
+    assert "; 0 is ignored: give --zero-is-class if it is a class" in capsys.readouterr().out
     segment.check_labels(opened(data, num_classes=150))
     assert capsys.readouterr().out.endswith(
         "images/training: 6 images; the label files that were read need --num-classes 5; given is "
