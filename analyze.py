@@ -385,8 +385,8 @@ def load_models(args, num_classes=0):
         pooled = num_classes or (file and file.supervised)    # others as they were pre-trained
         pixels = {} if file and file.mean else dict(mean=args.mean, std=args.std)
         torch.manual_seed(args.seed)
-        model = build_model(name, file, **pixels, img_size=size, num_classes=num_classes,
-                            vit=dict(rel_pos_bias=rpe), hiera=dict(q_pool=3 if pooled else 2))
+        model = build_model(name, file, rpe, img_size=size, num_classes=num_classes,
+                            q_pool=3 if pooled else 2, **pixels)
         if file and source != "random":
             load_encoder(model, file)
         print(f"{label}: {model.img_size} pixels, mean {model.mean}, std {model.std}")

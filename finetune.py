@@ -166,9 +166,9 @@ def build_classifier(args, classes):
     """Build the classifier of the options, with the encoder of --init if given. classes: their
     number."""
     file = read_encoder(args.init) if args.init else None
-    model = build_model(args.model, file, args.mean, args.std, img_size=args.image_size,
+    model = build_model(args.model, file, mean=args.mean, std=args.std, img_size=args.image_size,
                         patch_size=args.patch_size, num_classes=classes, drop_path=args.drop_path,
-                        vit=dict(rel_pos_bias=args.rpe))
+                        rel_pos_bias=args.rpe)
     if args.rpe and model.arch["kind"] != "vit":
         raise InputError("--rpe is defined for ViT: Hiera attends in windows and pools its tokens")
     if (args.keep_blocks or 0) > model.depth:
@@ -422,7 +422,7 @@ def load_classifier(file, name=None, **options):
                          "over the mean patch token; fine-tune the file by --init to get one")
     classes = len(next(iter(head.values())))
     rpe = any(key.endswith("bias_table") for key in file.state)
-    model = build_model(name, file, num_classes=classes, vit=dict(rel_pos_bias=rpe), **options)
+    model = build_model(name, file, rpe, num_classes=classes, **options)
     file.state.update(head)    # loaded with the encoder
     lacking = model.state_dict().keys() - load_encoder(model, file)
     if lacking:

@@ -109,53 +109,45 @@ def attend(q, k, v, bias=None):
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention. bias_rows: rows of the relative position bias table, 0 for none.
-    """
+    """Multi-head self-attention."""
 
-    def __init__(self, dim, num_heads, bias_rows=0):
+    def __init__(self, dim, num_heads):
         super().__init__()
         self.num_heads = num_heads
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
-        if bias_rows:
-            self.relative_position_bias_table = nn.Parameter(torch.zeros(bias_rows, num_heads))
 
-    def bias(self, index):
-        """Look up the relative position bias, (1, H, T, T), by `index` (T, T); None without one."""
-        if index is None:
-            return None
-        table = self.relative_position_bias_table.t().contiguous()    # heads first, as it is read
-        return table.index_select(1, index.flatten()).view(1, -1, *index.shape)
+    def bias(self):
+        """What is added to the logits, (1, H, T, T) or None; see `RelativeAttention`."""
+        return None
 
-    def forward(self, x, index=None):
+    def forward(self, x):
         qkv = self.qkv(x).unflatten(2, (3, self.num_heads, -1))
         q, k, v = qkv.permute(2, 0, 3, 1, 4)                                  # 3 x (B, H, T, d)
-        x = attend(q, k, v, self.bias(index))
+        x = attend(q, k, v, self.bias())
         return self.proj(x.transpose(1, 2).flatten(2))
 
-    def logits(self, x, index=None):
+    def logits(self, x):
         """Compute the float32 pre-softmax map (B, H, T, T) of tokens (B, T, D) from q, k alone."""
         rows = 2 * x.shape[2]
         qk = F.linear(x, self.qkv.weight[:rows], self.qkv.bias[:rows])
         qk = qk.unflatten(2, (2, self.num_heads, -1))
-        q, k = qk.permute(2, 0, 3, 1, 4)                                      # 2 x (B, H, T, d)
-        logits = attention_logits(q, k)
-        return logits if index is None else logits + self.bias(index).float()
+        return attention_logits(*qk.permute(2, 0, 3, 1, 4))                   # 2 x (B, H, T, d)
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block."""
+    """Pre-norm transformer block. attention: class of its attention."""
 
-    def __init__(self, dim, num_heads, drop_path=0.0, bias_rows=0):
+    def __init__(self, dim, num_heads, drop_path=0.0, attention=Attention):
         super().__init__()
         self.norm1 = LayerNorm(dim)
-        self.attn = Attention(dim, num_heads, bias_rows)
+        self.attn = attention(dim, num_heads)
         self.norm2 = LayerNorm(dim)
         self.mlp = Mlp(dim, 4 * dim)
         self.drop_path = StochasticDepth(drop_path, mode="row")    # drops the branch of a sample
 
-    def forward(self, x, index=None):
-        x = x + self.drop_path(self.attn(self.norm1(x), index))
+    def forward(self, x):
+        x = x + self.drop_path(self.attn(self.norm1(x)))
         return x + self.drop_path(self.mlp(self.norm2(x)))
 
 
@@ -187,37 +179,32 @@ class VisionTransformer(nn.Module):
     """Plain ViT with a class token. A classifier computes head(fc_norm(mean patch token)) (Sec. 3).
 
     img_size: side or (H, W) in pixels, multiples of patch_size. num_classes: 0 builds an encoder,
-    which ends in `norm`. drop_path: rate of the last block; the rates grow linearly from 0.
-    rel_pos_bias: add BEiT's relative position bias in every block. fixed_pos_embed: keep the
-    sin-cos position table fixed, as in pre-training; otherwise it is random and trained. block:
-    class of the blocks. Raises InputError if img_size is not a multiple of patch_size.
+    which ends in `norm`. drop_path: rate of the last block; the rates grow linearly from 0. mean,
+    std: statistics of the pixels in [0, 1] that it reads, for `normalize`. block, attention:
+    classes of its parts. Raises InputError if img_size is not a multiple of patch_size.
     """
 
-    mean = IMAGENET_MEAN    # of the pixels that it reads, as std; see `build_model`
-    std = IMAGENET_STD
+    kind = "vit"
 
     def __init__(self, img_size=224, patch_size=16, embed_dim=192, depth=12, num_heads=12,
-                 num_classes=0, drop_path=0.0, rel_pos_bias=False, fixed_pos_embed=False,
-                 block=Block):
+                 num_classes=0, drop_path=0.0, mean=IMAGENET_MEAN, std=IMAGENET_STD, block=Block,
+                 attention=Attention):
         super().__init__()
         self.img_size = pair(img_size, patch_size)
         self.patch_size = patch_size
         self.embed_dim = embed_dim
         self.depth = depth
+        self.mean = tuple(mean)
+        self.std = tuple(std)
         self.grid = tuple(side // patch_size for side in self.img_size)
         self.arch = dict(kind="vit", img_size=list(self.img_size), patch_size=patch_size,
-                         embed_dim=embed_dim, depth=depth, num_heads=num_heads,
-                         rel_pos_bias=rel_pos_bias)
+                         embed_dim=embed_dim, depth=depth, num_heads=num_heads)
 
         self.patch_embed = PatchEmbed(patch_size, embed_dim)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
-        position_table = sincos_2d(embed_dim, self.grid)
-        self.pos_embed = nn.Parameter(position_table, requires_grad=not fixed_pos_embed)
-        index = relative_position_index(self.grid) if rel_pos_bias else None
-        self.register_buffer("rel_pos_index", index, persistent=False)
-        bias_rows = int(index.max()) + 1 if rel_pos_bias else 0
+        self.pos_embed = nn.Parameter(torch.zeros(1, 1 + math.prod(self.grid), embed_dim))
         rates = torch.linspace(0, drop_path, depth).tolist()
-        self.blocks = nn.ModuleList([block(embed_dim, num_heads, rate, bias_rows)
+        self.blocks = nn.ModuleList([block(embed_dim, num_heads, rate, attention)
                                      for rate in rates])
         if num_classes:
             self.fc_norm = LayerNorm(embed_dim)
@@ -227,8 +214,7 @@ class VisionTransformer(nn.Module):
 
         init_mae(self)
         nn.init.normal_(self.cls_token, std=0.02)
-        if not fixed_pos_embed:
-            nn.init.trunc_normal_(self.pos_embed, std=0.02)
+        nn.init.trunc_normal_(self.pos_embed, std=0.02)
         if num_classes:
             nn.init.trunc_normal_(self.head.weight, std=2e-5)    # as in MAE: logits start near zero
 
@@ -245,7 +231,7 @@ class VisionTransformer(nn.Module):
     def forward_features(self, images, taps, ids_keep=None):
         """Encode normalised images (B, 3, H, W) -> {tap: tokens after block `tap` (B, T, D)}, not
         normalised. Blocks after the last tap do not run."""
-        return run_blocks(self.embed(images, ids_keep), self.blocks, taps, self.rel_pos_index)
+        return run_blocks(self.embed(images, ids_keep), self.blocks, taps)
 
     def forward(self, images):
         """(B, 3, H, W) -> logits (B, classes), or without a head tokens after `norm` (B, T, D)."""
@@ -262,12 +248,18 @@ class VisionTransformer(nn.Module):
     def attention_map(self, x, k):
         """Compute the pre-softmax map (B, H, T, T) of block k from its input x (B, T, D)."""
         block = self.blocks[k - 1]
-        return block.attn.logits(block.norm1(x), self.rel_pos_index)
+        return block.attn.logits(block.norm1(x))
 
     def representation(self, x, k):
         """Normalise the output x (B, T, D) of block k by norm1 of the next block, of the last block
         by `norm`: the representation that Fig. 2 compares."""
         return self.blocks[k].norm1(x) if k < self.depth else self.norm(x)
+
+    def resize_tables(self, state, grid):
+        """Resize the position table in a state, in place, from `grid` to that of this model."""
+        table = state["pos_embed"]
+        patches = resize_grid(table[:, 1:], grid, self.grid)
+        state["pos_embed"] = torch.cat([table[:, :1], patches], dim=1)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -375,13 +367,15 @@ class Hiera(nn.Module):
     stage. q_pool: number of stages that open with 2x2 pooling; 3 for classification (last grid 7x7
     at 224), 2 in pre-training (14x14). Raises InputError if img_size is not a multiple of 32.
     """
+
+    kind = "hiera"
     patch_size = 16    # in pre-training: the pixels that a token predicts, after two poolings
-    mean = IMAGENET_MEAN    # of the pixels that it reads, as std; see `build_model`
-    std = IMAGENET_STD
 
     def __init__(self, img_size=224, embed_dim=46, num_heads=1, stages=(1, 2, 7, 2), q_pool=3,
-                 num_classes=0, drop_path=0.0):
+                 num_classes=0, drop_path=0.0, mean=IMAGENET_MEAN, std=IMAGENET_STD):
         super().__init__()
+        self.mean = tuple(mean)
+        self.std = tuple(std)
         self.img_size = pair(img_size, 32)
         self.grid = tuple(side // 4 for side in self.img_size)            # 56 x 56 tokens at 224
         self.unit_grid = tuple(side // 32 for side in self.img_size)      # 7 x 7 mask units
@@ -470,9 +464,105 @@ class Hiera(nn.Module):
         block = self.blocks[k - 1]
         return block.attn.logits(block.norm1(x))
 
+    def resize_tables(self, state, grid):
+        """Resize the position table in a state, in place, from `grid` to that of this model."""
+        state["pos_embed"] = resize_grid(state["pos_embed"], grid, self.grid)
+
 
 # --------------------------------------------------------------------------------------------------
-# What ViT and Hiera are built with: sizes, weights, position tables
+# ViT with relative position bias, RPE (arXiv 2106.08254)
+# --------------------------------------------------------------------------------------------------
+class RelativeAttention(Attention):
+    """Attention with BEiT's relative position bias. index (T, T): the row of the bias table for
+    each (query, key), see `relative_position_index`."""
+
+    def __init__(self, dim, num_heads, index):
+        super().__init__(dim, num_heads)
+        table = torch.zeros(int(index.max()) + 1, num_heads)
+        self.relative_position_bias_table = nn.Parameter(table)
+        self.register_buffer("index", index, persistent=False)
+
+    def bias(self):
+        table = self.relative_position_bias_table.t().contiguous()    # heads first, as it is read
+        return table.index_select(1, self.index.flatten()).view(1, -1, *self.index.shape)
+
+    def logits(self, x):
+        return super().logits(x) + self.bias().float()
+
+
+class RelativeVisionTransformer(VisionTransformer):
+    """VisionTransformer whose blocks add a relative position bias, zero at first, to the attention
+    logits."""
+
+    def __init__(self, img_size=224, patch_size=16, **options):
+        grid = [side // patch_size for side in pair(img_size, patch_size)]
+        index = relative_position_index(grid)
+        attention = functools.partial(RelativeAttention, index=index)
+        super().__init__(img_size, patch_size, **options, attention=attention)
+        self.arch["rel_pos_bias"] = True
+
+    def resize_tables(self, state, grid):
+        super().resize_tables(state, grid)
+        rows = math.prod(2 * side - 1 for side in grid) + 3
+        for key, table in state.items():
+            if key.endswith("bias_table") and len(table) == rows:
+                state[key] = resize_relative_table(table, grid, self.grid)
+
+
+def relative_position_index(grid):
+    """Number the rows of BEiT's bias table for each (query, key) pair -> (1 + N, 1 + N) int32.
+
+    Patch to patch: (dy + h - 1) * (2w - 1) + dx + w - 1, with (dy, dx) = query minus key. The last
+    three rows of the table are class -> patch, patch -> class and class -> class.
+    """
+    h, w = grid
+    coords = torch.cartesian_prod(torch.arange(h), torch.arange(w))
+    dy, dx = (coords[:, None] - coords).unbind(dim=2)                   # query minus key, (N, N)
+    index = F.pad((dy + h - 1) * (2 * w - 1) + dx + w - 1, (1, 0, 1, 0))
+    rows = (2 * h - 1) * (2 * w - 1)
+    index[0, :] = rows
+    index[:, 0] = rows + 1
+    index[0, 0] = rows + 2
+    return index.int()
+
+
+def resize_relative_table(table, old, new):
+    """Resize a relative position table ((2h - 1)(2w - 1) + 3, H) of the grid `old` to `new`."""
+    if tuple(old) == tuple(new):
+        return table
+    rows, columns = (torch.from_numpy(spline_matrix(*sides)).float() for sides in zip(old, new))
+    body = table[:-3].float().view(2 * old[0] - 1, 2 * old[1] - 1, -1)
+    body = torch.einsum("yi,xj,ijh->yxh", rows, columns, body)
+    return torch.cat([body.flatten(0, 1), table[-3:]])      # the class token's rows stay
+
+
+def spline_matrix(old, new):
+    """Compute the matrix (2 new - 1, 2 old - 1) that resizes one axis of a relative position table,
+    as BEiT and mmsegmentation do.
+
+    Offsets near 0 matter most. The rows of the table are placed at distances 1, 1 + q, 1 + q + q^2,
+    ... on both sides of 0, the last at new - 1. A cubic spline through them (not-a-knot) is
+    evaluated at the offsets -(new - 1) .. new - 1. For a smaller grid q = 1: the rows of its own
+    offsets are returned. As in BEiT q is at most 1.5; offsets beyond the last place, which occur
+    for fewer than 6 tokens, get the last row.
+    """
+    low, high = 1.0, 1.5
+    for _ in range(60):                                     # bisection for q
+        q = (low + high) / 2
+        places = np.cumsum(q ** np.arange(old - 1))
+        low, high = (q, high) if places[-1:].sum() < new - 1 else (low, q)
+    x = np.concatenate([-places[::-1], [0], places])
+
+    def basis(at):    # 1, x, x^2, x^3, and (x - knot)^3 above each knot; not-a-knot: x[1], x[-2]
+        at = at[:, None] / new
+        return np.hstack([at ** np.arange(min(4, len(x))), (at - x[2:-2] / new).clip(min=0) ** 3])
+
+    offsets = np.arange(1.0 - new, new).clip(x[0], x[-1])
+    return basis(offsets) @ np.linalg.inv(basis(x))
+
+
+# --------------------------------------------------------------------------------------------------
+# What the models are built with
 # --------------------------------------------------------------------------------------------------
 def pair(size, cell):
     """Turn a side or (height, width) into (height, width). Raises InputError unless both are
@@ -485,11 +575,11 @@ def pair(size, cell):
     return height, width
 
 
-def run_blocks(x, blocks, taps, *context):
+def run_blocks(x, blocks, taps):
     """Run tokens x through the blocks -> {tap: tokens after block `tap`}; 0 stands for x itself."""
     features = {0: x} if 0 in taps else {}
     for k, block in enumerate(blocks[:max(taps)], start=1):
-        x = block(x, *context)
+        x = block(x)
         if k in taps:
             features[k] = x
     return features
@@ -506,38 +596,14 @@ def init_mae(model):
             nn.init.xavier_uniform_(module.weight.view(module.out_channels, -1))
 
 
-def sincos_2d(dim, grid):
-    """Compute the fixed 2-D sin-cos position table of MAE -> (1, 1 + N, dim); row 0, of the class
-    token, is zero. dim must be a multiple of 4.
-
-    The first half of the channels encodes the column, the second half the row; within each half all
-    sines precede all cosines, at frequencies omega_i = 10000^(-i / (dim / 4)).
-    """
-    omega = 10000 ** -(torch.arange(dim // 4, dtype=torch.float64) / (dim / 4))    # on the host
-    y, x = torch.cartesian_prod(*map(torch.arange, grid)).T                        # 2 x (N,)
-    halves = []
-    for axis in (x, y):
-        angles = axis[:, None] * omega                                             # (N, dim / 4)
-        halves += [angles.sin(), angles.cos()]
-    table = torch.cat(halves, dim=1).float()
-    return torch.cat([table.new_zeros(1, dim), table])[None]
-
-
-def relative_position_index(grid):
-    """Number the rows of BEiT's bias table for each (query, key) pair -> (1 + N, 1 + N) int64.
-
-    Patch to patch: (dy + h - 1) * (2w - 1) + dx + w - 1, with (dy, dx) = query minus key. The last
-    three rows of the table are class -> patch, patch -> class and class -> class.
-    """
-    h, w = grid
-    coords = torch.cartesian_prod(torch.arange(h), torch.arange(w))
-    dy, dx = (coords[:, None] - coords).unbind(dim=2)                   # query minus key, (N, N)
-    index = F.pad((dy + h - 1) * (2 * w - 1) + dx + w - 1, (1, 0, 1, 0))
-    rows = (2 * h - 1) * (2 * w - 1)
-    index[0, :] = rows
-    index[:, 0] = rows + 1
-    index[0, 0] = rows + 2
-    return index
+def resize_grid(table, old, new):
+    """Resize a position table in raster order bicubically, without antialiasing, from grid `old`
+    to `new`: (1, old_h * old_w, D) -> (1, new_h * new_w, D)."""
+    if tuple(old) == tuple(new):
+        return table
+    x = table.float().reshape(1, *old, -1).permute(0, 3, 1, 2)
+    x = F.interpolate(x, size=tuple(new), mode="bicubic", align_corners=False)
+    return x.flatten(2).transpose(1, 2)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -558,37 +624,49 @@ MODELS = {    # parameters: the encoder alone / with a classifier of 1000 classe
 }
 
 
-def build_model(name=None, file=None, mean=None, std=None, vit={}, hiera={}, **options):
-    """Build a ViT or Hiera with random weights, either of a size in MODELS or of the size of the
-    encoder in `file`, which `load_encoder` can then load.
+def model_sizes(name=None, file=None, **options):
+    """Collect the arguments of a model, those of a name in MODELS or of the encoder in a file,
+    which `load_encoder` can then load -> dict.
 
     file: what `read_encoder` returns; it supplies name, image size, patch size, mean and std unless
-    these are given. options: arguments of both classes; None stands for the default. vit, hiera:
-    arguments of one class. The model gets attributes `mean` and `std`, the statistics of its
-    training pixels in [0, 1]. Raises InputError.
+    these are given. options: further arguments; None stands for the default, and a ViT is not given
+    q_pool. Raises InputError.
     """
     name = name or (model_name(file) if file else "vit_tiny")
     if name not in MODELS:
-        raise InputError(f"--model {name} is none of {', '.join(MODELS)}")
-    hierarchical = "stages" in MODELS[name]
-    arch = file.arch if file else {}
-    stored = {k: v for k, v in arch.items() if k in ("img_size", "patch_size")}
-    given = {k: v for k, v in options.items() if v is not None}
-    sizes = {**MODELS[name], **stored, **given, **(hiera if hierarchical else vit)}
-    if hierarchical and "patch_size" in sizes:
-        raise InputError(f"--patch-size has no effect on {name}: leave it out")
-    model = Hiera(**sizes) if hierarchical else VisionTransformer(**sizes)
-    model.mean = tuple(mean or (file and file.mean) or model.mean)
-    model.std = tuple(std or (file and file.std) or model.std)
-    return model
+        raise InputError(f"model {name} is none of {', '.join(MODELS)}")
+    sizes = dict(MODELS[name])
+    if file:
+        stored = dict(file.arch, mean=file.mean, std=file.std)
+        sizes.update((k, stored.get(k)) for k in ("img_size", "patch_size", "mean", "std"))
+    sizes.update((k, v) for k, v in options.items() if v is not None)
+    sizes = {k: v for k, v in sizes.items() if v is not None}
+    if "stages" not in sizes:
+        sizes.pop("q_pool", None)
+    elif "patch_size" in sizes:
+        raise InputError(f"a patch size has no effect on {name}: leave it out")
+    return sizes
 
 
-def load_model(path, name=None, **options):
-    """Read an encoder file, build its model with the `options` of `build_model`, and load the
-    weights -> model, what `read_encoder` returned. Raises InputError."""
-    file = read_encoder(path)
-    model = build_model(name, file, **options)
-    load_encoder(model, file)
+def build_model(name=None, file=None, rel_pos_bias=False, **options):
+    """Build the ViT or Hiera of `model_sizes` with random weights. rel_pos_bias: of a ViT."""
+    sizes = model_sizes(name, file, **options)
+    vit = RelativeVisionTransformer if rel_pos_bias else VisionTransformer
+    return (Hiera if "stages" in sizes else vit)(**sizes)
+
+
+def load_model(kind, file=None, name=None, **options):
+    """Build a model of class `kind` with the encoder of a file or, without one, with random weights
+    -> model, what `read_encoder` returns for the file. file: as of `load_encoder`; name, options:
+    as of `model_sizes`. Raises InputError, too, if file or name is of another kind."""
+    file = read_encoder(file) if file else None
+    sizes = model_sizes(name, file, **options)
+    found = "hiera" if "stages" in sizes else "vit"
+    if found != kind.kind:
+        raise InputError(f"{file.path if file else name} is a {found}: choose a {kind.kind}")
+    model = kind(**sizes)
+    if file:
+        load_encoder(model, file)
     return model, file
 
 
@@ -640,25 +718,22 @@ def load_encoder(model, file, keep_blocks=None):
     norm only if the file was trained with labels. keep_blocks: load only the embedding and the
     first `keep_blocks` blocks (Fig. 4). Raises InputError that states the file and the tensors.
     """
-    if not isinstance(file, SimpleNamespace):
-        file = read_encoder(file)
-    target = model.state_dict()
-    state = fit_state(file, model, target)
-
-    # compare sizes, then shapes
+    file = read_encoder(file)
     sizes = ("kind", "patch_size", "embed_dim", "depth", "num_heads", "stages")
     pairs = {k: (file.arch[k], model.arch[k]) for k in sizes if k in file.arch and k in model.arch}
-    optional = ("bias_table", ".gamma")    # of the model alone
-    needed = [k for k in target if layer_id(k, model.depth) <= model.depth
-              and not k.endswith(optional)]
-    for key in dict.fromkeys([*needed, *state]):
-        pairs[key] = tuple(tuple(tensors[key].shape) if key in tensors else "absent"
-                           for tensors in (state, target))
+    target = model.state_dict()
+    if all(a == b for a, b in pairs.values()):    # then compare shapes
+        state = fit_state(file, model, target)
+        optional = ("bias_table", ".gamma")    # of the model alone
+        needed = [k for k in target if layer_id(k, model.depth) <= model.depth
+                  and not k.endswith(optional)]
+        pairs = {k: tuple(tuple(tensors[k].shape) if k in tensors else "absent"
+                          for tensors in (state, target)) for k in [*needed, *state]}
     wrong = [f"{k} is {a} in the file, {b} in the model" for k, (a, b) in pairs.items() if a != b]
     if wrong:
         raise InputError(f"checkpoint {file.path} does not fit the model: {'; '.join(wrong[:5])}; "
-                         "choose the --model of the file; one with a bias table fits segment.py, "
-                         "analyze.py and, by --rpe, finetune.py")
+                         "choose a model of the file's sizes, with relative position bias if the "
+                         "file has bias tables")
 
     if keep_blocks is not None:
         state = {k: v for k, v in state.items() if layer_id(k, model.depth) <= keep_blocks}
@@ -668,7 +743,7 @@ def load_encoder(model, file, keep_blocks=None):
         if "num_heads" not in file.arch and "num_heads" in model.arch:
             text += f"; assuming {model.arch['num_heads']} heads (not stored in the file)"
         if not file.mean:
-            text += "; the file stores no pixel statistics: ImageNet's, or --mean and --std"
+            text += f"; no pixel statistics in the file: assuming mean {model.mean}"
         print(f"{file.path}: {text}")
     return list(state)
 
@@ -687,25 +762,19 @@ def fit_state(file, model, target):
     if not any(key.endswith(".gamma") for key in target):
         fold_layer_scale(state)
 
-    first = int("cls_token" in target)                       # row of the class token
-    tokens = file.state["pos_embed"].shape[1] - first
-    if not file.own and first and tokens + 1 == math.prod(model.grid):
-        state["pos_embed"] = F.pad(state["pos_embed"], (0, 0, 1, 0))    # DeiT III: no such row
-        tokens += 1
-    cell = file.arch.get("patch_size", 4)                    # of Hiera 4
-    if not file.own and tokens == math.prod(model.grid):
-        grid = model.grid                                    # square or not
-    elif "img_size" in file.arch:
-        grid = tuple(side // cell for side in file.arch["img_size"])
-    else:
-        raise InputError(f"checkpoint {file.path} has {tokens} patches, no square, and no image "
-                         "size: give the --image-size that it was trained on")
-    for key, table in state.items():
-        if key == "pos_embed" and tokens == math.prod(grid):
-            patches = resize_grid(table[:, first:], grid, model.grid)
-            state[key] = torch.cat([table[:, :first], patches], dim=1)
-        elif key.endswith("bias_table") and len(table) == math.prod(2 * n - 1 for n in grid) + 3:
-            state[key] = resize_relative_table(table, grid, model.grid)
+    tokens = target["pos_embed"].shape[1]
+    first = tokens - math.prod(model.grid)                      # 1 for the class token, or 0
+    if not file.own and state["pos_embed"].shape[1] == tokens - first:
+        state["pos_embed"] = F.pad(state["pos_embed"], (0, 0, first, 0))    # DeiT III lacks its row
+    grid = model.grid                                           # square or not
+    if file.own or state["pos_embed"].shape[1] != tokens:
+        if "img_size" not in file.arch:
+            raise InputError(f"checkpoint {file.path} has patches that fill no square, and no "
+                             "image size: build the model for the size that it was trained at")
+        cell = file.arch.get("patch_size", 4)                   # of Hiera 4
+        grid = [side // cell for side in file.arch["img_size"]]
+    if state["pos_embed"].shape[1] == math.prod(grid) + first:
+        model.resize_tables(state, grid)
     return state
 
 
@@ -718,53 +787,9 @@ def fold_layer_scale(state):
         state[f"{layer}.bias"] = gamma * state[f"{layer}.bias"]
 
 
-def resize_grid(table, old, new):
-    """Resize a position table in raster order bicubically, without antialiasing, from grid `old`
-    to `new`: (1, old_h * old_w, D) -> (1, new_h * new_w, D)."""
-    if tuple(old) == tuple(new):
-        return table
-    x = table.float().reshape(1, *old, -1).permute(0, 3, 1, 2)
-    x = F.interpolate(x, size=tuple(new), mode="bicubic", align_corners=False)
-    return x.flatten(2).transpose(1, 2)
-
-
-def resize_relative_table(table, old, new):
-    """Resize a relative position table ((2h - 1)(2w - 1) + 3, H) of the grid `old` to `new`."""
-    if tuple(old) == tuple(new):
-        return table
-    rows, columns = (torch.from_numpy(spline_matrix(*sides)).float() for sides in zip(old, new))
-    body = table[:-3].float().view(2 * old[0] - 1, 2 * old[1] - 1, -1)
-    body = torch.einsum("yi,xj,ijh->yxh", rows, columns, body)
-    return torch.cat([body.flatten(0, 1), table[-3:]])      # the class token's rows stay
-
-
-def spline_matrix(old, new):
-    """Compute the matrix (2 new - 1, 2 old - 1) that resizes one axis of a relative position table,
-    as BEiT and mmsegmentation do.
-
-    Offsets near 0 matter most. The rows of the table are placed at distances 1, 1 + q, 1 + q + q^2,
-    ... on both sides of 0, the last at new - 1. A cubic spline through them (not-a-knot) is
-    evaluated at the offsets -(new - 1) .. new - 1. For a smaller grid q = 1: the rows of its own
-    offsets are returned. As in BEiT q is at most 1.5; offsets beyond the last place, which occur
-    for fewer than 6 tokens, get the last row.
-    """
-    low, high = 1.0, 1.5
-    for _ in range(60):                                     # bisection for q
-        q = (low + high) / 2
-        places = np.cumsum(q ** np.arange(old - 1))
-        low, high = (q, high) if places[-1:].sum() < new - 1 else (low, q)
-    x = np.concatenate([-places[::-1], [0], places])
-
-    def basis(at):    # 1, x, x^2, x^3, and (x - knot)^3 above each knot; not-a-knot: x[1], x[-2]
-        at = at[:, None] / new
-        return np.hstack([at ** np.arange(min(4, len(x))), (at - x[2:-2] / new).clip(min=0) ** 3])
-
-    offsets = np.arange(1.0 - new, new).clip(x[0], x[-1])
-    return basis(offsets) @ np.linalg.inv(basis(x))
-
-
 def read_encoder(path):
-    """Read the encoder in any file of README, "Checkpoints" -> SimpleNamespace with
+    """Read the encoder in any file of README, "Checkpoints" -> SimpleNamespace, which this function
+    returns as it is if given, with
 
     path; state: tensors of the encoder by the names of timm, MAE and Hiera; others: other tensors
     under the same prefix, such as heads; arch: sizes, see `infer_arch`; mean, std: pixel statistics
@@ -775,6 +800,8 @@ def read_encoder(path):
     torch.compile, MAE-Lite, MoCo-v3, Hugging Face, Lightning) and joins q, k, v. If a file has
     several encoders, the student is read. Raises InputError.
     """
+    if isinstance(path, SimpleNamespace):
+        return path
     content = read_file(path)
     state = content if isinstance(content, dict) else {}
     for key in ("state_dict", "model_state", "model"):

@@ -46,10 +46,10 @@ from torchvision.transforms.v2.functional import pil_to_tensor
 from torchvision.utils import save_image
 from tqdm import tqdm
 
-from models import (Block, ImageDataset, InputError, Parser, attention_logits, build_model,
-                    eval_loader, init_distributed, init_mae, list_images, load_model, log,
-                    normalize, param_groups, plain_errors, random_crop, resume, save, sincos_2d,
-                    train_loader)
+from models import (Block, Hiera, ImageDataset, InputError, Parser, VisionTransformer,
+                    attention_logits, eval_loader, init_distributed, init_mae, list_images,
+                    load_model, log, normalize, param_groups, plain_errors, random_crop, resume,
+                    save, train_loader)
 
 RECIPE = dict(    # Sec. 4; settings without an option. `parse_args` has all others
     betas=(0.9, 0.95), weight_decay=0.05,   # of AdamW; biases, norms and tokens do not decay
@@ -103,15 +103,32 @@ def attention_loss(student, teacher, adapter):
         return F.mse_loss(adapter(student.float()), teacher.float())
 
 
+def sincos_2d(dim, grid):
+    """Compute the fixed 2-D sin-cos position table of MAE -> (1, 1 + N, dim); row 0, of the class
+    token, is zero. dim must be a multiple of 4.
+
+    The first half of the channels encodes the column, the second half the row; within each half all
+    sines precede all cosines, at frequencies omega_i = 10000^(-i / (dim / 4)).
+    """
+    omega = 10000 ** -(torch.arange(dim // 4, dtype=torch.float64) / (dim / 4))    # on the host
+    y, x = torch.cartesian_prod(*map(torch.arange, grid)).T                        # 2 x (N,)
+    halves = []
+    for axis in (x, y):
+        angles = axis[:, None] * omega                                             # (N, dim / 4)
+        halves += [angles.sin(), angles.cos()]
+    table = torch.cat(halves, dim=1).float()
+    return torch.cat([table.new_zeros(1, dim), table])[None]
+
+
 # --------------------------------------------------------------------------------------------------
 # Method: student, decoder, distillation
 # --------------------------------------------------------------------------------------------------
 class MaskedAutoencoder(nn.Module):
     """Student of MAE, D-MAE and D2-MAE: a ViT encoder, a decoder and, with a teacher, L_attn.
 
-    encoder: VisionTransformer without a head. decoder_tap: block whose normalised output the
-    decoder reads. norm_pix: predict normalised patches. distillation: `Distillation` or None.
-    alpha: weight of L_attn.
+    encoder: VisionTransformer without a head, whose position table becomes the fixed one.
+    decoder_tap: block whose normalised output the decoder reads. norm_pix: predict normalised
+    patches. distillation: `Distillation` or None. alpha: weight of L_attn.
     """
 
     def __init__(self, encoder, decoder_tap=12, decoder_dim=96, decoder_depth=1, decoder_heads=3,
@@ -128,14 +145,21 @@ class MaskedAutoencoder(nn.Module):
 
         self.decoder_embed = nn.Linear(encoder.embed_dim, decoder_dim)
         self.mask_token = nn.Parameter(torch.randn(1, 1, decoder_dim) * 0.02)
-        table = sincos_2d(decoder_dim, encoder.grid)
-        self.decoder_pos_embed = nn.Parameter(table, requires_grad=False)
+        self.add_position_tables(decoder_dim)
         blocks = [Block(decoder_dim, decoder_heads) for _ in range(decoder_depth)]
         self.decoder_blocks = nn.ModuleList(blocks)
         self.decoder_norm = nn.LayerNorm(decoder_dim, eps=1e-6)
         self.decoder_pred = nn.Linear(decoder_dim, 3 * encoder.patch_size ** 2)
         for part in (self.decoder_embed, self.decoder_blocks, self.decoder_pred):
             init_mae(part)
+
+    def add_position_tables(self, decoder_dim):
+        """Give encoder and decoder fixed position tables."""
+        encoder = self.encoder
+        table = sincos_2d(encoder.embed_dim, encoder.grid)
+        encoder.pos_embed = nn.Parameter(table, requires_grad=False)
+        table = sincos_2d(decoder_dim, encoder.grid)
+        self.decoder_pos_embed = nn.Parameter(table, requires_grad=False)
 
     @property
     def taps(self):
@@ -330,9 +354,9 @@ def build_student(args):
     the same pixels as the teacher, with the teacher's normalisation. Raises InputError.
     """
     hiera = args.model.startswith("hiera")
-    options = dict(img_size=args.image_size, mean=args.mean, std=args.std, hiera=dict(q_pool=2),
-                   vit=dict(fixed_pos_embed=True))
-    encoder = build_model(args.model, patch_size=args.patch_size, **options)
+    architecture = Hiera if hiera else VisionTransformer
+    options = dict(img_size=args.image_size, mean=args.mean, std=args.std, q_pool=2)
+    encoder, _ = load_model(architecture, None, args.model, patch_size=args.patch_size, **options)
     tap = args.decoder_tap or (8 if args.method == "d2-mae" else encoder.depth)
     dim = 96 if hiera else max(96, encoder.embed_dim // 2)    # of the decoder, with heads of 32
     kind = HieraMaskedAutoencoder if hiera else MaskedAutoencoder
@@ -343,7 +367,7 @@ def build_student(args):
     if not args.teacher:
         return model, None
 
-    teacher, file = load_model(args.teacher, **options)
+    teacher, file = load_model(architecture, args.teacher, **options)
     if teacher.grid != encoder.grid:
         raise InputError(f"--teacher {args.teacher} has {teacher.grid} tokens, the student "
                          f"{encoder.grid}: choose a --model of its kind, and its --patch-size")
@@ -545,7 +569,6 @@ class HieraMaskedAutoencoder(MaskedAutoencoder):
                 nn.init.zeros_(module.bias)
         h, w = encoder.unit_grid
         self.cells = h * w    # mask units
-        self.decoder_pos_embed = nn.Parameter(torch.zeros(1, 4 * h * w, decoder_dim))    # raster
         nn.init.trunc_normal_(self.decoder_pos_embed, std=0.02)
         nn.init.trunc_normal_(self.mask_token, std=0.02)
         raster = torch.arange(4 * h * w).view(h, 2, w, 2).transpose(1, 2).reshape(h * w, 4)
@@ -558,6 +581,11 @@ class HieraMaskedAutoencoder(MaskedAutoencoder):
             nn.Conv2d(width // 8, width, 4, 4),     # stage 1: 8x8 tokens of a unit -> 2x2
             nn.Conv2d(width // 4, width, 2, 2)])    # stage 2: 4x4 tokens of a unit -> 2x2
         self.encoder_norm = nn.LayerNorm(width, eps=1e-6)
+
+    def add_position_tables(self, decoder_dim):
+        """Give the decoder a trained position table, in raster order; Hiera has its own."""
+        tokens = 4 * math.prod(self.encoder.unit_grid)
+        self.decoder_pos_embed = nn.Parameter(torch.zeros(1, tokens, decoder_dim))
 
     def latent(self, features):
         """Fuse stages 1, 2 and the last block at 2x2 tokens per unit, and normalise -> (B, 4 V, D).

@@ -58,10 +58,10 @@ from torchvision.transforms.v2.functional import (adjust_hue, crop, pad, pil_to_
 from torchvision.utils import draw_segmentation_masks
 from tqdm import tqdm
 
-from models import (Block, ImageDataset, InputError, Parser, build_model, eval_loader,
-                    init_distributed, list_images, load_encoder, log, mix_seed, normalize,
-                    open_image, param_groups, plain_errors, read_encoder, read_text, resume, save,
-                    train_loader)
+from models import (Block, ImageDataset, InputError, Parser, RelativeVisionTransformer,
+                    eval_loader, init_distributed, list_images, load_model, log, mix_seed,
+                    normalize, open_image, param_groups, plain_errors, read_encoder, read_text,
+                    resume, save, train_loader)
 
 RECIPE = dict(    # Sec. "transfer"; settings without an option. All others: `parse_args`
     dropout=0.1,                              # before the classifier
@@ -92,35 +92,23 @@ class ScaledBlock(Block):
         self.ls1 = LayerScale(dim)
         self.ls2 = LayerScale(dim)
 
-    def forward(self, x, index=None):
-        x = x + self.drop_path(self.ls1(self.attn(self.norm1(x), index)))
+    def forward(self, x):
+        x = x + self.drop_path(self.ls1(self.attn(self.norm1(x))))
         return x + self.drop_path(self.ls2(self.mlp(self.norm2(x))))
 
 
-VIT = dict(rel_pos_bias=True, block=ScaledBlock)    # see `build_model`
-
-
 class Pyramid(nn.Module):
-    """Convert the maps after the blocks `taps` to four maps (B, C, ., .), each half the size of the
-    one before. Those of a plain ViT have one size and are enlarged or reduced. Hiera's stages form
-    a pyramid already.
-    """
+    """Convert the maps (B, D, h, w) after blocks 4, 6, 8 and 12, which have one size, to four maps
+    (B, C, ., .), each half the size of the one before."""
 
-    def __init__(self, encoder, channels):
+    def __init__(self, dim, channels):
         super().__init__()
-        dim = encoder.embed_dim
-        if encoder.arch["kind"] == "hiera":
-            self.taps = encoder.stage_ends
-            levels = [nn.Conv2d(width, channels, 1) for width in encoder.stage_dims]
-        else:
-            self.taps = [encoder.depth * k // 12 for k in (4, 6, 8, 12)]
-            levels = [
-                nn.Sequential(nn.ConvTranspose2d(dim, channels, 2, 2), nn.BatchNorm2d(channels),
-                              nn.GELU(), nn.ConvTranspose2d(channels, channels, 2, 2)),    # x 4
-                nn.ConvTranspose2d(dim, channels, 2, 2),                                   # x 2
-                nn.Conv2d(dim, channels, 1),                                               # x 1
-                nn.Sequential(nn.Conv2d(dim, channels, 1), nn.MaxPool2d(2, 2))]            # x 1/2
-        self.levels = nn.ModuleList(levels)
+        self.levels = nn.ModuleList([
+            nn.Sequential(nn.ConvTranspose2d(dim, channels, 2, 2), nn.BatchNorm2d(channels),
+                          nn.GELU(), nn.ConvTranspose2d(channels, channels, 2, 2)),    # x 4
+            nn.ConvTranspose2d(dim, channels, 2, 2),                                   # x 2
+            nn.Conv2d(dim, channels, 1),                                               # x 1
+            nn.Sequential(nn.Conv2d(dim, channels, 1), nn.MaxPool2d(2, 2))])           # x 1/2
 
     def forward(self, maps):
         return [level(x) for level, x in zip(self.levels, maps)]
@@ -144,7 +132,8 @@ class SemanticFPN(nn.Module):
         self.mean, self.std = encoder.mean, encoder.std
         encoder.norm = nn.Identity()    # unused; DDP expects gradients for all parameters
         channels = encoder.embed_dim // 4                               # 48 for ViT-Tiny
-        self.pyramid = Pyramid(encoder, channels)
+        self.taps = [encoder.depth * k // 12 for k in (4, 6, 8, 12)]
+        self.pyramid = Pyramid(encoder.embed_dim, channels)
         self.scale_heads = nn.ModuleList()
         for level in range(4):
             layers = []
@@ -162,7 +151,7 @@ class SemanticFPN(nn.Module):
 
     def forward(self, images):
         """Normalised images (B, 3, H, W) -> logits (B, K, H/s, W/s); shapes of ViT-Tiny at 512."""
-        maps = self.encoder.feature_maps(images, self.pyramid.taps)     # 4 x (B, 192, 32, 32)
+        maps = self.encoder.feature_maps(images, self.taps)             # 4 x (B, 192, 32, 32)
         maps = self.pyramid(maps)                                       # (B, 48, 128, 128) .. 16
         x = sum(head(m) for head, m in zip(self.scale_heads, maps))     # (B, 128, 128, 128)
         return self.classifier(self.dropout(x))                         # (B, 150, 128, 128)
@@ -255,17 +244,17 @@ def linear_lr(step, total, warmup, lr):
 def build_segmenter(args):
     """Build the SemanticFPN of the options, on the encoder of --init or on random weights.
 
-    A ViT gets relative position bias and LayerScale, which start at 0 and 1 where --init has none.
+    Relative position bias and LayerScale start at 0 and 1 where --init has none.
     By default crops have the paper's 512 pixels, or 512/224 of the image size of a smaller encoder.
     """
     file = read_encoder(args.init) if args.init else None
     arch = {"patch_size": 16, "img_size": (224, 224), **(file.arch if file else {})}
     cell = 2 * (args.patch_size or arch["patch_size"])
     size = [round(min(512, side * 512 / 224) / cell) * cell for side in arch["img_size"]]
-    encoder = build_model(args.model, file, args.mean, args.std, img_size=args.image_size or size,
-                          patch_size=args.patch_size, drop_path=args.drop_path, vit=VIT)
-    if file:
-        load_encoder(encoder, file)
+    encoder, _ = load_model(RelativeVisionTransformer, file, args.model,
+                            img_size=args.image_size or size, patch_size=args.patch_size,
+                            mean=args.mean, std=args.std, drop_path=args.drop_path,
+                            block=ScaledBlock)
     return SemanticFPN(encoder, args.num_classes, dropout=args.dropout)
 
 
@@ -608,8 +597,7 @@ def load_segmenter(path, img_size=None):
     stored = file.content.get("args", {})
     if "zero_is_class" not in stored:
         raise InputError(f"{path} is no segmentation model: give segmenter.pt of segment.py")
-    encoder = build_model(file=file, img_size=img_size, vit=VIT)
-    load_encoder(encoder, file)
+    encoder, _ = load_model(RelativeVisionTransformer, file, img_size=img_size, block=ScaledBlock)
     model = SemanticFPN(encoder, stored["num_classes"])
     heads = {k: v for k, v in file.content["model"].items() if not k.startswith("encoder.")}
     model.load_state_dict(heads, strict=False)

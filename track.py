@@ -77,9 +77,10 @@ from torchvision.transforms.v2.functional import (adjust_brightness, pil_to_tens
                                                   rgb_to_grayscale)
 from tqdm import tqdm
 
-from models import (InputError, Names, Parser, attend, attention_logits, build_model, eval_loader,
-                    init_distributed, list_images, load_model, log, mix_seed, normalize, open_image,
-                    param_groups, plain_errors, resize_grid, resume, save, train_loader)
+from models import (InputError, Names, Parser, VisionTransformer, attend, attention_logits,
+                    eval_loader, init_distributed, list_images, load_model, log, mix_seed,
+                    normalize, open_image, param_groups, plain_errors, resize_grid, resume, save,
+                    train_loader)
 
 TRACKER = dict(    # OSTrack-256; stored beside the weights
     template_size=128, search_size=256,         # pixels along the crops
@@ -137,8 +138,7 @@ class Tracker(nn.Module):
     """OSTrack: a ViT over template and search tokens together, and a centre head on the search
     tokens.
 
-    encoder: a VisionTransformer without a head, with the `mean` and `std` that `build_model` gives
-    it. Its position table is replaced by one for each crop. options: entries of TRACKER that differ
+    encoder: a VisionTransformer without a head. Its position table is replaced by one for each crop. options: entries of TRACKER that differ
     from the paper's.
     """
 
@@ -456,14 +456,8 @@ def report(args, rank, model, val_loader, epoch, step):
 
 def build_tracker(args):
     """Build the tracker of the options, on the encoder of --init or one with random weights."""
-    options = dict(mean=args.mean, std=args.std, img_size=args.image_size,
-                   vit=dict(drop_path=args.drop_path))
-    if args.init:
-        encoder, _ = load_model(args.init, args.model, **options)
-    else:
-        encoder = build_model(args.model, **options)
-    if encoder.arch["kind"] != "vit":
-        raise InputError("the tracker needs a plain ViT: choose another --model or --init")
+    encoder, _ = load_model(VisionTransformer, args.init, args.model, mean=args.mean, std=args.std,
+                            img_size=args.image_size, drop_path=args.drop_path)
     return Tracker(encoder, **{name: getattr(args, name) for name in TRACKER})
 
 
@@ -760,7 +754,7 @@ def evaluate(args):
 
 def load_tracker(path, device):
     """Load the tracker in a tracker.pt or last.pt -> `OnePassTracker`. Raises InputError."""
-    encoder, file = load_model(path)
+    encoder, file = load_model(VisionTransformer, path)
     if "tracker" not in file.arch:
         raise InputError(f"checkpoint {path} is no tracker: give the tracker.pt of a run")
     model = Tracker(encoder, **file.arch["tracker"])

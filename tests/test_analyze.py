@@ -36,7 +36,7 @@ def files(tmp_path_factory):
     folder = tmp_path_factory.mktemp("analyze")
     small_encoder("vit_pico", folder / "a.pt", 1, img_size=48, patch_size=8)
     small_encoder("vit_pico", folder / "b.pt", 2, img_size=48, patch_size=8)
-    small_encoder("vit_tiny", folder / "rpe.pt", 3, img_size=48, vit=dict(rel_pos_bias=True))
+    small_encoder("vit_tiny", folder / "rpe.pt", 3, img_size=48, rel_pos_bias=True)
     small_encoder("hiera_tiny", folder / "hiera.pt", 4, img_size=64)
     rng = np.random.default_rng(0)
     for kind in range(2):    # the second class is bright on the right
@@ -161,7 +161,7 @@ def test_masked_keys_add_neither_distance_nor_entropy():
 
 @pytest.mark.parametrize("q_pool", (2, 3))
 def test_hiera_distances_are_those_of_the_rerolled_tokens(q_pool):
-    model = build_model("hiera_tiny", img_size=(64, 96), hiera=dict(q_pool=q_pool))
+    model = build_model("hiera_tiny", img_size=(64, 96), q_pool=q_pool)
     distances = analyze.token_distances(model)
     before = 0                                            # rounds of pooling before the block
     for number, block in enumerate(model.blocks, start=1):
@@ -215,7 +215,7 @@ def test_size_patch_and_pixels_come_from_the_file(files):
     assert models["A"].mean == (0.5, 0.5, 0.5) and models["random"].patch_size == 8
     assert (models["random"].mean, models["random"].std) == (models["A"].mean, models["A"].std)
     assert models["vit_tiny+rpe"].mean == IMAGENET_MEAN    # untrained
-    assert models["vit_tiny+rpe"].rel_pos_index is not None
+    assert models["vit_tiny+rpe"].arch["rel_pos_bias"]
     assert loaded("random")["random"].arch["embed_dim"] == 192
     both = next(analyze.batches(models, [files / f"images/class1/{i}.png" for i in range(2)], 2))
     assert [label for label, _, _ in both] == ["random", "A", "vit_tiny+rpe"]
@@ -277,7 +277,7 @@ def test_statistics_of_pixels_are_those_of_the_file_else_of_the_options(files, t
 def test_a_file_of_beits_layout_is_analysed_whole(tmp_path):
     """gamma_1, gamma_2, q_bias and v_bias, as in the BEiT-, MaskFeat- and BootMAE-Tiny files."""
     torch.manual_seed(0)
-    model = build_model("vit_tiny", img_size=32, vit=dict(rel_pos_bias=True))
+    model = build_model("vit_tiny", img_size=32, rel_pos_bias=True)
     for p in model.parameters():
         p.data.normal_(std=0.1)
     x = torch.randn(2, 3, 32, 32)
@@ -586,7 +586,7 @@ def test_bad_input(files, tmp_path):
             (["cka", a, "nothing.pt", *images], "nothing.pt does not exist"),
             (["cka", a, "hiera_tiny+rpe", *images], "defined for ViT"),
             (["cka", a, tmp_path, *images], "is a folder: give a file"),
-            (["cka", f"deit_tiny:{a}", *images], "choose the --model of the file|width|patch"),
+            (["cka", f"deit_tiny:{a}", *images], "does not fit the model: embed_dim|patch_size"),
             (["cka", a, "random", "--data", tmp_path / "nowhere", *device], "not a folder"),
             (["cka", a, "random", "--data", tmp_path / "one", *device], "4 images or more"),
             (["cka", a, "random", "--batch-size", 3, *images], "4 images or more"),

@@ -15,7 +15,7 @@ import export
 import models
 import segment
 import track
-from models import Hiera, InputError, VisionTransformer, normalize, save
+from models import Hiera, InputError, RelativeVisionTransformer, VisionTransformer, normalize, save
 
 VIT = dict(img_size=32, patch_size=8, embed_dim=48, depth=3, num_heads=3)
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.3, 0.25)
@@ -38,20 +38,16 @@ def needs(*packages):
 ONNX = needs("onnx", "onnxscript", "onnxruntime")
 
 
-def vit(**options):
-    model = VisionTransformer(**{**VIT, **options})
-    model.mean, model.std = MEAN, STD
-    return model
+def vit(kind=VisionTransformer, **options):
+    return kind(**{**VIT, **options}, mean=MEAN, std=STD)
 
 
 def hiera(**options):
-    model = Hiera(img_size=64, embed_dim=16, stages=(1, 1, 1, 1), **options)
-    model.mean, model.std = MEAN, STD
-    return model
+    return Hiera(img_size=64, embed_dim=16, stages=(1, 1, 1, 1), mean=MEAN, std=STD, **options)
 
 
 def segmenter():
-    encoder = vit(rel_pos_bias=True, block=segment.ScaledBlock)
+    encoder = vit(RelativeVisionTransformer, block=segment.ScaledBlock)
     return segment.SemanticFPN(encoder, CLASSES + 1)
 
 
@@ -63,7 +59,7 @@ def tracker():
 KINDS = {
     "encoder": vit,
     "classifier": lambda: vit(num_classes=CLASSES),
-    "rpe": lambda: vit(num_classes=CLASSES, rel_pos_bias=True),
+    "rpe": lambda: vit(RelativeVisionTransformer, num_classes=CLASSES),
     "hiera": lambda: hiera(num_classes=CLASSES),
     "hiera_encoder": hiera,
     "segmenter": segmenter,

@@ -16,9 +16,10 @@ from PIL import Image
 from torch import nn
 
 import models
-from models import (Attention, Hiera, InputError, VisionTransformer, build_model, layer_id,
-                    list_images, load_encoder, normalize, open_image, param_groups, random_crop,
-                    read_encoder, read_log, reroll, resize_grid, sincos_2d, unroll)
+from models import (Attention, Hiera, InputError, RelativeVisionTransformer, VisionTransformer,
+                    build_model, layer_id, list_images, load_encoder, normalize, open_image,
+                    param_groups, random_crop, read_encoder, read_log, reroll, resize_grid, unroll)
+from pretrain_d2mae import sincos_2d
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = dict(img_size=32, patch_size=8, embed_dim=24, depth=3, num_heads=3)
@@ -28,9 +29,9 @@ def read_image(path):
     return models.pil_to_tensor(open_image(path))
 
 
-def small_vit(**kwargs):
+def small_vit(kind=VisionTransformer, **kwargs):
     torch.manual_seed(0)
-    return VisionTransformer(**{**SMALL, **kwargs}).eval()
+    return kind(**{**SMALL, **kwargs}).eval()
 
 
 def small_hiera(**kwargs):
@@ -47,7 +48,7 @@ def test_a_classifier_of_the_paper_in_two_lines():
 # ---- golden numbers ------------------------------------------------------------------------------
 @pytest.mark.parametrize("key, name, options", [
     ("vit_tiny", "vit_tiny", {}),
-    ("vit_tiny_rpe", "vit_tiny", {"vit": {"rel_pos_bias": True}}),
+    ("vit_tiny_rpe", "vit_tiny", {"rel_pos_bias": True}),
     ("hiera_tiny", "hiera_tiny", {})])
 @torch.no_grad()
 def test_classifiers_match_golden(golden, key, name, options):
@@ -56,10 +57,10 @@ def test_classifiers_match_golden(golden, key, name, options):
     assert sum(p.numel() for p in model.parameters()) == golden[f"{key}/params"]
     assert rel_error(model(images)[:, :32], golden[f"{key}/logits"]) < 1e-4
     if key == "vit_tiny_rpe":
-        assert (model.rel_pos_index[:20, :20].numpy() == golden["vit_tiny_rpe/index_corner"]).all()
-        assert model.rel_pos_index.sum() == golden["vit_tiny_rpe/index_sum"]
-        table = model.blocks[0].attn.relative_position_bias_table
-        assert len(table) == golden["vit_tiny_rpe/table_rows"]
+        attention = model.blocks[0].attn
+        assert (attention.index[:20, :20].numpy() == golden["vit_tiny_rpe/index_corner"]).all()
+        assert attention.index.sum() == golden["vit_tiny_rpe/index_sum"]
+        assert len(attention.relative_position_bias_table) == golden["vit_tiny_rpe/table_rows"]
     if key == "hiera_tiny":
         for i, stage in enumerate(model.feature_maps(images, model.stage_ends)):
             stage = stage.permute(0, 2, 3, 1)
@@ -69,19 +70,18 @@ def test_classifiers_match_golden(golden, key, name, options):
 
 
 # ---- attention, tokens, positions ----------------------------------------------------------------
-@pytest.mark.parametrize("rows", [0, 7 * 7 + 3])
+@pytest.mark.parametrize("relative", [False, True])
 @torch.no_grad()
-def test_fused_attention_equals_the_map_it_could_have_formed(rows):
+def test_fused_attention_equals_the_map_it_could_have_formed(relative):
     torch.manual_seed(0)
-    attn, x = Attention(24, 3, rows), torch.randn(2, 17, 24)
-    index = None
-    if rows:
-        index = models.relative_position_index((4, 4))
+    attn, x = Attention(24, 3), torch.randn(2, 17, 24)
+    if relative:
+        attn = models.RelativeAttention(24, 3, models.relative_position_index((4, 4)))
         attn.relative_position_bias_table.normal_()
-    probs = attn.logits(x, index).softmax(-1)
+    probs = attn.logits(x).softmax(-1)
     v = attn.qkv(x).view(2, 17, 3, 3, 8)[:, :, 2].transpose(1, 2)
     explicit = attn.proj((probs @ v).transpose(1, 2).reshape(2, 17, 24))
-    assert torch.allclose(attn(x, index), explicit, atol=1e-5)
+    assert torch.allclose(attn(x), explicit, atol=1e-5)
     assert torch.allclose(probs.sum(-1), torch.ones(2, 3, 17), atol=1e-6)
 
 
@@ -139,24 +139,24 @@ def test_hiera_refuses_sizes_it_cannot_unroll(size):
 def test_sizes_and_position_tables(tmp_path):
     table = sincos_2d(24, (4, 4))[:, 1:]
     assert resize_grid(table, (4, 4), (4, 4)) is table
-    model = small_vit(rel_pos_bias=True)
+    model = small_vit(RelativeVisionTransformer)
     with torch.no_grad():
         for block in model.blocks:
             block.attn.relative_position_bias_table.normal_()
     torch.save({"model": model.state_dict(), "arch": model.arch}, tmp_path / "own.pt")
-    same = small_vit(rel_pos_bias=True)
+    same = small_vit(RelativeVisionTransformer)
     load_encoder(same, tmp_path / "own.pt")
     pairs = zip(model.state_dict().values(), same.state_dict().values())
     assert all(torch.equal(a, b) for a, b in pairs)
     for size in (*range(8, 88, 8), (16, 64), (40, 24)):    # every multiple, non-square too
-        other = small_vit(img_size=size, rel_pos_bias=True)
+        other = small_vit(RelativeVisionTransformer, img_size=size)
         load_encoder(other, tmp_path / "own.pt")
         assert torch.equal(other.pos_embed[:, 0], model.pos_embed[:, 0])    # class row untouched
         tables = [m.blocks[0].attn.relative_position_bias_table for m in (other, model)]
         assert torch.equal(tables[0][-3:], tables[1][-3:])
         assert other(torch.randn(1, 3, *other.img_size)).isfinite().all()
     torch.save({"model": other.state_dict(), "arch": other.arch}, tmp_path / "wide.pt")
-    load_encoder(small_vit(rel_pos_bias=True), tmp_path / "wide.pt")    # from a non-square one
+    load_encoder(small_vit(RelativeVisionTransformer), tmp_path / "wide.pt")    # from a non-square one
     with pytest.raises(InputError, match="image size 30 x 30 is not a multiple of 8 pixels"):
         small_vit(img_size=30)
 
@@ -344,13 +344,13 @@ def test_files_that_must_be_refused(tmp_path):
             "num_heads is 6 in the file, 3 in the model")
     refused({**state, "cls_token": torch.zeros(1, 1, 32)}, r"cls_token is \(1, 1, 32\) in the file")
     refused(VisionTransformer(**{**SMALL, "depth": 6}).state_dict(), "depth is 6 in the file, 3 in the model")
-    refused(small_vit(rel_pos_bias=True).state_dict(), "relative_position_bias_table")
-    refused({**state, "pos_embed": torch.zeros(1, 18, 24)}, "has 17 patches, no square.*--image-size")
+    refused(small_vit(RelativeVisionTransformer).state_dict(), "relative_position_bias_table")
+    refused({**state, "pos_embed": torch.zeros(1, 18, 24)}, "fill no square")
     refused({**prefixed(state, "a."), **prefixed(state, "b.")}, "several encoders")
     refused({**state, "dist_token": torch.zeros(1, 1, 24)}, "dist_token")
     refused({**state, "patch_embed.proj.weight": torch.zeros(24, 3, 2, 8, 8)}, r"none of .*\(not for videos\)")
     refused({k: v for k, v in state.items() if k != "pos_embed"}, "ViT with cls_token and pos_embed")
-    refused({**state, "pos_embed": torch.zeros(1, 15, 24)}, "has 14 patches, no square")
+    refused({**state, "pos_embed": torch.zeros(1, 15, 24)}, "fill no square")
     refused({**state, lost: torch.full_like(state[lost], torch.nan)}, f"{lost} holds NaN")
 
 
@@ -361,8 +361,8 @@ class ScaledBlock(models.Block):
         super().__init__(dim, *options)
         self.ls1, self.ls2 = (nn.ParameterDict({"gamma": torch.ones(dim)}) for _ in range(2))
 
-    def forward(self, x, index=None):
-        x = x + self.ls1.gamma * self.attn(self.norm1(x), index)
+    def forward(self, x):
+        x = x + self.ls1.gamma * self.attn(self.norm1(x))
         return x + self.ls2.gamma * self.mlp(self.norm2(x))
 
 
@@ -489,7 +489,7 @@ def test_a_foreign_grid_that_is_no_square_stays_as_it_is(tmp_path):
     load_encoder(same, tmp_path / "file.pth")
     assert torch.equal(same.pos_embed, wide.pos_embed)
     torch.save(small_vit(img_size=(16, 40)).state_dict(), tmp_path / "file.pth")    # 2 x 5
-    with pytest.raises(InputError, match="10 patches, no square, .*give the --image-size"):
+    with pytest.raises(InputError, match="patches that fill no square.*build the model for the size"):
         load_encoder(small_vit(), tmp_path / "file.pth")
 
 
@@ -504,7 +504,7 @@ def test_statistics_are_those_of_the_file_unless_given(tmp_path, capsys):
     assert build_model("vit_pico", own, std=(1, 1, 1)).std == (1, 1, 1)
     assert build_model("vit_pico", foreign).mean == models.IMAGENET_MEAN
     load_encoder(small_vit(), foreign)
-    assert "stores no pixel statistics: ImageNet's, or --mean and --std" in capsys.readouterr().out
+    assert "no pixel statistics in the file: assuming mean (0.485, 0.456, 0.406)" in capsys.readouterr().out
     load_encoder(small_vit(), own)
     assert "pixel statistics" not in capsys.readouterr().out
 
@@ -517,7 +517,7 @@ def test_names_of_models_that_fit_no_file(tmp_path):
         build_model(file=read_encoder(tmp_path / "fair.pth"))
     with pytest.raises(InputError, match="embed_dim is 96 in the file, 46 in the model"):
         load_encoder(build_model("hiera_tiny"), tmp_path / "fair.pth")
-    with pytest.raises(InputError, match="--model vit_giant is none of vit_pico"):
+    with pytest.raises(InputError, match="model vit_giant is none of vit_pico"):
         build_model("vit_giant")
     with pytest.raises(InputError, match="is a folder: give a file"):
         read_encoder(tmp_path)
@@ -554,7 +554,7 @@ def test_hugging_face_file_gives_its_features(tmp_path):
 # ---- optimizer groups, options, runs ---------------------------------------------------------
 def test_every_parameter_is_in_one_group_at_its_layers_rate():
     model = build_model("vit_tiny", num_classes=10, img_size=32, patch_size=8,
-                        vit=dict(rel_pos_bias=True))
+                        rel_pos_bias=True)
     groups = param_groups(model, 0.05, 0.75)
     place = {id(p): group for group in groups for p in group["params"]}
     assert len(place) == sum(len(g["params"]) for g in groups) == len(list(model.parameters()))

@@ -33,7 +33,7 @@ def names(tmp_path, monkeypatch):
     """What the lines of the table speak of, small."""
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
-    vit = build_model("vit_pico", img_size=64, patch_size=16, vit=dict(fixed_pos_embed=True))
+    vit = build_model("vit_pico", img_size=64, patch_size=16)
     (tmp_path / "out/pretrain").mkdir(parents=True)
     torch.save({"model": vit.state_dict(), "arch": vit.arch}, "out/pretrain/encoder.pt")
     files = [tmp_path / f"{i}.png" for i in range(8)]
@@ -75,7 +75,7 @@ def test_the_block_of_code_runs(tmp_path, monkeypatch):
     for folder in ("out/pretrain", "out/finetune"):
         (tmp_path / folder).mkdir(parents=True)
     torch.manual_seed(0)
-    encoder = build_model("vit_tiny", vit=dict(fixed_pos_embed=True))
+    encoder = build_model("vit_tiny")
     for file in ("out/pretrain/encoder.pt", "encoder.pt"):
         torch.save({"model": encoder.state_dict(), "arch": encoder.arch}, file)
     classifier = build_model("vit_tiny", num_classes=1000)

@@ -1188,7 +1188,7 @@ def test_own_frames_are_tracked_as_in_the_evaluation(trained):
     (["--data", "imagenet=x"], "give NAME=FOLDER"),
     (["--data", "nonsense"], "give NAME=FOLDER"),
     (["--data", "DATA", "--init", "no.pt"], "does not exist"),
-    (["--data", "DATA", "--init", "HIERA"], "plain ViT"),
+    (["--data", "DATA", "--init", "HIERA"], "hiera.pt is a hiera: choose a vit"),
     (["--data", "DATA", "--init", "CUT"], "pos_embed"),
     (["--data", "DATA", "--search-size", 250], "no multiple of the patch size 16"),
     (["--data", "coco=EMPTY,coco=EMPTY"], "each once"),
@@ -1212,7 +1212,7 @@ def test_bad_input_is_told_in_one_sentence(options, message, trained, tmp_path):
     encoder = build_model("vit_pico")
     save_encoder(tmp_path / "encoder.pt", encoder)
     if "HIERA" in options:
-        save_encoder(tmp_path / "hiera.pt", build_model("hiera_tiny", hiera=dict(q_pool=2)))
+        save_encoder(tmp_path / "hiera.pt", build_model("hiera_tiny"))
     weights = encoder.state_dict()
     weights.pop("pos_embed")
     torch.save(weights, tmp_path / "cut.pt")

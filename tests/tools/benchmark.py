@@ -156,8 +156,9 @@ def small_pretraining(method, model="vit_nano", **options):
     choices = itertools.chain(*((f"--{k}", v) for k, v in options.items()))
     teacher = None
     if method != "mae":
-        teacher = build_model("hiera_tiny" if model == "hiera_tiny" else "vit_nano", img_size=64,
-                              vit=dict(patch_size=8, fixed_pos_embed=True), hiera=dict(q_pool=2))
+        patch = {} if model == "hiera_tiny" else dict(patch_size=8)
+        name = "hiera_tiny" if model == "hiera_tiny" else "vit_nano"
+        teacher = build_model(name, img_size=64, **patch)
         teacher = fill_weights(teacher).eval().requires_grad_(False)
     student, step = build_student(["--model", model, "--image-size", "64", "--method", method,
                                    "--mask-ratio", "0.75", *sizes, *choices], teacher)
@@ -178,7 +179,7 @@ def small_classification(name="vit_tiny", **options):
 
 
 def small_segmentation():
-    encoder = build_model("vit_nano", img_size=64, patch_size=8, vit=dict(rel_pos_bias=True))
+    encoder = build_model("vit_nano", img_size=64, patch_size=8, rel_pos_bias=True)
     model = segment.SemanticFPN(fill_weights(encoder), 5, dropout=0.0)
 
     def loss(model, images, labels):
@@ -204,7 +205,7 @@ NETWORKS = {    # -> model, inputs, loss(model, *inputs)
     "Hiera, MAE": lambda: small_pretraining("mae", "hiera_tiny"),
     "Hiera, D-MAE": lambda: small_pretraining("d-mae", "hiera_tiny"),
     "ViT": small_classification,
-    "ViT with RPE": lambda: small_classification(vit=dict(rel_pos_bias=True)),
+    "ViT with RPE": lambda: small_classification(rel_pos_bias=True),
     "Hiera": lambda: small_classification("hiera_tiny"),
     "segmentation": small_segmentation,
     "tracking": lambda: small_tracking(1.0),
@@ -266,7 +267,7 @@ def build_pretraining(args, method, batch):
     noise."""
     teacher = None
     if method != "mae":
-        teacher = build_model("vit_base", vit=dict(fixed_pos_embed=True))
+        teacher = build_model("vit_base")
         teacher = teacher.to(args.device).eval().requires_grad_(False)
     student, loss = build_student(["--method", method], teacher)
     images = torch.randint(256, (batch, 3, 224, 224), dtype=torch.uint8, device=args.device)

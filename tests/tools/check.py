@@ -463,7 +463,7 @@ def check_checkpoint(args, report):
         if not tensor.isfinite().all():
             report.add("tensor with NaN or infinity", key)
     try:
-        load_encoder(build_model(None, file, vit=dict(rel_pos_bias=bias)), file)
+        load_encoder(build_model(None, file, rel_pos_bias=bias), file)
     except InputError as error:
         report.add("stops the run at its start", error)
 

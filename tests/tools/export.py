@@ -49,8 +49,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import finetune  # noqa: E402
 import segment  # noqa: E402
 import track  # noqa: E402
-from models import (Attention, InputError, Parser, PatchEmbed, attend, build_model,  # noqa: E402
-                    eval_loader, load_encoder, normalize, plain_errors, read_encoder)
+from models import (Attention, InputError, Parser, PatchEmbed, RelativeAttention,  # noqa: E402
+                    attend, build_model, eval_loader, load_encoder, normalize, plain_errors, read_encoder)
 
 CPU = 0, 1, torch.device("cpu"), torch.float32    # what init_distributed returns
 OUTPUTS = {"encoder": ["tokens"], "classifier": ["logits"], "segmenter": ["logits"],
@@ -126,7 +126,7 @@ def load_network(args):
         model, _ = finetune.load_classifier(file, args.model, **options)
     else:
         rpe = any(key.endswith("bias_table") for key in file.state)
-        model = build_model(args.model, file, vit=dict(rel_pos_bias=rpe), **options)
+        model = build_model(args.model, file, rel_pos_bias=rpe, **options)
         load_encoder(model, file)
     model.eval().requires_grad_(False)
     if kind != "tracker":
@@ -399,7 +399,7 @@ def to_timm(network, out, names):
         for part, value in (("weight", 1.0), ("bias", 0.0)):    # not in an encoder, nor in features
             value = state.pop(f"norm.{part}", torch.full([model.embed_dim], value))
             state[f"head.norm.{part}"] = value
-    elif arch["rel_pos_bias"]:
+    elif arch.get("rel_pos_bias"):
         name = "beit_base_patch16_224"
         sizes.update(use_abs_pos_emb=True, init_values=None)
         state = split_qkv(state, "bias", "q_bias", None, "v_bias")
@@ -426,7 +426,7 @@ def to_transformers(network, out, names):
     if arch["kind"] == "hiera":
         raise InputError("--to transformers takes a ViT: for Hiera give --to timm")
     classify = network.kind == "classifier"
-    beit = classify or arch["rel_pos_bias"]
+    beit = classify or arch.get("rel_pos_bias")
     if beit and len(set(model.img_size)) > 1:
         raise InputError(f"BEiT in transformers reads square images, not {model.img_size}: give "
                          "--to timm")
@@ -455,7 +455,7 @@ def to_transformers(network, out, names):
         patch_size=arch["patch_size"], layer_norm_eps=1e-6)
     if beit:
         config.update(use_absolute_position_embeddings=True, layer_scale_init_value=0.0,
-                      use_relative_position_bias=arch["rel_pos_bias"], use_mean_pooling=classify)
+                      use_relative_position_bias=arch.get("rel_pos_bias", False), use_mean_pooling=classify)
     if classify:
         names = names or [f"class {k}" for k in range(count_classes(network))]
         config.update(id2label=dict(enumerate(names)), label2id={n: k for k, n in enumerate(names)})
@@ -481,11 +481,15 @@ class ConvEmbed(PatchEmbed):
 class SplitAttention(Attention):
     """Attention that splits qkv first: ncnn has no axis for the batch, nor tensors of 5 axes."""
 
-    def forward(self, x, index=None):
+    def forward(self, x):
         q, k, v = (y.unflatten(2, (self.num_heads, -1)).transpose(1, 2)
                    for y in self.qkv(x).chunk(3, dim=2))
-        x = attend(q, k, v, self.bias(index))
+        x = attend(q, k, v, self.bias())
         return self.proj(x.transpose(1, 2).flatten(2))
+
+
+class SplitRelativeAttention(SplitAttention, RelativeAttention):
+    pass
 
 
 def to_ncnn(network, out, names):
@@ -495,7 +499,8 @@ def to_ncnn(network, out, names):
                          "Hiera converts")
     simple = copy.deepcopy(network)
     for module in simple.modules():    # the same weights, another forward
-        same = {PatchEmbed: ConvEmbed, Attention: SplitAttention}
+        same = {PatchEmbed: ConvEmbed, Attention: SplitAttention,
+                RelativeAttention: SplitRelativeAttention}
         module.__class__ = same.get(type(module), type(module))
     path = Path(f"{out}.pt")
     with warnings.catch_warnings():
