@@ -138,8 +138,8 @@ class Tracker(nn.Module):
     """OSTrack: a ViT over template and search tokens together, and a centre head on the search
     tokens.
 
-    encoder: a VisionTransformer without a head. Its position table is replaced by one for each crop. options: entries of TRACKER that differ
-    from the paper's.
+    encoder: a VisionTransformer without a head. Its position table is replaced by one for each
+    crop. options: entries of TRACKER that differ from the paper's.
     """
 
     def __init__(self, encoder, **options):
