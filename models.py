@@ -719,17 +719,20 @@ def load_encoder(model, file, keep_blocks=None):
     first `keep_blocks` blocks (Fig. 4). Raises InputError that states the file and the tensors.
     """
     file = read_encoder(file)
-    sizes = ("kind", "patch_size", "embed_dim", "depth", "num_heads", "stages")
-    pairs = {k: (file.arch[k], model.arch[k]) for k in sizes if k in file.arch and k in model.arch}
     target = model.state_dict()
-    if all(a == b for a, b in pairs.values()):    # then compare shapes
+    ours, theirs = model.arch, file.arch
+    sizes = ("kind", "patch_size", "embed_dim", "depth", "num_heads", "stages")
+    keys = [k for k in sizes if k in ours and k in theirs]
+    if all(ours[k] == theirs[k] for k in keys):    # then compare shapes
         state = fit_state(file, model, target)
+        ours, theirs = ({k: tuple(v.shape) for k, v in tensors.items()}
+                        for tensors in (target, state))
         optional = ("bias_table", ".gamma")    # of the model alone
         needed = [k for k in target if layer_id(k, model.depth) <= model.depth
                   and not k.endswith(optional)]
-        pairs = {k: tuple(tuple(tensors[k].shape) if k in tensors else "absent"
-                          for tensors in (state, target)) for k in [*needed, *state]}
-    wrong = [f"{k} is {a} in the file, {b} in the model" for k, (a, b) in pairs.items() if a != b]
+        keys = dict.fromkeys([*needed, *state])
+    wrong = [f"{k} is {theirs.get(k, 'absent')} in the file, {ours.get(k, 'absent')} in the model"
+             for k in keys if theirs.get(k) != ours.get(k)]
     if wrong:
         raise InputError(f"checkpoint {file.path} does not fit the model: {'; '.join(wrong[:5])}; "
                          "choose a model of the file's sizes, with relative position bias if the "
