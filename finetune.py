@@ -417,9 +417,8 @@ def load_classifier(file, name=None, **options):
     its classes. file: see `read_encoder`; name, options: see `build_model`. Raises InputError."""
     head = {k: v for k, v in file.others.items() if k.startswith("head.")}
     if not (head and file.pooled):
-        found = "a head without fc_norm, so over the class token" if file.supervised else "no head"
-        raise InputError(f"checkpoint {file.path} holds {found}: --eval and --predict need one "
-                         "over the mean patch token; fine-tune the file by --init to get one")
+        raise InputError(f"checkpoint {file.path} holds no head over the mean patch token (without "
+                         "fc_norm, a head reads the class token): fine-tune it to get one")
     classes = len(next(iter(head.values())))
     rpe = any(key.endswith("bias_table") for key in file.state)
     model = build_model(name, file, rpe, num_classes=classes, **options)
@@ -462,6 +461,7 @@ def predict(model, classes, paths, device):
     """Print the five likeliest classes of each image file, and of each image in a folder, with
     their probabilities. classes: their names. Raises OSError for an unreadable file."""
     for path in paths:
+        os.stat(path)    # raises FileNotFoundError
         for file in list_images(path) if Path(path).is_dir() else [path]:
             pixels = pil_to_tensor(centre_crop(open_image(file), model.img_size))[None]
             logits = model(normalize(pixels.to(device), model.mean, model.std))[0]
@@ -534,6 +534,9 @@ def parse_args(argv=None):
     add = parser.run_options("out/finetune", batch_size=None, eval_every=1, clip_grad=None)
     add("--compile", action="store_true", help="torch.compile the model for training")
     args = parser.parse_args(argv)
+    recipes = [value for key, value in args.recipe or [] if key == "recipe"]
+    if len(recipes) > 1:
+        parser.error(f"--recipe takes one recipe, not {' and '.join(recipes)}")
     if args.eval or args.predict:
         parser.check_unread(args, "a trained classifier", USED)
     return args

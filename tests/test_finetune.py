@@ -531,6 +531,7 @@ def test_options_that_make_no_sense_are_told_before_the_work(folder, tmp_path, w
     ("height and width", ["--image-size", "32", "32", "32"]),
     ("[1, inf]", ["--recipe", "improved", "epochs=0"]),
     ("adamw or sgd", ["--recipe", "improved", "optimizer=adam"]),
+    ("takes one recipe, not cifar and mae", ["--recipe", "cifar", "mae"]),
     ("neither a recipe", ["--recipe", "best"]),
     ("[0, 4294967295]", ["--seed", "5000000000"]),
     ("[0, 1]", ["--data-fraction", "1.5"])])
@@ -693,14 +694,14 @@ def test_a_classifier_of_timm_that_hugging_face_has_saved(folder, tmp_path, caps
 
 def test_heads_over_the_class_token_are_refused(tmp_path):
     torch.save(timm_vit(global_pool="token").state_dict(), tmp_path / "deit.pth")
-    with pytest.raises(InputError, match="deit.pth holds a head .* over the class token"):
+    with pytest.raises(InputError, match="deit.pth holds no head over the mean patch"):
         load(tmp_path / "deit.pth")
     transformers = pytest.importorskip("transformers")
     sizes = dict(image_size=32, patch_size=8, hidden_size=48, num_hidden_layers=12,
                  intermediate_size=192, num_attention_heads=3, num_labels=6)
     model = transformers.ViTForImageClassification(transformers.ViTConfig(**sizes))
     model.save_pretrained(tmp_path)
-    with pytest.raises(InputError, match="over the class token"):
+    with pytest.raises(InputError, match="without fc_norm, a head reads the class token"):
         load(tmp_path / "model.safetensors")
     model.vit.layernorm.weight.data.fill_(3)
     model.save_pretrained(tmp_path)
@@ -836,7 +837,7 @@ def test_eval_refuses_data_of_other_classes(copied, trained):
 
 @pytest.mark.parametrize("job", [["--eval"], ["--predict", "a.png"]])
 def test_an_encoder_is_no_classifier(encoder, job):
-    with pytest.raises(InputError, match="holds no head"):
+    with pytest.raises(InputError, match="holds no head .*: fine-tune it to get one$"):
         here(finetune, "--init", encoder, *job)
 
 
@@ -865,12 +866,14 @@ def test_predict_names_the_likeliest_classes(folder, trained, capsys):
         str(folder / "val/class 0" / name) for name in ("0.png", "6.png")]
 
 
-def test_predict_stops_at_a_broken_image_and_names_it(folder, trained, capsys, tmp_path):
+def test_predict_stops_at_a_broken_or_missing_image_and_names_it(folder, trained, capsys, tmp_path):
     image = next((folder / "val").rglob("*.png"))
     bad = tmp_path / "bad.png"
     bad.write_bytes(b"no image")
-    for path in (bad, tmp_path / "missing.png"):
-        with pytest.raises(OSError, match=f"^cannot read image {path} "):
+    missing = tmp_path / "missing.png"
+    for path, words in ((bad, f"^cannot read image {bad} "),
+                        (missing, f"No such file or directory: '{missing}'$")):
+        with pytest.raises(OSError, match=words):
             here(finetune, "--predict", image, path, "--out", trained, "--device", "cpu")
         assert f"{image}: " in capsys.readouterr().out
 
