@@ -95,10 +95,17 @@ RECIPES = {
 # --------------------------------------------------------------------------------------------------
 # Method: augmentation
 # --------------------------------------------------------------------------------------------------
-def affine(image, coefficients, fill):
-    """Move pixels of a Pillow image: that at (x, y) comes from (a x + b y + c, d x + e y + f)."""
+def affine(image, fill, shear_x=0, shift_x=0, shear_y=0, shift_y=0):
+    """Move pixels of a Pillow image: that at (x, y) comes from (x + shear_x y + shift_x,
+    shear_y x + y + shift_y)."""
+    coefficients = (1, shear_x, shift_x, shear_y, 1, shift_y)
     return image.transform(image.size, Image.Transform.AFFINE, coefficients, BICUBIC,
                            fillcolor=fill)
+
+
+def enhance(kind):
+    """Make an operation of a class of ImageEnhance; its factor is 0.1 .. 1.9, and 1 at level 0."""
+    return lambda x, m, f: kind(x).enhance(1 + 0.09 * m)
 
 
 RAND_AUGMENT = {    # (RGB image x, level m in -10 .. 10, fill colour f) -> image
@@ -111,14 +118,14 @@ RAND_AUGMENT = {    # (RGB image x, level m in -10 .. 10, fill colour f) -> imag
     "Solarize": lambda x, m, f: ImageOps.solarize(x, 256 - int(25.6 * abs(m))),    # threshold
     "SolarizeAdd": lambda x, m, f: x.point(
         lambda value: min(255, value + int(11 * abs(m))) if value < 128 else value),
-    "Color": lambda x, m, f: ImageEnhance.Color(x).enhance(1 + 0.09 * m),
-    "Contrast": lambda x, m, f: ImageEnhance.Contrast(x).enhance(1 + 0.09 * m),
-    "Brightness": lambda x, m, f: ImageEnhance.Brightness(x).enhance(1 + 0.09 * m),
-    "Sharpness": lambda x, m, f: ImageEnhance.Sharpness(x).enhance(1 + 0.09 * m),
-    "ShearX": lambda x, m, f: affine(x, (1, 0.03 * m, 0, 0, 1, 0), f),
-    "ShearY": lambda x, m, f: affine(x, (1, 0, 0, 0.03 * m, 1, 0), f),
-    "TranslateX": lambda x, m, f: affine(x, (1, 0, 0.045 * m * x.width, 0, 1, 0), f),
-    "TranslateY": lambda x, m, f: affine(x, (1, 0, 0, 0, 1, 0.045 * m * x.height), f),
+    "Color": enhance(ImageEnhance.Color),
+    "Contrast": enhance(ImageEnhance.Contrast),
+    "Brightness": enhance(ImageEnhance.Brightness),
+    "Sharpness": enhance(ImageEnhance.Sharpness),
+    "ShearX": lambda x, m, f: affine(x, f, shear_x=0.03 * m),
+    "ShearY": lambda x, m, f: affine(x, f, shear_y=0.03 * m),
+    "TranslateX": lambda x, m, f: affine(x, f, shift_x=0.045 * m * x.width),
+    "TranslateY": lambda x, m, f: affine(x, f, shift_y=0.045 * m * x.height),
 }
 
 
