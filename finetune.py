@@ -171,16 +171,18 @@ def build_mixing(mixup, cutmix, classes):
 # --------------------------------------------------------------------------------------------------
 def build_classifier(args, classes):
     """Build the classifier of the options, with the encoder of --init if given. classes: their
-    number."""
+    number. Raises InputError for options that do not fit the model."""
     file = read_encoder(args.init) if args.init else None
     model = build_model(args.model, file, mean=args.mean, std=args.std, img_size=args.image_size,
                         patch_size=args.patch_size, num_classes=classes, drop_path=args.drop_path,
                         rel_pos_bias=args.rpe)
-    if args.rpe and model.arch["kind"] != "vit":
+    if args.rpe and model.kind != "vit":
         raise InputError("--rpe is defined for ViT: Hiera attends in windows and pools its tokens")
-    if (args.keep_blocks or 0) > model.depth:
-        raise InputError(f"--keep-blocks {args.keep_blocks}: {args.init} has {model.depth} blocks")
-    loaded = load_encoder(model, file, args.keep_blocks) if file else []
+    keep = args.keep_blocks
+    if keep is not None and not (file and keep <= model.depth):
+        raise InputError(f"--keep-blocks {keep} keeps blocks of a pre-trained encoder: give --init "
+                         f"FILE, of {keep} blocks or more")
+    loaded = load_encoder(model, file, keep) if file else []
     if args.rpe:
         init_beit(model, loaded)
     return model
@@ -438,24 +440,25 @@ def load_classifier(file, name=None, **options):
 
 
 def use_classifier(args):
-    """Run --eval and --predict: score the classifier in --init, or print what it sees."""
+    """Run --eval and --predict: score the classifier in --init, or in --out, and print what it
+    sees."""
     _, _, device, _ = run = init_distributed(args.device)
-    file = read_encoder(args.init)
+    file = read_encoder(args.init or f"{args.out}/classifier.pt")
     model, classes = load_classifier(file, args.model, mean=args.mean, std=args.std,
                                      img_size=args.image_size)
     model.to(device)
     stored = file.content
     if isinstance(stored.get("args"), dict):    # MAE's files hold a Namespace
-        stored = {**stored["args"], **stored}
+        stored = stored["args"] | stored
     names = stored.get("classes")    # None in files of other publishers
     if args.eval or args.data:
         root = args.data or stored.get("data", "data/imagenet")
         files, labels, folders = list_split(root, "val", args.out)
         if len(folders) != classes:
-            raise InputError(f"{args.init} has {classes} classes, but {root} has {len(folders)} "
+            raise InputError(f"{file.path} has {classes} classes, but {root} has {len(folders)} "
                              "folders in val: give the data set that it was trained on")
         names = names or folders
-        check_classes(names, folders, args.init, root)
+        check_classes(names, folders, file.path, root)
     if args.eval:
         test_set = LabelledImages(files, labels, model.img_size)
         evaluate(model, eval_loader(test_set, 128, args.workers, run), classes, run)
@@ -550,33 +553,26 @@ def parse_args(argv=None):
 
 
 def resolve(args):
-    """Fill in the recipe and the defaults that depend on other options; raise InputError for
-    contradictory ones."""
-    if args.eval or args.predict:
-        args.init = args.init or f"{args.out}/classifier.pt"
-        return args
+    """Fill in the recipe of a training run and the defaults that depend on other options. Raises
+    InputError unless the run is longer than its warm-up."""
     args.data = args.data or "data/imagenet"
     changes = dict(args.recipe or [])    # pairs of `recipe_word`
     recipe = dict(RECIPES[changes.setdefault("recipe", "improved")])
-    changes.update({k: v for k, v in vars(args).items() if k in recipe and v is not None})
+    changes |= {k: v for k, v in vars(args).items() if k in recipe and v is not None}
     if "epochs" in changes:    # a shorter run warms up less, a longer one as long
         recipe["warmup_epochs"] *= min(1, changes["epochs"] / recipe["epochs"])
-    vars(args).update({**recipe, **changes})
-
+    vars(args).update(recipe | changes)
     if args.warmup_epochs >= args.epochs:
         raise InputError(f"--warmup-epochs must be fewer than --epochs {args.epochs}")
-    if args.keep_blocks is not None and not args.init:
-        raise InputError("--keep-blocks keeps blocks of a pre-trained encoder: give --init FILE")
     return args
 
 
 def main(args):
     """Train, or run --eval and --predict."""
-    args = resolve(args)
     if args.eval or args.predict:
         use_classifier(args)
     else:
-        train(args)
+        train(resolve(args))
 
 
 if __name__ == "__main__":

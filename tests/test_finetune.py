@@ -123,14 +123,14 @@ def test_nobody_writes_to_args(folder, encoder, tmp_path, monkeypatch):
     resolve = finetune.resolve
 
     def frozen(args):
-        args = resolve(args)
         result = Frozen()
         vars(result).update(vars(args))
         return result
 
-    monkeypatch.setattr(finetune, "resolve", frozen)
+    monkeypatch.setattr(finetune, "resolve", lambda args: frozen(resolve(args)))
     here(finetune, "--data", folder, "--out", tmp_path, "--init", encoder, *QUICK[2:], *PLAIN)
-    here(finetune, "--out", tmp_path, "--eval", "--predict", folder / "val", *QUICK[4:])
+    job = ["--out", tmp_path, "--eval", "--predict", folder / "val", *QUICK[4:]]
+    finetune.main(frozen(finetune.parse_args([str(value) for value in job])))
 
 
 # ---- golden numbers ----
@@ -514,7 +514,7 @@ BAD_OPTIONS = [
     ("fewer than --epochs 5", ["--warmup-epochs", 5, "--epochs", 5]),
     ("not a multiple of 16", ["--image-size", 40]),
     ("does not exist", ["--init", "none.pt"]),
-    ("give --init", ["--keep-blocks", 3]),
+    ("--keep-blocks 0 keeps blocks of a pre-trained encoder: give --init", ["--keep-blocks", 0]),
     ("defined for ViT", ["--model", "hiera_tiny", "--rpe", "--image-size", 32]),
     ("no effect on hiera_tiny", ["--model", "hiera_tiny", "--patch-size", 8]),
     ("multiple of .* = 20", ["--accum-steps", 20, "--batch-size", 30])]
@@ -525,7 +525,13 @@ def test_options_that_make_no_sense_are_told_before_the_work(folder, tmp_path, w
     refused(words, "--data", folder, "--out", tmp_path, *values)
 
 
+def test_an_encoder_of_fewer_blocks_than_are_to_be_kept_is_refused(encoder):
+    with pytest.raises(InputError, match="give --init FILE, of 13 blocks or more"):
+        classifier("--init", encoder, "--keep-blocks", 13)
+
+
 @pytest.mark.parametrize("words, values", [
+    ("takes one recipe, not cifar and mae", ["--recipe", "cifar", "mae"]),
     ("[0, 10]", ["--recipe", "improved", "rand_augment=15"]),
     ("[0, 1]", ["--recipe", "improved", "smoothing=1.5"]),
     ("height and width", ["--image-size", "32", "32", "32"]),
