@@ -47,6 +47,7 @@ NOTES, details that the paper does not give, and departures from the authors' co
 import argparse
 import math
 import os
+from bisect import bisect_left
 from pathlib import Path
 
 import torch
@@ -204,7 +205,7 @@ def build_optimizer(model, args, lr):
     """Build AdamW or SGD over one or two groups per layer, whose rate is lr * lr_scale."""
     groups = param_groups(model, args.weight_decay, args.layer_decay, model.depth)
     if args.optimizer == "adamw":
-        return AdamW(groups, lr, betas=(0.9, 0.999), fused=True)
+        return AdamW(groups, lr, fused=True)    # betas 0.9 and 0.999
     return SGD(groups, lr, momentum=0.9, nesterov=True)    # in fp16 the scaler syncs once a step
 
 
@@ -285,14 +286,12 @@ def lr_at(step, total, warmup, lr, min_lr):
 # Data
 # --------------------------------------------------------------------------------------------------
 def centre_crop(image, size):
-    """Make the authors' test image: resize a Pillow image bicubically to cover `size` (h, w) /
-    0.875, which is 256 for 224, and crop the centre -> Pillow image of `size`."""
+    """Make the authors' test image: resize a Pillow RGB image bicubically to cover `size` (h, w) /
+    0.875, which is 256 for 224, and crop the centre -> (3, h, w) uint8."""
     h, w = (int(side / 0.875) for side in size)
-    if image.width * h > image.height * w:    # wider than the crop, which then cuts off the sides
-        w = int(h * image.width / image.height)
-    else:
-        h = int(w * image.height / image.width)
-    return center_crop(image.resize((w, h), BICUBIC), size)
+    width = max(w, int(h * image.width / image.height))     # one of the two sides fits exactly
+    height = max(h, int(w * image.height / image.width))
+    return pil_to_tensor(center_crop(image.resize((width, height), BICUBIC), size))
 
 
 class LabelledImages(ImageDataset):
@@ -300,8 +299,8 @@ class LabelledImages(ImageDataset):
     index).
 
     labels: (n,) int64. image_size: (h, w). min_crop: smallest share of the area of random crops,
-    which are flipped and, if magnitude > 0, RandAugmented; None: centre crops, for tests. fill:
-    colour of the pixels that RandAugment uncovers.
+    half of which are flipped; None: centre crops, for tests. magnitude: of RandAugment; 0: none.
+    fill: colour of the pixels that RandAugment uncovers.
     """
 
     def __init__(self, files, labels, image_size, seed=0, min_crop=None, magnitude=0.0,
@@ -314,14 +313,14 @@ class LabelledImages(ImageDataset):
         self.fill = fill
 
     def transform(self, image, index):
-        label = self.labels[index].item()
         if self.min_crop is None:
-            return pil_to_tensor(centre_crop(image, self.image_size)), label
-        pixels = random_crop(image, self.image_size, (self.min_crop, 1))
+            pixels = centre_crop(image, self.image_size)
+        else:
+            pixels = random_crop(image, self.image_size, (self.min_crop, 1))
         if self.magnitude:
             image = rand_augment(to_pil_image(pixels), self.magnitude, self.fill)
             pixels = pil_to_tensor(image)
-        return pixels, label
+        return pixels, self.labels[index].item()
 
 
 def build_loaders(args, model, train_items, test_items, run):
@@ -362,12 +361,12 @@ def list_split(root, split, out):
     except ValueError:
         raise InputError(f"{folder} holds images outside of class folders: it must hold CLASS/* "
                          "(valprep.sh moves those of ImageNet's val)") from None
-    classes = sorted(set(names))
+    classes = sorted(set(names))    # a label is an index into this list
     if len(classes) == 1:
         raise InputError(f"{folder} has one class, {classes[0]}: its folders are the classes; if "
                          f"those of {folder / classes[0]} are meant, move them up")
-    number = {name: label for label, name in enumerate(classes)}
-    return files, torch.tensor([number[name] for name in names]), classes
+    labels = torch.tensor([bisect_left(classes, name) for name in names])
+    return files, labels, classes
 
 
 def select(labels, fraction, shots, seed):
@@ -403,10 +402,9 @@ def evaluate(model, test_loader, classes, run):
     sums = torch.zeros(classes, 4, device=device)    # images, right, in five, loss
     for images, labels in tqdm(test_loader, "evaluation", leave=False, disable=rank > 0):
         logits = model(normalize(images, model.mean, model.std))                # (B, K)
-        guesses = logits.topk(min(5, classes)).indices                          # best first
-        right = guesses == labels[:, None]                                      # (B, 5)
+        hits = logits.topk(min(5, classes)).indices == labels[:, None]          # (B, 5), best first
         loss = F.cross_entropy(logits, labels, reduction="none")
-        row = torch.stack([torch.ones_like(loss), right[:, 0], right.any(dim=1), loss], dim=1)
+        row = torch.stack([torch.ones_like(loss), hits[:, 0], hits.any(dim=1), loss], dim=1)
         sums.index_add_(0, labels, row)
     if world > 1:
         dist.all_reduce(sums)
@@ -473,7 +471,7 @@ def predict(model, classes, paths, device):
     for path in paths:
         os.stat(path)    # raises FileNotFoundError
         for file in list_images(path) if Path(path).is_dir() else [path]:
-            pixels = pil_to_tensor(centre_crop(open_image(file), model.img_size))[None]
+            pixels = centre_crop(open_image(file), model.img_size)[None]
             logits = model(normalize(pixels.to(device), model.mean, model.std))[0]
             top = logits.softmax(0).topk(min(5, len(classes)))
             print(f"{file}: " + ", ".join(f"{classes[k]} {100 * p:.1f}%" for p, k in zip(*top)))
