@@ -47,6 +47,7 @@ NOTES, details that the paper does not give, and departures from the authors' co
 import argparse
 import math
 import os
+from bisect import bisect_left
 from pathlib import Path
 
 import torch
@@ -95,10 +96,17 @@ RECIPES = {
 # --------------------------------------------------------------------------------------------------
 # Method: augmentation
 # --------------------------------------------------------------------------------------------------
-def affine(image, coefficients, fill):
-    """Move pixels of a Pillow image: that at (x, y) comes from (a x + b y + c, d x + e y + f)."""
+def affine(image, fill, shear_x=0, shift_x=0, shear_y=0, shift_y=0):
+    """Move pixels of a Pillow image: that at (x, y) comes from (x + shear_x y + shift_x,
+    shear_y x + y + shift_y)."""
+    coefficients = (1, shear_x, shift_x, shear_y, 1, shift_y)
     return image.transform(image.size, Image.Transform.AFFINE, coefficients, BICUBIC,
                            fillcolor=fill)
+
+
+def enhance(kind):
+    """Make an operation of a class of ImageEnhance; its factor is 0.1 .. 1.9, and 1 at level 0."""
+    return lambda x, m, f: kind(x).enhance(1 + 0.09 * m)
 
 
 RAND_AUGMENT = {    # (RGB image x, level m in -10 .. 10, fill colour f) -> image
@@ -111,14 +119,14 @@ RAND_AUGMENT = {    # (RGB image x, level m in -10 .. 10, fill colour f) -> imag
     "Solarize": lambda x, m, f: ImageOps.solarize(x, 256 - int(25.6 * abs(m))),    # threshold
     "SolarizeAdd": lambda x, m, f: x.point(
         lambda value: min(255, value + int(11 * abs(m))) if value < 128 else value),
-    "Color": lambda x, m, f: ImageEnhance.Color(x).enhance(1 + 0.09 * m),
-    "Contrast": lambda x, m, f: ImageEnhance.Contrast(x).enhance(1 + 0.09 * m),
-    "Brightness": lambda x, m, f: ImageEnhance.Brightness(x).enhance(1 + 0.09 * m),
-    "Sharpness": lambda x, m, f: ImageEnhance.Sharpness(x).enhance(1 + 0.09 * m),
-    "ShearX": lambda x, m, f: affine(x, (1, 0.03 * m, 0, 0, 1, 0), f),
-    "ShearY": lambda x, m, f: affine(x, (1, 0, 0, 0.03 * m, 1, 0), f),
-    "TranslateX": lambda x, m, f: affine(x, (1, 0, 0.045 * m * x.width, 0, 1, 0), f),
-    "TranslateY": lambda x, m, f: affine(x, (1, 0, 0, 0, 1, 0.045 * m * x.height), f),
+    "Color": enhance(ImageEnhance.Color),
+    "Contrast": enhance(ImageEnhance.Contrast),
+    "Brightness": enhance(ImageEnhance.Brightness),
+    "Sharpness": enhance(ImageEnhance.Sharpness),
+    "ShearX": lambda x, m, f: affine(x, f, shear_x=0.03 * m),
+    "ShearY": lambda x, m, f: affine(x, f, shear_y=0.03 * m),
+    "TranslateX": lambda x, m, f: affine(x, f, shift_x=0.045 * m * x.width),
+    "TranslateY": lambda x, m, f: affine(x, f, shift_y=0.045 * m * x.height),
 }
 
 
@@ -164,16 +172,18 @@ def build_mixing(mixup, cutmix, classes):
 # --------------------------------------------------------------------------------------------------
 def build_classifier(args, classes):
     """Build the classifier of the options, with the encoder of --init if given. classes: their
-    number."""
+    number. Raises InputError for options that do not fit the model."""
     file = read_encoder(args.init) if args.init else None
     model = build_model(args.model, file, mean=args.mean, std=args.std, img_size=args.image_size,
                         patch_size=args.patch_size, num_classes=classes, drop_path=args.drop_path,
                         rel_pos_bias=args.rpe)
-    if args.rpe and model.arch["kind"] != "vit":
+    if args.rpe and model.kind != "vit":
         raise InputError("--rpe is defined for ViT: Hiera attends in windows and pools its tokens")
-    if (args.keep_blocks or 0) > model.depth:
-        raise InputError(f"--keep-blocks {args.keep_blocks}: {args.init} has {model.depth} blocks")
-    loaded = load_encoder(model, file, args.keep_blocks) if file else []
+    keep = args.keep_blocks
+    if keep is not None and not (file and keep <= model.depth):
+        raise InputError(f"--keep-blocks {keep} keeps blocks of a pre-trained encoder: give --init "
+                         f"FILE, of {keep} blocks or more")
+    loaded = load_encoder(model, file, keep) if file else []
     if args.rpe:
         init_beit(model, loaded)
     return model
@@ -195,7 +205,7 @@ def build_optimizer(model, args, lr):
     """Build AdamW or SGD over one or two groups per layer, whose rate is lr * lr_scale."""
     groups = param_groups(model, args.weight_decay, args.layer_decay, model.depth)
     if args.optimizer == "adamw":
-        return AdamW(groups, lr, betas=(0.9, 0.999), fused=True)
+        return AdamW(groups, lr, fused=True)    # betas 0.9 and 0.999
     return SGD(groups, lr, momentum=0.9, nesterov=True)    # in fp16 the scaler syncs once a step
 
 
@@ -276,14 +286,12 @@ def lr_at(step, total, warmup, lr, min_lr):
 # Data
 # --------------------------------------------------------------------------------------------------
 def centre_crop(image, size):
-    """Make the authors' test image: resize a Pillow image bicubically to cover `size` (h, w) /
-    0.875, which is 256 for 224, and crop the centre -> Pillow image of `size`."""
+    """Make the authors' test image: resize a Pillow RGB image bicubically to cover `size` (h, w) /
+    0.875, which is 256 for 224, and crop the centre -> (3, h, w) uint8."""
     h, w = (int(side / 0.875) for side in size)
-    if image.width * h > image.height * w:    # wider than the crop, which then cuts off the sides
-        w = int(h * image.width / image.height)
-    else:
-        h = int(w * image.height / image.width)
-    return center_crop(image.resize((w, h), BICUBIC), size)
+    width = max(w, int(h * image.width / image.height))     # one of the two sides fits exactly
+    height = max(h, int(w * image.height / image.width))
+    return pil_to_tensor(center_crop(image.resize((width, height), BICUBIC), size))
 
 
 class LabelledImages(ImageDataset):
@@ -291,8 +299,8 @@ class LabelledImages(ImageDataset):
     index).
 
     labels: (n,) int64. image_size: (h, w). min_crop: smallest share of the area of random crops,
-    which are flipped and, if magnitude > 0, RandAugmented; None: centre crops, for tests. fill:
-    colour of the pixels that RandAugment uncovers.
+    half of which are flipped; None: centre crops, for tests. magnitude: of RandAugment; 0: none.
+    fill: colour of the pixels that RandAugment uncovers.
     """
 
     def __init__(self, files, labels, image_size, seed=0, min_crop=None, magnitude=0.0,
@@ -305,14 +313,14 @@ class LabelledImages(ImageDataset):
         self.fill = fill
 
     def transform(self, image, index):
-        label = self.labels[index].item()
         if self.min_crop is None:
-            return pil_to_tensor(centre_crop(image, self.image_size)), label
-        pixels = random_crop(image, self.image_size, (self.min_crop, 1))
+            pixels = centre_crop(image, self.image_size)
+        else:
+            pixels = random_crop(image, self.image_size, (self.min_crop, 1))
         if self.magnitude:
             image = rand_augment(to_pil_image(pixels), self.magnitude, self.fill)
             pixels = pil_to_tensor(image)
-        return pixels, label
+        return pixels, self.labels[index].item()
 
 
 def build_loaders(args, model, train_items, test_items, run):
@@ -353,12 +361,12 @@ def list_split(root, split, out):
     except ValueError:
         raise InputError(f"{folder} holds images outside of class folders: it must hold CLASS/* "
                          "(valprep.sh moves those of ImageNet's val)") from None
-    classes = sorted(set(names))
+    classes = sorted(set(names))    # a label is an index into this list
     if len(classes) == 1:
         raise InputError(f"{folder} has one class, {classes[0]}: its folders are the classes; if "
                          f"those of {folder / classes[0]} are meant, move them up")
-    number = {name: label for label, name in enumerate(classes)}
-    return files, torch.tensor([number[name] for name in names]), classes
+    labels = torch.tensor([bisect_left(classes, name) for name in names])
+    return files, labels, classes
 
 
 def select(labels, fraction, shots, seed):
@@ -394,10 +402,9 @@ def evaluate(model, test_loader, classes, run):
     sums = torch.zeros(classes, 4, device=device)    # images, right, in five, loss
     for images, labels in tqdm(test_loader, "evaluation", leave=False, disable=rank > 0):
         logits = model(normalize(images, model.mean, model.std))                # (B, K)
-        guesses = logits.topk(min(5, classes)).indices                          # best first
-        right = guesses == labels[:, None]                                      # (B, 5)
+        hits = logits.topk(min(5, classes)).indices == labels[:, None]          # (B, 5), best first
         loss = F.cross_entropy(logits, labels, reduction="none")
-        row = torch.stack([torch.ones_like(loss), right[:, 0], right.any(dim=1), loss], dim=1)
+        row = torch.stack([torch.ones_like(loss), hits[:, 0], hits.any(dim=1), loss], dim=1)
         sums.index_add_(0, labels, row)
     if world > 1:
         dist.all_reduce(sums)
@@ -417,9 +424,8 @@ def load_classifier(file, name=None, **options):
     its classes. file: see `read_encoder`; name, options: see `build_model`. Raises InputError."""
     head = {k: v for k, v in file.others.items() if k.startswith("head.")}
     if not (head and file.pooled):
-        found = "a head without fc_norm, so over the class token" if file.supervised else "no head"
-        raise InputError(f"checkpoint {file.path} holds {found}: --eval and --predict need one "
-                         "over the mean patch token; fine-tune the file by --init to get one")
+        raise InputError(f"checkpoint {file.path} holds no head over the mean patch token (without "
+                         "fc_norm, a head reads the class token): fine-tune it to get one")
     classes = len(next(iter(head.values())))
     rpe = any(key.endswith("bias_table") for key in file.state)
     model = build_model(name, file, rpe, num_classes=classes, **options)
@@ -432,24 +438,25 @@ def load_classifier(file, name=None, **options):
 
 
 def use_classifier(args):
-    """Run --eval and --predict: score the classifier in --init, or print what it sees."""
+    """Run --eval and --predict: score the classifier in --init, or in --out, and print what it
+    sees."""
     _, _, device, _ = run = init_distributed(args.device)
-    file = read_encoder(args.init)
+    file = read_encoder(args.init or f"{args.out}/classifier.pt")
     model, classes = load_classifier(file, args.model, mean=args.mean, std=args.std,
                                      img_size=args.image_size)
     model.to(device)
     stored = file.content
     if isinstance(stored.get("args"), dict):    # MAE's files hold a Namespace
-        stored = {**stored["args"], **stored}
+        stored = stored["args"] | stored
     names = stored.get("classes")    # None in files of other publishers
     if args.eval or args.data:
         root = args.data or stored.get("data", "data/imagenet")
         files, labels, folders = list_split(root, "val", args.out)
         if len(folders) != classes:
-            raise InputError(f"{args.init} has {classes} classes, but {root} has {len(folders)} "
+            raise InputError(f"{file.path} has {classes} classes, but {root} has {len(folders)} "
                              "folders in val: give the data set that it was trained on")
         names = names or folders
-        check_classes(names, folders, args.init, root)
+        check_classes(names, folders, file.path, root)
     if args.eval:
         test_set = LabelledImages(files, labels, model.img_size)
         evaluate(model, eval_loader(test_set, 128, args.workers, run), classes, run)
@@ -462,8 +469,9 @@ def predict(model, classes, paths, device):
     """Print the five likeliest classes of each image file, and of each image in a folder, with
     their probabilities. classes: their names. Raises OSError for an unreadable file."""
     for path in paths:
+        os.stat(path)    # raises FileNotFoundError
         for file in list_images(path) if Path(path).is_dir() else [path]:
-            pixels = pil_to_tensor(centre_crop(open_image(file), model.img_size))[None]
+            pixels = centre_crop(open_image(file), model.img_size)[None]
             logits = model(normalize(pixels.to(device), model.mean, model.std))[0]
             top = logits.softmax(0).topk(min(5, len(classes)))
             print(f"{file}: " + ", ".join(f"{classes[k]} {100 * p:.1f}%" for p, k in zip(*top)))
@@ -534,39 +542,35 @@ def parse_args(argv=None):
     add = parser.run_options("out/finetune", batch_size=None, eval_every=1, clip_grad=None)
     add("--compile", action="store_true", help="torch.compile the model for training")
     args = parser.parse_args(argv)
+    recipes = [value for key, value in args.recipe or [] if key == "recipe"]
+    if len(recipes) > 1:
+        parser.error(f"--recipe takes one recipe, not {' and '.join(recipes)}")
     if args.eval or args.predict:
         parser.check_unread(args, "a trained classifier", USED)
     return args
 
 
 def resolve(args):
-    """Fill in the recipe and the defaults that depend on other options; raise InputError for
-    contradictory ones."""
-    if args.eval or args.predict:
-        args.init = args.init or f"{args.out}/classifier.pt"
-        return args
+    """Fill in the recipe of a training run and the defaults that depend on other options. Raises
+    InputError unless the run is longer than its warm-up."""
     args.data = args.data or "data/imagenet"
     changes = dict(args.recipe or [])    # pairs of `recipe_word`
     recipe = dict(RECIPES[changes.setdefault("recipe", "improved")])
-    changes.update({k: v for k, v in vars(args).items() if k in recipe and v is not None})
+    changes |= {k: v for k, v in vars(args).items() if k in recipe and v is not None}
     if "epochs" in changes:    # a shorter run warms up less, a longer one as long
         recipe["warmup_epochs"] *= min(1, changes["epochs"] / recipe["epochs"])
-    vars(args).update({**recipe, **changes})
-
+    vars(args).update(recipe | changes)
     if args.warmup_epochs >= args.epochs:
         raise InputError(f"--warmup-epochs must be fewer than --epochs {args.epochs}")
-    if args.keep_blocks is not None and not args.init:
-        raise InputError("--keep-blocks keeps blocks of a pre-trained encoder: give --init FILE")
     return args
 
 
 def main(args):
     """Train, or run --eval and --predict."""
-    args = resolve(args)
     if args.eval or args.predict:
         use_classifier(args)
     else:
-        train(args)
+        train(resolve(args))
 
 
 if __name__ == "__main__":

@@ -42,8 +42,8 @@ def dataset(folder, split="train", seed=0, min_crop=0.08, magnitude=10.0, **opti
     return finetune.LabelledImages(files, labels, (32, 32), seed, min_crop, magnitude, **options)
 
 
-def held_out(folder, size=(32, 32)):
-    return dataset(folder, "val", min_crop=None)
+def held_out(folder):
+    return dataset(folder, "val", min_crop=None, magnitude=0)
 
 
 @pytest.fixture(scope="session")
@@ -123,14 +123,14 @@ def test_nobody_writes_to_args(folder, encoder, tmp_path, monkeypatch):
     resolve = finetune.resolve
 
     def frozen(args):
-        args = resolve(args)
         result = Frozen()
         vars(result).update(vars(args))
         return result
 
-    monkeypatch.setattr(finetune, "resolve", frozen)
+    monkeypatch.setattr(finetune, "resolve", lambda args: frozen(resolve(args)))
     here(finetune, "--data", folder, "--out", tmp_path, "--init", encoder, *QUICK[2:], *PLAIN)
-    here(finetune, "--out", tmp_path, "--eval", "--predict", folder / "val", *QUICK[4:])
+    job = ["--out", tmp_path, "--eval", "--predict", folder / "val", *QUICK[4:]]
+    finetune.main(frozen(finetune.parse_args([str(value) for value in job])))
 
 
 # ---- golden numbers ----
@@ -446,13 +446,13 @@ def test_test_images_are_the_authors(size, shorter):
     top = round((shorter - size) / 2)
     left = round((resized.width - size) / 2)
     expected = resized.crop((left, top, left + size, top + size))
-    got = np.array(finetune.centre_crop(image, (size, size)))
-    assert np.array_equal(got, np.array(expected))
+    got = finetune.centre_crop(image, (size, size))
+    assert torch.equal(got, official.pil_to_tensor(expected))
     turned = image.rotate(90, expand=True)
     for picture in (image, turned):    # bit for bit what torchvision gives
         resized = official.resize(picture, [shorter], finetune.BICUBIC)
-        expected = official.center_crop(resized, [size, size])
-        assert np.array_equal(np.array(finetune.centre_crop(picture, (size, size))), expected)
+        expected = official.pil_to_tensor(official.center_crop(resized, [size, size]))
+        assert torch.equal(finetune.centre_crop(picture, (size, size)), expected)
 
 
 @pytest.mark.parametrize("size", [(128, 256), (256, 128), (96, 64)])
@@ -461,10 +461,10 @@ def test_a_picture_of_the_crop_s_shape_is_tested_on_49_64ths_of_its_area(size):
     y, x = np.mgrid[:2 * h, :2 * w]
     pixels = np.stack([255 * y / (2 * h), 255 * x / (2 * w), 0 * x], axis=2)
     image = Image.fromarray(pixels.astype(np.uint8))
-    crop = np.array(finetune.centre_crop(image, size)).astype(int)
-    assert crop.shape == (h, w, 3)
+    crop = finetune.centre_crop(image, size).int().numpy()
+    assert crop.shape == (3, h, w)
     for axis in (0, 1):
-        shown = np.ptp(crop[..., axis]) / 255
+        shown = np.ptp(crop[axis]) / 255
         assert shown == pytest.approx(224 / 256, abs=0.03)
     torch.manual_seed(0)    # training sees as much: a crop of all of the area is the whole picture
     crop = models.random_crop(image, size, (0.99, 1)).int().numpy()
@@ -514,7 +514,7 @@ BAD_OPTIONS = [
     ("fewer than --epochs 5", ["--warmup-epochs", 5, "--epochs", 5]),
     ("not a multiple of 16", ["--image-size", 40]),
     ("does not exist", ["--init", "none.pt"]),
-    ("give --init", ["--keep-blocks", 3]),
+    ("--keep-blocks 0 keeps blocks of a pre-trained encoder: give --init", ["--keep-blocks", 0]),
     ("defined for ViT", ["--model", "hiera_tiny", "--rpe", "--image-size", 32]),
     ("no effect on hiera_tiny", ["--model", "hiera_tiny", "--patch-size", 8]),
     ("multiple of .* = 20", ["--accum-steps", 20, "--batch-size", 30])]
@@ -525,7 +525,13 @@ def test_options_that_make_no_sense_are_told_before_the_work(folder, tmp_path, w
     refused(words, "--data", folder, "--out", tmp_path, *values)
 
 
+def test_an_encoder_of_fewer_blocks_than_are_to_be_kept_is_refused(encoder):
+    with pytest.raises(InputError, match="give --init FILE, of 13 blocks or more"):
+        classifier("--init", encoder, "--keep-blocks", 13)
+
+
 @pytest.mark.parametrize("words, values", [
+    ("takes one recipe, not cifar and mae", ["--recipe", "cifar", "mae"]),
     ("[0, 10]", ["--recipe", "improved", "rand_augment=15"]),
     ("[0, 1]", ["--recipe", "improved", "smoothing=1.5"]),
     ("height and width", ["--image-size", "32", "32", "32"]),
@@ -693,14 +699,14 @@ def test_a_classifier_of_timm_that_hugging_face_has_saved(folder, tmp_path, caps
 
 def test_heads_over_the_class_token_are_refused(tmp_path):
     torch.save(timm_vit(global_pool="token").state_dict(), tmp_path / "deit.pth")
-    with pytest.raises(InputError, match="deit.pth holds a head .* over the class token"):
+    with pytest.raises(InputError, match="deit.pth holds no head over the mean patch"):
         load(tmp_path / "deit.pth")
     transformers = pytest.importorskip("transformers")
     sizes = dict(image_size=32, patch_size=8, hidden_size=48, num_hidden_layers=12,
                  intermediate_size=192, num_attention_heads=3, num_labels=6)
     model = transformers.ViTForImageClassification(transformers.ViTConfig(**sizes))
     model.save_pretrained(tmp_path)
-    with pytest.raises(InputError, match="over the class token"):
+    with pytest.raises(InputError, match="without fc_norm, a head reads the class token"):
         load(tmp_path / "model.safetensors")
     model.vit.layernorm.weight.data.fill_(3)
     model.save_pretrained(tmp_path)
@@ -836,7 +842,7 @@ def test_eval_refuses_data_of_other_classes(copied, trained):
 
 @pytest.mark.parametrize("job", [["--eval"], ["--predict", "a.png"]])
 def test_an_encoder_is_no_classifier(encoder, job):
-    with pytest.raises(InputError, match="holds no head"):
+    with pytest.raises(InputError, match="holds no head .*: fine-tune it to get one$"):
         here(finetune, "--init", encoder, *job)
 
 
@@ -865,12 +871,14 @@ def test_predict_names_the_likeliest_classes(folder, trained, capsys):
         str(folder / "val/class 0" / name) for name in ("0.png", "6.png")]
 
 
-def test_predict_stops_at_a_broken_image_and_names_it(folder, trained, capsys, tmp_path):
+def test_predict_stops_at_a_broken_or_missing_image_and_names_it(folder, trained, capsys, tmp_path):
     image = next((folder / "val").rglob("*.png"))
     bad = tmp_path / "bad.png"
     bad.write_bytes(b"no image")
-    for path in (bad, tmp_path / "missing.png"):
-        with pytest.raises(OSError, match=f"^cannot read image {path} "):
+    missing = tmp_path / "missing.png"
+    for path, words in ((bad, f"^cannot read image {bad} "),
+                        (missing, f"No such file or directory: '{missing}'$")):
+        with pytest.raises(OSError, match=words):
             here(finetune, "--predict", image, path, "--out", trained, "--device", "cpu")
         assert f"{image}: " in capsys.readouterr().out
 
