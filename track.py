@@ -106,19 +106,18 @@ def block_with_elimination(block, x, ids, Z, keep, centre):
     mean over heads) ranks the search tokens. Removed tokens still serve as keys and values, but
     skip the MLP.
     """
-    B, T, _ = x.shape
-    qkv = block.attn.qkv(block.norm1(x)).view(B, T, 3, block.attn.num_heads, -1)
+    qkv = block.attn.qkv(block.norm1(x)).unflatten(2, (3, block.attn.num_heads, -1))
     q, k, v = qkv.permute(2, 0, 3, 1, 4)                                    # 3 x (B, H, T, d)
 
-    row = attention_logits(q[:, :, centre:centre + 1], k).softmax(dim=-1)   # (B, H, 1, T)
-    top = row.mean(dim=(1, 2))[:, Z:].topk(keep, dim=1).indices             # (B, keep)
-    template = torch.arange(Z, device=x.device).expand(B, -1)
-    kept = torch.cat([template, Z + top], dim=1)                            # (B, Z + keep)
-    batch = torch.arange(B, device=x.device)[:, None]
+    row = attention_logits(q[:, :, centre, None], k).softmax(dim=-1)        # (B, H, 1, T)
+    rank = row.mean(dim=(1, 2))                                             # (B, T)
+    rank[:, :Z] = math.inf                                                  # the template stays
+    kept = rank.topk(Z + keep).indices.sort().values                        # (B, Z + keep)
+    batch = torch.arange(x.shape[0], device=x.device)[:, None]
 
     x = x[batch, kept]                                                      # (B, Z + keep, D)
     q = qkv[batch, kept, 0].transpose(1, 2)                                 # (B, H, Z + keep, d)
-    y = attend(q, k, v).transpose(1, 2).reshape(x.shape)
+    y = attend(q, k, v).transpose(1, 2).flatten(2)
     x = x + block.drop_path(block.attn.proj(y))
     return x + block.drop_path(block.mlp(block.norm2(x))), ids.gather(1, kept)
 
@@ -255,26 +254,23 @@ def box_centre(boxes):
 
 
 def gaussian_radius(w, h, overlap=0.7):
-    """CornerNet's radius in cells: the least, over three ways in which corners shift until the IoU
-    is `overlap`, of the larger root of p x^2 - q x + r = 0. Its code divides by 2, not by 2 p, and
-    so does this: boxes at that radius overlap less."""
-    b = w + h
-    c = w * h
-    terms = ((1, b, c * (1 - overlap) / (1 + overlap)),
-             (4, 2 * b, c * (1 - overlap)),
-             (4 * overlap, -2 * overlap * b, c * (overlap - 1)))
-    roots = [(q + (q ** 2 - 4 * p * r).sqrt()) / 2 for p, q, r in terms]    # not / (2 * p)
-    return torch.stack(roots).amin(dim=0).clamp(min=0).floor()
+    """CornerNet's radius in cells, the least of three. The least is always that of a box whose
+    corners move outwards until the IoU is `overlap`: the larger root of p x^2 + q x - r = 0, with
+    p = 4 overlap, q = 2 overlap (w + h), r = (1 - overlap) w h. CornerNet's code divides it by 2,
+    not by 2 p, and so does this: boxes at that radius overlap less."""
+    b = overlap * (w + h)
+    root = (b ** 2 + 4 * overlap * (1 - overlap) * w * h).sqrt() - b
+    return root.clamp(min=0).floor()
 
 
 def gaussian_target(boxes, side):
     """Score map to learn (B, side, side) for boxes (B, 4), x, y, w, h in [0, 1]: 1 in the cell of
     the centre, around it a Gaussian of sigma = (2 r + 1) / 6, zero farther than r cells away."""
-    w, h = (boxes[:, 2:] * side).unbind(1)
-    radius = gaussian_radius(w, h)[:, None, None]
+    boxes = boxes * side                                                        # in cells
+    radius = gaussian_radius(*boxes[:, 2:].T)[:, None, None]
     sigma = (2 * radius + 1) / 6
-    centres = (box_centre(boxes) * side).round()                                # (B, 2), x and y
-    distance = torch.arange(side, device=boxes.device) - centres[..., None]     # (B, 2, side)
+    centres = box_centre(boxes).round()[..., None]                              # (B, 2, 1): x, y
+    distance = torch.arange(side, device=boxes.device) - centres                # (B, 2, side)
     lines = torch.exp(-distance ** 2 / (2 * sigma ** 2)) * (distance.abs() <= radius)
     return lines[:, 1, :, None] * lines[:, 0, None]
 
@@ -330,8 +326,8 @@ def clip_box(box, height, width, margin=10):
     """Clip a box to the frame, leaving it at least `margin` pixels wide and high."""
     limit = np.array([width, height])
     corner = box[:2].clip(0, limit - margin)
-    end = np.clip(box[:2] + box[2:], margin, limit)
-    return np.concatenate([corner, np.maximum(end - corner, margin)])
+    end = (box[:2] + box[2:]).clip(margin, limit)
+    return np.append(corner, (end - corner).clip(margin))
 
 
 class OnePassTracker:
@@ -490,12 +486,12 @@ def sample_pair(rng, visible, max_gap=200):
     return template, template + 1 + rng.choice(later)
 
 
-def jitter_box(rng, box, centre=3.0, scale=0.25):
-    """Draw a box where the target may have been found last: w and h times exp(N(0, scale)), the
-    middle off by up to centre / 2 * sqrt(w * h)."""
-    extent = box[2:] * np.exp(rng.normal(0, scale, 2))
-    shift = math.sqrt(extent.prod()) * centre * (rng.random(2) - 0.5)
-    return np.concatenate([box_centre(box) + shift - extent / 2, extent])
+def jitter_box(rng, box):
+    """Draw a box where the target may have been found last: w and h times exp(N(0, 0.25)), the
+    middle off by up to 1.5 sqrt(w * h)."""
+    extent = box[2:] * np.exp(rng.normal(0, 0.25, 2))
+    shift = math.sqrt(extent.prod()) * 3 * (rng.random(2) - 0.5)
+    return np.append(box_centre(box) + shift - extent / 2, extent)
 
 
 class Pairs(Dataset):
@@ -703,7 +699,7 @@ def score_sequence(boxes, truth, visible):
     boxes, truth, visible = map(torch.tensor, (boxes, truth, visible))
     boxes[0] = truth[0]
     has_size = (boxes[:, 2:] > 0).all(dim=1)
-    boxes = boxes[torch.where(has_size, torch.arange(len(boxes)), 0).cummax(dim=0).values]
+    boxes = boxes[(has_size * torch.arange(len(boxes))).cummax(dim=0).values]
     present = visible & (truth[:, 2:] > 0).all(dim=1)
     corners = [box_convert(x, "xywh", "xyxy")[:, None] for x in (boxes, truth)]
     iou = torch.vmap(box_iou)(*corners)[:, 0]                                   # (N, 1)
