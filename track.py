@@ -59,6 +59,8 @@ import math
 import os
 import re
 import zlib
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -124,13 +126,13 @@ def block_with_elimination(block, x, ids, Z, keep, centre):
 
 def position_table(encoder, size):
     """Resize the encoder's position table, without the class token, to crops of `size` pixels
-    -> trainable (1, N, D). Raises InputError if patches do not fill the crop."""
+    -> patches along the crop, trainable (1, N, D). Raises InputError if they do not fill it."""
     side, rest = divmod(size, encoder.patch_size)
     if rest:
         raise InputError(f"crops of {size} pixels are no multiple of the patch size "
                          f"{encoder.patch_size}: change --template-size or --search-size")
     table = resize_grid(encoder.pos_embed.detach()[:, 1:], encoder.grid, (side, side))
-    return nn.Parameter(table.contiguous().clone())
+    return side, nn.Parameter(table.contiguous().clone())
 
 
 class Tracker(nn.Module):
@@ -149,13 +151,12 @@ class Tracker(nn.Module):
         self.crops = {name: (options[f"{name}_factor"], options[f"{name}_size"])
                       for name in ("template", "search")}    # for `crop_square`
         self.encoder = encoder
-        encoder.template_pos_embed = position_table(encoder, options["template_size"])
-        encoder.search_pos_embed = position_table(encoder, options["search_size"])
+        side, encoder.template_pos_embed = position_table(encoder, options["template_size"])
+        self.centre = (side - 1) // 2 * (side + 1)    # row 3, column 3 (from 0) of 8 x 8
+        side, encoder.search_pos_embed = position_table(encoder, options["search_size"])
+        self.search_side = side                                                 # g
         encoder.cls_token.requires_grad_(False)    # unused, but saved: the file is an encoder, too
         encoder.pos_embed.requires_grad_(False)
-        self.search_side = options["search_size"] // encoder.patch_size         # g
-        side = options["template_size"] // encoder.patch_size
-        self.centre = (side - 1) // 2 * (side + 1)    # row 3, column 3 (from 0) of 8 x 8
         self.head = CenterHead(encoder.embed_dim, options["head_channels"])
 
     def embed_template(self, images):
@@ -177,7 +178,7 @@ class Tracker(nn.Module):
             else:
                 x = block(x)
         x = self.encoder.norm(x)                                            # (B, Z + K, D)
-        return x.new_zeros(shape).scatter(1, ids[:, :, None].expand_as(x), x)
+        return x.new_zeros(shape).scatter(1, ids[..., None].expand_as(x), x)
 
     def forward(self, template, images, keep_rate):
         """Template images or tokens, search images -> score (B, 1, g, g), size and offset
@@ -460,12 +461,11 @@ def build_tracker(args):
 def build_loaders(args, model, run):
     """Loaders of the training pairs, and of fixed pairs of the same sequences: one batch, which
     process 0 alone computes."""
-    sets = open_sets(args.data)
-    train_set = Pairs(sets, args.pairs, args.seed, **model.crops)
-    loader = train_loader(train_set, args.batch_size, args.accum_steps, 128, args.workers,
-                          args.seed, run)
-    val_set = Pairs(sets, args.val_pairs, args.seed + 1, **model.crops)
-    return loader, eval_loader(val_set, args.val_pairs, args.workers, (0, 1, *run[2:]))
+    pairs = Pairs(open_sets(args.data), args.pairs, args.seed, **model.crops)
+    loader = train_loader(pairs, args.batch_size, args.accum_steps, 128, args.workers, args.seed,
+                          run)
+    pairs = replace(pairs, count=args.val_pairs, seed=args.seed + 1)
+    return loader, eval_loader(pairs, len(pairs), args.workers, (0, 1, *run[2:]))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -482,8 +482,8 @@ def sample_pair(rng, visible, max_gap=200):
     if len(visible) < 20 or len(ids) < 5 or not len(followed):
         return None
     template = rng.choice(followed)
-    later = np.flatnonzero(visible[template + 1:template + 1 + max_gap])
-    return template, template + 1 + rng.choice(later)
+    later = ids[(ids > template) & (ids <= template + max_gap)]
+    return template, rng.choice(later)
 
 
 def jitter_box(rng, box):
@@ -494,6 +494,7 @@ def jitter_box(rng, box):
     return np.append(box_centre(box) + shift - extent / 2, extent)
 
 
+@dataclass
 class Pairs(Dataset):
     """Item (epoch, index) -> template (3, z, z) and search crop (3, s, s) uint8 of a random pair of
     frames, and the target's box (4,) in the search crop. All randomness comes from (seed, epoch,
@@ -503,12 +504,11 @@ class Pairs(Dataset):
     search: (factor, size) of the crops, see `crop_square`.
     """
 
-    def __init__(self, sets, count, seed, template, search):
-        self.sets = sets
-        self.count = count
-        self.seed = seed
-        self.template = template
-        self.search = search
+    sets: list
+    count: int
+    seed: int
+    template: tuple
+    search: tuple
 
     def __len__(self):
         return self.count
@@ -528,7 +528,7 @@ class Pairs(Dataset):
             items, read = self.sets[rng.integers(len(self.sets))]
             frames, boxes, visible, size = read(items[rng.integers(len(items))])
             has_area = boxes[:, 2:].min(axis=1) > 0
-            pair = sample_pair(rng, has_area & visible)
+            pair = sample_pair(rng, visible & has_area)
             if pair:
                 return [read_frame(frames[i], size) for i in pair], boxes[list(pair)]
         raise OSError("none of 100 sequences drawn from --data has 20 frames, 5 of them with a "
@@ -537,7 +537,7 @@ class Pairs(Dataset):
 
 def augment(rng, template, search, box):
     """Turn both crops grey (5 %), each brighter or darker by up to 20 %, and mirror each (50 %)."""
-    crops = [template, search]
+    crops = template, search
     if rng.random() < 0.05:
         crops = [rgb_to_grayscale(crop, 3) for crop in crops]
     template, search = (adjust_brightness(crop, rng.uniform(0.8, 1.2)) for crop in crops)
@@ -550,7 +550,7 @@ def augment(rng, template, search, box):
 
 
 # --------------------------------------------------------------------------------------------------
-# Data: sequences, one function for each data set
+# Data: sequences
 # --------------------------------------------------------------------------------------------------
 class Sequence(NamedTuple):
     """N frames of one target. size: (width, height) that the boxes refer to, if it is stated."""
@@ -560,37 +560,29 @@ class Sequence(NamedTuple):
     size: tuple = None
 
 
-def read_lasot(file):
-    """Read NAME/groundtruth.txt of LaSOT, which stands beside the folder img of its frames."""
-    file = Path(file)
-    boxes = read_numbers(file)
-    hidden = [read_numbers(file.with_name(name), len(boxes), ()) == 1
-              for name in ("full_occlusion.txt", "out_of_view.txt")]
-    frames = [f"{file.parent}/img/{i:08}.jpg" for i in range(1, len(boxes) + 1)]
-    return Sequence(frames, boxes, ~np.any(hidden, axis=0))
+def read_video(file, frames, first=1, labels=(), needed=True):
+    """Read a `Sequence` from its file of boxes, one line per frame. Raises OSError.
 
-
-def read_got10k(file):
-    """Read train/NAME/groundtruth.txt of GOT-10k, which stands among its frames. Own videos in this
-    layout may lack label files: the target is then visible in all frames."""
+    frames: path of an image file as a format of `file` and its number, which counts from `first`.
+    labels: (name, number that hides the target) of files beside `file`; needed: whether a label
+    file must exist. Without one the target is visible in all frames.
+    """
     file = Path(file)
     boxes = read_numbers(file)
     visible = np.ones(len(boxes), bool)
-    for label, hidden in ((file.with_name("absence.label"), 1), (file.with_name("cover.label"), 0)):
-        if label.exists():
+    for name, hidden in labels:
+        label = file.with_name(name)
+        if needed or label.exists():
             visible &= read_numbers(label, len(boxes), ()) != hidden
-    frames = [f"{file.parent}/{i:08}.jpg" for i in range(1, len(boxes) + 1)]
+    frames = [frames.format(file, first + i) for i in range(len(boxes))]
     return Sequence(frames, boxes, visible)
 
 
-def read_trackingnet(file):
-    """Read TRAIN_*/anno/NAME.txt of TrackingNet, whose frames are those of TRAIN_*/frames/NAME. The
-    target is always visible."""
-    file = Path(file)
-    boxes = read_numbers(file)
-    folder = file.parents[1] / "frames" / file.stem
-    frames = [f"{folder}/{i}.jpg" for i in range(len(boxes))]
-    return Sequence(frames, boxes, np.ones(len(boxes), bool))
+read_lasot = partial(read_video, frames="{0.parent}/img/{1:08}.jpg",
+                     labels=[("full_occlusion.txt", 1), ("out_of_view.txt", 1)])
+read_got10k = partial(read_video, frames="{0.parent}/{1:08}.jpg", needed=False,    # own videos
+                      labels=[("absence.label", 1), ("cover.label", 0)])
+read_trackingnet = partial(read_video, frames="{0.parents[1]}/frames/{0.stem}/{1}.jpg", first=0)
 
 
 def read_coco(text):
@@ -639,9 +631,10 @@ def find_annotations(text):
         if name not in SETS or name in found:
             raise InputError(f"--data {text}: give NAME=FOLDER,... of {', '.join(SETS)}, each once")
         patterns = SETS[name][0].split()
-        found[name] = sorted(file for pattern in patterns for file in Path(folder).glob(pattern))
+        files = [file for pattern in patterns for file in Path(folder).glob(pattern)]
         if name == "lasot":    # a sequence may lie there in both layouts
-            found[name] = list({file.parent.name: file for file in found[name]}.values())
+            files = {file.parent.name: file for file in files}.values()
+        found[name] = sorted(files)
     return found
 
 
@@ -761,9 +754,10 @@ def load_tracker(path, device):
 def follow(tracker, files, box, workers):
     """Follow the target in `box` of the first frame through image files, which `workers` processes
     read ahead. Yield box and score of each frame; the first box is the given one."""
-    frames = DataLoader(files, batch_size=None, collate_fn=read_frame, num_workers=workers)
-    for i, frame in enumerate(frames):
-        yield tracker.step(frame) if i else tracker.start(frame, box)
+    loader = DataLoader(files, batch_size=None, collate_fn=read_frame, num_workers=workers)
+    frames = iter(loader)
+    yield tracker.start(next(frames), box)
+    yield from map(tracker.step, frames)
 
 
 def check_format(path, box, truth):
@@ -819,8 +813,7 @@ def track_frames(args):
 def natural_order(file):
     """Key for sorting: numbers in a name count as numbers, 2.jpg < 10.jpg, 0.08.jpg < 0.1.jpg."""
     stem, _ = os.path.splitext(file)
-    parts = re.split(r"(\d+(?:\.\d+)?)", stem)    # text and numbers in turns
-    return [float(part) if i % 2 else part for i, part in enumerate(parts)]
+    return re.sub(r"\d+(\.\d+)?", lambda number: f"{float(number[0]):050.9f}", stem)
 
 
 def draw_overlay(path, files, boxes, scores):
