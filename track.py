@@ -112,9 +112,9 @@ def block_with_elimination(block, x, ids, Z, keep, centre):
     q, k, v = qkv.permute(2, 0, 3, 1, 4)                                    # 3 x (B, H, T, d)
 
     row = attention_logits(q[:, :, centre, None], k).softmax(dim=-1)        # (B, H, 1, T)
-    rank = row.mean(dim=(1, 2))                                             # (B, T)
-    rank[:, :Z] = math.inf                                                  # the template stays
-    kept = rank.topk(Z + keep).indices.sort().values                        # (B, Z + keep)
+    row = row.mean(dim=(1, 2))                                              # (B, T)
+    row[:, :Z] = math.inf                                                   # the template stays
+    kept = row.topk(Z + keep).indices.sort().values                         # (B, Z + keep)
     batch = torch.arange(x.shape[0], device=x.device)[:, None]
 
     x = x[batch, kept]                                                      # (B, Z + keep, D)
@@ -255,10 +255,14 @@ def box_centre(boxes):
 
 
 def gaussian_radius(w, h, overlap=0.7):
-    """CornerNet's radius in cells, the least of three. The least is always that of a box whose
-    corners move outwards until the IoU is `overlap`: the larger root of p x^2 + q x - r = 0, with
-    p = 4 overlap, q = 2 overlap (w + h), r = (1 - overlap) w h. CornerNet's code divides it by 2,
-    not by 2 p, and so does this: boxes at that radius overlap less."""
+    """CornerNet's radius in cells: the larger root x of p x^2 + q x - r = 0 for p = 4 overlap,
+    q = 2 overlap (w + h), r = (1 - overlap) w h. At that x a box whose corners moved outwards by x
+    has this IoU with the box before. CornerNet's code divides the root by 2, not by 2 p, and so
+    does this: boxes at that radius overlap less.
+
+    CornerNet takes the least of three radii. The other two, of corners that move inwards or the
+    same way, are at least (w + h) / 2 in its code, and this one is at most (w + h) / 4.
+    """
     b = overlap * (w + h)
     root = (b ** 2 + 4 * overlap * (1 - overlap) * w * h).sqrt() - b
     return root.clamp(min=0).floor()
@@ -446,9 +450,8 @@ def report(args, rank, model, val_loader, epoch, step):
     [(template, search, boxes)] = val_loader
     template, search = (normalize(x, model.mean, model.std) for x in (template, search))
     losses = tracking_losses(*model(template, search, args.keep_rate), boxes)
-    values = log(args, rank, 1, epoch=epoch, step=step, val_loss=losses["loss"],
-                 val_iou=losses["iou"])
-    tqdm.write(f"epoch {epoch}: IoU {values['val_iou']:.3f} on fixed pairs")
+    log(args, rank, 1, epoch=epoch, step=step, val_loss=losses["loss"], val_iou=losses["iou"])
+    tqdm.write(f"epoch {epoch}: IoU {losses['iou']:.3f} on fixed pairs")
 
 
 def build_tracker(args):
@@ -578,10 +581,13 @@ def read_video(file, frames, first=1, labels=(), needed=True):
     return Sequence(frames, boxes, visible)
 
 
+# of NAME/groundtruth.txt, which stands beside the folder of the frames
 read_lasot = partial(read_video, frames="{0.parent}/img/{1:08}.jpg",
                      labels=[("full_occlusion.txt", 1), ("out_of_view.txt", 1)])
-read_got10k = partial(read_video, frames="{0.parent}/{1:08}.jpg", needed=False,    # own videos
+# of NAME/groundtruth.txt, which stands among the frames; own videos may lack the label files
+read_got10k = partial(read_video, frames="{0.parent}/{1:08}.jpg", needed=False,
                       labels=[("absence.label", 1), ("cover.label", 0)])
+# of anno/NAME.txt; the target is always visible
 read_trackingnet = partial(read_video, frames="{0.parents[1]}/frames/{0.stem}/{1}.jpg", first=0)
 
 
@@ -735,8 +741,8 @@ def evaluate(args):
                          f"{args.data} and in {folder}")
     if rank == 0:
         auc, p, p_norm = (100 * sums[:3] / count).tolist()
-        partial = "" if count == len(LASOT_TEST) else " PARTIAL"
-        print(f"AUC {auc:.1f}, P {p:.1f}, P_norm {p_norm:.1f}{partial}, {count} of "
+        label = "" if count == len(LASOT_TEST) else " PARTIAL"
+        print(f"AUC {auc:.1f}, P {p:.1f}, P_norm {p_norm:.1f}{label}, {count} of "
               f"{len(LASOT_TEST)} sequences in {'TF32' if device.type == 'cuda' else 'float32'}; "
               f"boxes in {folder}")
 
@@ -829,8 +835,9 @@ def draw_overlay(path, files, boxes, scores):
         draw.rectangle((x, y, x + w, y + h), outline="red", width=3)
         draw.text((6, 4), f"score {scores[i]:.2f}", "red", font_size=18)
         pictures.append(picture)
-    durations = [30 * step, 30 * step, 40 * step] * len(pictures)    # a GIF counts in 10 ms
-    pictures[0].save(path, save_all=True, append_images=pictures[1:], loop=0, duration=durations)
+    # 33.3 ms each, of which a GIF stores whole 10 ms
+    pictures[0].save(path, save_all=True, append_images=pictures[1:], loop=0,
+                     duration=[30 * step, 30 * step, 40 * step] * len(pictures))
 
 
 # --------------------------------------------------------------------------------------------------
