@@ -59,6 +59,8 @@ import math
 import os
 import re
 import zlib
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -106,32 +108,31 @@ def block_with_elimination(block, x, ids, Z, keep, centre):
     mean over heads) ranks the search tokens. Removed tokens still serve as keys and values, but
     skip the MLP.
     """
-    B, T, _ = x.shape
-    qkv = block.attn.qkv(block.norm1(x)).view(B, T, 3, block.attn.num_heads, -1)
+    qkv = block.attn.qkv(block.norm1(x)).unflatten(2, (3, block.attn.num_heads, -1))
     q, k, v = qkv.permute(2, 0, 3, 1, 4)                                    # 3 x (B, H, T, d)
 
-    row = attention_logits(q[:, :, centre:centre + 1], k).softmax(dim=-1)   # (B, H, 1, T)
-    top = row.mean(dim=(1, 2))[:, Z:].topk(keep, dim=1).indices             # (B, keep)
-    template = torch.arange(Z, device=x.device).expand(B, -1)
-    kept = torch.cat([template, Z + top], dim=1)                            # (B, Z + keep)
-    batch = torch.arange(B, device=x.device)[:, None]
+    row = attention_logits(q[:, :, centre, None], k).softmax(dim=-1)        # (B, H, 1, T)
+    row = row.mean(dim=(1, 2))                                              # (B, T)
+    row[:, :Z] = math.inf                                                   # the template stays
+    kept = row.topk(Z + keep).indices.sort().values                         # (B, Z + keep)
+    batch = torch.arange(x.shape[0], device=x.device)[:, None]
 
     x = x[batch, kept]                                                      # (B, Z + keep, D)
     q = qkv[batch, kept, 0].transpose(1, 2)                                 # (B, H, Z + keep, d)
-    y = attend(q, k, v).transpose(1, 2).reshape(x.shape)
+    y = attend(q, k, v).transpose(1, 2).flatten(2)
     x = x + block.drop_path(block.attn.proj(y))
     return x + block.drop_path(block.mlp(block.norm2(x))), ids.gather(1, kept)
 
 
 def position_table(encoder, size):
     """Resize the encoder's position table, without the class token, to crops of `size` pixels
-    -> trainable (1, N, D). Raises InputError if patches do not fill the crop."""
+    -> patches along the crop, trainable (1, N, D). Raises InputError if they do not fill it."""
     side, rest = divmod(size, encoder.patch_size)
     if rest:
         raise InputError(f"crops of {size} pixels are no multiple of the patch size "
                          f"{encoder.patch_size}: change --template-size or --search-size")
     table = resize_grid(encoder.pos_embed.detach()[:, 1:], encoder.grid, (side, side))
-    return nn.Parameter(table.contiguous().clone())
+    return side, nn.Parameter(table.contiguous().clone())
 
 
 class Tracker(nn.Module):
@@ -150,13 +151,12 @@ class Tracker(nn.Module):
         self.crops = {name: (options[f"{name}_factor"], options[f"{name}_size"])
                       for name in ("template", "search")}    # for `crop_square`
         self.encoder = encoder
-        encoder.template_pos_embed = position_table(encoder, options["template_size"])
-        encoder.search_pos_embed = position_table(encoder, options["search_size"])
+        side, encoder.template_pos_embed = position_table(encoder, options["template_size"])
+        self.centre = (side - 1) // 2 * (side + 1)    # row 3, column 3 (from 0) of 8 x 8
+        side, encoder.search_pos_embed = position_table(encoder, options["search_size"])
+        self.search_side = side                                                 # g
         encoder.cls_token.requires_grad_(False)    # unused, but saved: the file is an encoder, too
         encoder.pos_embed.requires_grad_(False)
-        self.search_side = options["search_size"] // encoder.patch_size         # g
-        side = options["template_size"] // encoder.patch_size
-        self.centre = (side - 1) // 2 * (side + 1)    # row 3, column 3 (from 0) of 8 x 8
         self.head = CenterHead(encoder.embed_dim, options["head_channels"])
 
     def embed_template(self, images):
@@ -178,7 +178,7 @@ class Tracker(nn.Module):
             else:
                 x = block(x)
         x = self.encoder.norm(x)                                            # (B, Z + K, D)
-        return x.new_zeros(shape).scatter(1, ids[:, :, None].expand_as(x), x)
+        return x.new_zeros(shape).scatter(1, ids[..., None].expand_as(x), x)
 
     def forward(self, template, images, keep_rate):
         """Template images or tokens, search images -> score (B, 1, g, g), size and offset
@@ -255,26 +255,27 @@ def box_centre(boxes):
 
 
 def gaussian_radius(w, h, overlap=0.7):
-    """CornerNet's radius in cells: the least, over three ways in which corners shift until the IoU
-    is `overlap`, of the larger root of p x^2 - q x + r = 0. Its code divides by 2, not by 2 p, and
-    so does this: boxes at that radius overlap less."""
-    b = w + h
-    c = w * h
-    terms = ((1, b, c * (1 - overlap) / (1 + overlap)),
-             (4, 2 * b, c * (1 - overlap)),
-             (4 * overlap, -2 * overlap * b, c * (overlap - 1)))
-    roots = [(q + (q ** 2 - 4 * p * r).sqrt()) / 2 for p, q, r in terms]    # not / (2 * p)
-    return torch.stack(roots).amin(dim=0).clamp(min=0).floor()
+    """CornerNet's radius in cells: the larger root x of p x^2 + q x - r = 0 for p = 4 overlap,
+    q = 2 overlap (w + h), r = (1 - overlap) w h. At that x a box whose corners moved outwards by x
+    has this IoU with the box before. CornerNet's code divides the root by 2, not by 2 p, and so
+    does this: boxes at that radius overlap less.
+
+    CornerNet takes the least of three radii. The other two, of corners that move inwards or the
+    same way, are at least (w + h) / 2 in its code, and this one is at most (w + h) / 4.
+    """
+    b = overlap * (w + h)
+    root = (b ** 2 + 4 * overlap * (1 - overlap) * w * h).sqrt() - b
+    return root.clamp(min=0).floor()
 
 
 def gaussian_target(boxes, side):
     """Score map to learn (B, side, side) for boxes (B, 4), x, y, w, h in [0, 1]: 1 in the cell of
     the centre, around it a Gaussian of sigma = (2 r + 1) / 6, zero farther than r cells away."""
-    w, h = (boxes[:, 2:] * side).unbind(1)
-    radius = gaussian_radius(w, h)[:, None, None]
+    boxes = boxes * side                                                        # in cells
+    radius = gaussian_radius(*boxes[:, 2:].T)[:, None, None]
     sigma = (2 * radius + 1) / 6
-    centres = (box_centre(boxes) * side).round()                                # (B, 2), x and y
-    distance = torch.arange(side, device=boxes.device) - centres[..., None]     # (B, 2, side)
+    centres = box_centre(boxes).round()[..., None]                              # (B, 2, 1): x, y
+    distance = torch.arange(side, device=boxes.device) - centres                # (B, 2, side)
     lines = torch.exp(-distance ** 2 / (2 * sigma ** 2)) * (distance.abs() <= radius)
     return lines[:, 1, :, None] * lines[:, 0, None]
 
@@ -330,8 +331,8 @@ def clip_box(box, height, width, margin=10):
     """Clip a box to the frame, leaving it at least `margin` pixels wide and high."""
     limit = np.array([width, height])
     corner = box[:2].clip(0, limit - margin)
-    end = np.clip(box[:2] + box[2:], margin, limit)
-    return np.concatenate([corner, np.maximum(end - corner, margin)])
+    end = (box[:2] + box[2:]).clip(margin, limit)
+    return np.append(corner, (end - corner).clip(margin))
 
 
 class OnePassTracker:
@@ -449,9 +450,8 @@ def report(args, rank, model, val_loader, epoch, step):
     [(template, search, boxes)] = val_loader
     template, search = (normalize(x, model.mean, model.std) for x in (template, search))
     losses = tracking_losses(*model(template, search, args.keep_rate), boxes)
-    values = log(args, rank, 1, epoch=epoch, step=step, val_loss=losses["loss"],
-                 val_iou=losses["iou"])
-    tqdm.write(f"epoch {epoch}: IoU {values['val_iou']:.3f} on fixed pairs")
+    log(args, rank, 1, epoch=epoch, step=step, val_loss=losses["loss"], val_iou=losses["iou"])
+    tqdm.write(f"epoch {epoch}: IoU {losses['iou']:.3f} on fixed pairs")
 
 
 def build_tracker(args):
@@ -464,12 +464,11 @@ def build_tracker(args):
 def build_loaders(args, model, run):
     """Loaders of the training pairs, and of fixed pairs of the same sequences: one batch, which
     process 0 alone computes."""
-    sets = open_sets(args.data)
-    train_set = Pairs(sets, args.pairs, args.seed, **model.crops)
-    loader = train_loader(train_set, args.batch_size, args.accum_steps, 128, args.workers,
-                          args.seed, run)
-    val_set = Pairs(sets, args.val_pairs, args.seed + 1, **model.crops)
-    return loader, eval_loader(val_set, args.val_pairs, args.workers, (0, 1, *run[2:]))
+    pairs = Pairs(open_sets(args.data), args.pairs, args.seed, **model.crops)
+    loader = train_loader(pairs, args.batch_size, args.accum_steps, 128, args.workers, args.seed,
+                          run)
+    pairs = replace(pairs, count=args.val_pairs, seed=args.seed + 1)
+    return loader, eval_loader(pairs, len(pairs), args.workers, (0, 1, *run[2:]))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -486,18 +485,19 @@ def sample_pair(rng, visible, max_gap=200):
     if len(visible) < 20 or len(ids) < 5 or not len(followed):
         return None
     template = rng.choice(followed)
-    later = np.flatnonzero(visible[template + 1:template + 1 + max_gap])
-    return template, template + 1 + rng.choice(later)
+    later = ids[(ids > template) & (ids <= template + max_gap)]
+    return template, rng.choice(later)
 
 
-def jitter_box(rng, box, centre=3.0, scale=0.25):
-    """Draw a box where the target may have been found last: w and h times exp(N(0, scale)), the
-    middle off by up to centre / 2 * sqrt(w * h)."""
-    extent = box[2:] * np.exp(rng.normal(0, scale, 2))
-    shift = math.sqrt(extent.prod()) * centre * (rng.random(2) - 0.5)
-    return np.concatenate([box_centre(box) + shift - extent / 2, extent])
+def jitter_box(rng, box):
+    """Draw a box where the target may have been found last: w and h times exp(N(0, 0.25)), the
+    middle off by up to 1.5 sqrt(w * h)."""
+    extent = box[2:] * np.exp(rng.normal(0, 0.25, 2))
+    shift = math.sqrt(extent.prod()) * 3 * (rng.random(2) - 0.5)
+    return np.append(box_centre(box) + shift - extent / 2, extent)
 
 
+@dataclass
 class Pairs(Dataset):
     """Item (epoch, index) -> template (3, z, z) and search crop (3, s, s) uint8 of a random pair of
     frames, and the target's box (4,) in the search crop. All randomness comes from (seed, epoch,
@@ -507,12 +507,11 @@ class Pairs(Dataset):
     search: (factor, size) of the crops, see `crop_square`.
     """
 
-    def __init__(self, sets, count, seed, template, search):
-        self.sets = sets
-        self.count = count
-        self.seed = seed
-        self.template = template
-        self.search = search
+    sets: list
+    count: int
+    seed: int
+    template: tuple
+    search: tuple
 
     def __len__(self):
         return self.count
@@ -532,7 +531,7 @@ class Pairs(Dataset):
             items, read = self.sets[rng.integers(len(self.sets))]
             frames, boxes, visible, size = read(items[rng.integers(len(items))])
             has_area = boxes[:, 2:].min(axis=1) > 0
-            pair = sample_pair(rng, has_area & visible)
+            pair = sample_pair(rng, visible & has_area)
             if pair:
                 return [read_frame(frames[i], size) for i in pair], boxes[list(pair)]
         raise OSError("none of 100 sequences drawn from --data has 20 frames, 5 of them with a "
@@ -541,7 +540,7 @@ class Pairs(Dataset):
 
 def augment(rng, template, search, box):
     """Turn both crops grey (5 %), each brighter or darker by up to 20 %, and mirror each (50 %)."""
-    crops = [template, search]
+    crops = template, search
     if rng.random() < 0.05:
         crops = [rgb_to_grayscale(crop, 3) for crop in crops]
     template, search = (adjust_brightness(crop, rng.uniform(0.8, 1.2)) for crop in crops)
@@ -554,7 +553,7 @@ def augment(rng, template, search, box):
 
 
 # --------------------------------------------------------------------------------------------------
-# Data: sequences, one function for each data set
+# Data: sequences
 # --------------------------------------------------------------------------------------------------
 class Sequence(NamedTuple):
     """N frames of one target. size: (width, height) that the boxes refer to, if it is stated."""
@@ -564,37 +563,32 @@ class Sequence(NamedTuple):
     size: tuple = None
 
 
-def read_lasot(file):
-    """Read NAME/groundtruth.txt of LaSOT, which stands beside the folder img of its frames."""
-    file = Path(file)
-    boxes = read_numbers(file)
-    hidden = [read_numbers(file.with_name(name), len(boxes), ()) == 1
-              for name in ("full_occlusion.txt", "out_of_view.txt")]
-    frames = [f"{file.parent}/img/{i:08}.jpg" for i in range(1, len(boxes) + 1)]
-    return Sequence(frames, boxes, ~np.any(hidden, axis=0))
+def read_video(file, frames, first=1, labels=(), needed=True):
+    """Read a `Sequence` from its file of boxes, one line per frame. Raises OSError.
 
-
-def read_got10k(file):
-    """Read train/NAME/groundtruth.txt of GOT-10k, which stands among its frames. Own videos in this
-    layout may lack label files: the target is then visible in all frames."""
+    frames: path of an image file as a format of `file` and its number, which counts from `first`.
+    labels: (name, number that hides the target) of files beside `file`; needed: whether a label
+    file must exist. Without one the target is visible in all frames.
+    """
     file = Path(file)
     boxes = read_numbers(file)
     visible = np.ones(len(boxes), bool)
-    for label, hidden in ((file.with_name("absence.label"), 1), (file.with_name("cover.label"), 0)):
-        if label.exists():
+    for name, hidden in labels:
+        label = file.with_name(name)
+        if needed or label.exists():
             visible &= read_numbers(label, len(boxes), ()) != hidden
-    frames = [f"{file.parent}/{i:08}.jpg" for i in range(1, len(boxes) + 1)]
+    frames = [frames.format(file, first + i) for i in range(len(boxes))]
     return Sequence(frames, boxes, visible)
 
 
-def read_trackingnet(file):
-    """Read TRAIN_*/anno/NAME.txt of TrackingNet, whose frames are those of TRAIN_*/frames/NAME. The
-    target is always visible."""
-    file = Path(file)
-    boxes = read_numbers(file)
-    folder = file.parents[1] / "frames" / file.stem
-    frames = [f"{folder}/{i}.jpg" for i in range(len(boxes))]
-    return Sequence(frames, boxes, np.ones(len(boxes), bool))
+# of NAME/groundtruth.txt, which stands beside the folder of the frames
+read_lasot = partial(read_video, frames="{0.parent}/img/{1:08}.jpg",
+                     labels=[("full_occlusion.txt", 1), ("out_of_view.txt", 1)])
+# of NAME/groundtruth.txt, which stands among the frames; own videos may lack the label files
+read_got10k = partial(read_video, frames="{0.parent}/{1:08}.jpg", needed=False,
+                      labels=[("absence.label", 1), ("cover.label", 0)])
+# of anno/NAME.txt; the target is always visible
+read_trackingnet = partial(read_video, frames="{0.parents[1]}/frames/{0.stem}/{1}.jpg", first=0)
 
 
 def read_coco(text):
@@ -643,9 +637,10 @@ def find_annotations(text):
         if name not in SETS or name in found:
             raise InputError(f"--data {text}: give NAME=FOLDER,... of {', '.join(SETS)}, each once")
         patterns = SETS[name][0].split()
-        found[name] = sorted(file for pattern in patterns for file in Path(folder).glob(pattern))
+        files = [file for pattern in patterns for file in Path(folder).glob(pattern)]
         if name == "lasot":    # a sequence may lie there in both layouts
-            found[name] = list({file.parent.name: file for file in found[name]}.values())
+            files = {file.parent.name: file for file in files}.values()
+        found[name] = sorted(files)
     return found
 
 
@@ -703,7 +698,7 @@ def score_sequence(boxes, truth, visible):
     boxes, truth, visible = map(torch.tensor, (boxes, truth, visible))
     boxes[0] = truth[0]
     has_size = (boxes[:, 2:] > 0).all(dim=1)
-    boxes = boxes[torch.where(has_size, torch.arange(len(boxes)), 0).cummax(dim=0).values]
+    boxes = boxes[(has_size * torch.arange(len(boxes))).cummax(dim=0).values]
     present = visible & (truth[:, 2:] > 0).all(dim=1)
     corners = [box_convert(x, "xywh", "xyxy")[:, None] for x in (boxes, truth)]
     iou = torch.vmap(box_iou)(*corners)[:, 0]                                   # (N, 1)
@@ -746,8 +741,8 @@ def evaluate(args):
                          f"{args.data} and in {folder}")
     if rank == 0:
         auc, p, p_norm = (100 * sums[:3] / count).tolist()
-        partial = "" if count == len(LASOT_TEST) else " PARTIAL"
-        print(f"AUC {auc:.1f}, P {p:.1f}, P_norm {p_norm:.1f}{partial}, {count} of "
+        label = "" if count == len(LASOT_TEST) else " PARTIAL"
+        print(f"AUC {auc:.1f}, P {p:.1f}, P_norm {p_norm:.1f}{label}, {count} of "
               f"{len(LASOT_TEST)} sequences in {'TF32' if device.type == 'cuda' else 'float32'}; "
               f"boxes in {folder}")
 
@@ -765,9 +760,10 @@ def load_tracker(path, device):
 def follow(tracker, files, box, workers):
     """Follow the target in `box` of the first frame through image files, which `workers` processes
     read ahead. Yield box and score of each frame; the first box is the given one."""
-    frames = DataLoader(files, batch_size=None, collate_fn=read_frame, num_workers=workers)
-    for i, frame in enumerate(frames):
-        yield tracker.step(frame) if i else tracker.start(frame, box)
+    loader = DataLoader(files, batch_size=None, collate_fn=read_frame, num_workers=workers)
+    frames = iter(loader)
+    yield tracker.start(next(frames), box)
+    yield from map(tracker.step, frames)
 
 
 def check_format(path, box, truth):
@@ -823,8 +819,7 @@ def track_frames(args):
 def natural_order(file):
     """Key for sorting: numbers in a name count as numbers, 2.jpg < 10.jpg, 0.08.jpg < 0.1.jpg."""
     stem, _ = os.path.splitext(file)
-    parts = re.split(r"(\d+(?:\.\d+)?)", stem)    # text and numbers in turns
-    return [float(part) if i % 2 else part for i, part in enumerate(parts)]
+    return re.sub(r"\d+(\.\d+)?", lambda number: f"{float(number[0]):050.9f}", stem)
 
 
 def draw_overlay(path, files, boxes, scores):
@@ -840,8 +835,9 @@ def draw_overlay(path, files, boxes, scores):
         draw.rectangle((x, y, x + w, y + h), outline="red", width=3)
         draw.text((6, 4), f"score {scores[i]:.2f}", "red", font_size=18)
         pictures.append(picture)
-    durations = [30 * step, 30 * step, 40 * step] * len(pictures)    # a GIF counts in 10 ms
-    pictures[0].save(path, save_all=True, append_images=pictures[1:], loop=0, duration=durations)
+    # 33.3 ms each, of which a GIF stores whole 10 ms
+    pictures[0].save(path, save_all=True, append_images=pictures[1:], loop=0,
+                     duration=[30 * step, 30 * step, 40 * step] * len(pictures))
 
 
 # --------------------------------------------------------------------------------------------------
