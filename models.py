@@ -121,10 +121,12 @@ class Attention(nn.Module):
         """What is added to the logits, (1, H, T, T) or None; see `RelativeAttention`."""
         return None
 
+    def project(self, x):
+        """Tokens (B, T, D) -> q, k, v, 3 x (B, H, T, d)."""
+        return self.qkv(x).unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+
     def forward(self, x):
-        qkv = self.qkv(x).unflatten(2, (3, self.num_heads, -1))
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)                                  # 3 x (B, H, T, d)
-        x = attend(q, k, v, self.bias())
+        x = attend(*self.project(x), self.bias())                             # (B, H, T, d)
         return self.proj(x.transpose(1, 2).flatten(2))
 
     def logits(self, x):

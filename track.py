@@ -60,7 +60,6 @@ import os
 import re
 import zlib
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -108,9 +107,7 @@ def block_with_elimination(block, x, ids, Z, keep, centre):
     mean over heads) ranks the search tokens. Removed tokens still serve as keys and values, but
     skip the MLP.
     """
-    qkv = block.attn.qkv(block.norm1(x)).unflatten(2, (3, block.attn.num_heads, -1))
-    q, k, v = qkv.permute(2, 0, 3, 1, 4)                                    # 3 x (B, H, T, d)
-
+    q, k, v = block.attn.project(block.norm1(x))                            # 3 x (B, H, T, d)
     row = attention_logits(q[:, :, centre, None], k).softmax(dim=-1)        # (B, H, 1, T)
     row = row.mean(dim=(1, 2))                                              # (B, T)
     row[:, :Z] = math.inf                                                   # the template stays
@@ -118,7 +115,7 @@ def block_with_elimination(block, x, ids, Z, keep, centre):
     batch = torch.arange(x.shape[0], device=x.device)[:, None]
 
     x = x[batch, kept]                                                      # (B, Z + keep, D)
-    q = qkv[batch, kept, 0].transpose(1, 2)                                 # (B, H, Z + keep, d)
+    q = q.transpose(1, 2)[batch, kept].transpose(1, 2)                      # (B, H, Z + keep, d)
     y = attend(q, k, v).transpose(1, 2).flatten(2)
     x = x + block.drop_path(block.attn.proj(y))
     return x + block.drop_path(block.mlp(block.norm2(x))), ids.gather(1, kept)
@@ -255,17 +252,16 @@ def box_centre(boxes):
 
 
 def gaussian_radius(w, h, overlap=0.7):
-    """CornerNet's radius in cells: the larger root x of p x^2 + q x - r = 0 for p = 4 overlap,
-    q = 2 overlap (w + h), r = (1 - overlap) w h. At that x a box whose corners moved outwards by x
-    has this IoU with the box before. CornerNet's code divides the root by 2, not by 2 p, and so
-    does this: boxes at that radius overlap less.
-
-    CornerNet takes the least of three radii. The other two, of corners that move inwards or the
-    same way, are at least (w + h) / 2 in its code, and this one is at most (w + h) / 4.
-    """
-    b = overlap * (w + h)
-    root = (b ** 2 + 4 * overlap * (1 - overlap) * w * h).sqrt() - b
-    return root.clamp(min=0).floor()
+    """CornerNet's radius in cells: the least, over three ways in which corners shift until the IoU
+    is `overlap`, of the larger root of p x^2 - q x + r = 0. Its code divides by 2, not by 2 p, and
+    so does this: boxes at that radius overlap less."""
+    b = w + h
+    c = w * h
+    terms = ((1, b, c * (1 - overlap) / (1 + overlap)),
+             (4, 2 * b, c * (1 - overlap)),
+             (4 * overlap, -2 * overlap * b, c * (overlap - 1)))
+    roots = [(q + (q ** 2 - 4 * p * r).sqrt()) / 2 for p, q, r in terms]    # not / (2 * p)
+    return torch.stack(roots).amin(dim=0).clamp(min=0).floor()
 
 
 def gaussian_target(boxes, side):
@@ -553,7 +549,7 @@ def augment(rng, template, search, box):
 
 
 # --------------------------------------------------------------------------------------------------
-# Data: sequences
+# Data: sequences, one function for each data set
 # --------------------------------------------------------------------------------------------------
 class Sequence(NamedTuple):
     """N frames of one target. size: (width, height) that the boxes refer to, if it is stated."""
@@ -563,32 +559,37 @@ class Sequence(NamedTuple):
     size: tuple = None
 
 
-def read_video(file, frames, first=1, labels=(), needed=True):
-    """Read a `Sequence` from its file of boxes, one line per frame. Raises OSError.
+def read_lasot(file):
+    """Read NAME/groundtruth.txt of LaSOT, which stands beside the folder img of its frames."""
+    file = Path(file)
+    boxes = read_numbers(file)
+    hidden = [read_numbers(file.with_name(name), len(boxes), ()) == 1
+              for name in ("full_occlusion.txt", "out_of_view.txt")]
+    frames = [f"{file.parent}/img/{i:08}.jpg" for i in range(1, len(boxes) + 1)]
+    return Sequence(frames, boxes, ~np.any(hidden, axis=0))
 
-    frames: path of an image file as a format of `file` and its number, which counts from `first`.
-    labels: (name, number that hides the target) of files beside `file`; needed: whether a label
-    file must exist. Without one the target is visible in all frames.
-    """
+
+def read_got10k(file):
+    """Read train/NAME/groundtruth.txt of GOT-10k, which stands among its frames. Own videos in this
+    layout may lack label files: the target is then visible in all frames."""
     file = Path(file)
     boxes = read_numbers(file)
     visible = np.ones(len(boxes), bool)
-    for name, hidden in labels:
-        label = file.with_name(name)
-        if needed or label.exists():
+    for label, hidden in ((file.with_name("absence.label"), 1), (file.with_name("cover.label"), 0)):
+        if label.exists():
             visible &= read_numbers(label, len(boxes), ()) != hidden
-    frames = [frames.format(file, first + i) for i in range(len(boxes))]
+    frames = [f"{file.parent}/{i:08}.jpg" for i in range(1, len(boxes) + 1)]
     return Sequence(frames, boxes, visible)
 
 
-# of NAME/groundtruth.txt, which stands beside the folder of the frames
-read_lasot = partial(read_video, frames="{0.parent}/img/{1:08}.jpg",
-                     labels=[("full_occlusion.txt", 1), ("out_of_view.txt", 1)])
-# of NAME/groundtruth.txt, which stands among the frames; own videos may lack the label files
-read_got10k = partial(read_video, frames="{0.parent}/{1:08}.jpg", needed=False,
-                      labels=[("absence.label", 1), ("cover.label", 0)])
-# of anno/NAME.txt; the target is always visible
-read_trackingnet = partial(read_video, frames="{0.parents[1]}/frames/{0.stem}/{1}.jpg", first=0)
+def read_trackingnet(file):
+    """Read TRAIN_*/anno/NAME.txt of TrackingNet, whose frames are those of TRAIN_*/frames/NAME. The
+    target is always visible."""
+    file = Path(file)
+    boxes = read_numbers(file)
+    folder = file.parents[1] / "frames" / file.stem
+    frames = [f"{folder}/{i}.jpg" for i in range(len(boxes))]
+    return Sequence(frames, boxes, np.ones(len(boxes), bool))
 
 
 def read_coco(text):
@@ -741,8 +742,8 @@ def evaluate(args):
                          f"{args.data} and in {folder}")
     if rank == 0:
         auc, p, p_norm = (100 * sums[:3] / count).tolist()
-        label = "" if count == len(LASOT_TEST) else " PARTIAL"
-        print(f"AUC {auc:.1f}, P {p:.1f}, P_norm {p_norm:.1f}{label}, {count} of "
+        partial = "" if count == len(LASOT_TEST) else " PARTIAL"
+        print(f"AUC {auc:.1f}, P {p:.1f}, P_norm {p_norm:.1f}{partial}, {count} of "
               f"{len(LASOT_TEST)} sequences in {'TF32' if device.type == 'cuda' else 'float32'}; "
               f"boxes in {folder}")
 

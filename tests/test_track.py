@@ -395,18 +395,6 @@ def test_losses_against_loops():
     assert abs(float(losses["loss"]) - (focal + 2 * giou + 5 * l1)) < 1e-3
 
 
-def test_the_radius_is_the_least_of_cornernets_three():
-    torch.manual_seed(0)
-    w, h = 64 * torch.rand(2, 1000, dtype=torch.float64)
-    for overlap in (0.1, 0.3, 0.7, 0.9):
-        terms = ((1, w + h, w * h * (1 - overlap) / (1 + overlap)),
-                 (4, 2 * (w + h), w * h * (1 - overlap)),
-                 (4 * overlap, -2 * overlap * (w + h), w * h * (overlap - 1)))
-        roots = [(q + (q ** 2 - 4 * p * r).sqrt()) / 2 for p, q, r in terms]    # as in its code
-        least = torch.stack(roots).amin(dim=0).floor()
-        assert torch.equal(track.gaussian_radius(w, h, overlap), least)
-
-
 @pytest.mark.parametrize("box", [[0.5, 0.5, 0, 0], [0.2, 0.2, 0.3, 0], [1.5, 2.0, 0.2, 0.2],
                                  [-3, -3, 0.1, 0.1]])
 def test_degenerate_boxes_give_finite_losses(box):

@@ -50,7 +50,7 @@ import finetune  # noqa: E402
 import segment  # noqa: E402
 import track  # noqa: E402
 from models import (Attention, InputError, Parser, PatchEmbed, RelativeAttention,  # noqa: E402
-                    attend, build_model, eval_loader, load_encoder, normalize, plain_errors, read_encoder)
+                    build_model, eval_loader, load_encoder, normalize, plain_errors, read_encoder)
 
 CPU = 0, 1, torch.device("cpu"), torch.float32    # what init_distributed returns
 OUTPUTS = {"encoder": ["tokens"], "classifier": ["logits"], "segmenter": ["logits"],
@@ -481,11 +481,9 @@ class ConvEmbed(PatchEmbed):
 class SplitAttention(Attention):
     """Attention that splits qkv first: ncnn has no axis for the batch, nor tensors of 5 axes."""
 
-    def forward(self, x):
-        q, k, v = (y.unflatten(2, (self.num_heads, -1)).transpose(1, 2)
-                   for y in self.qkv(x).chunk(3, dim=2))
-        x = attend(q, k, v, self.bias())
-        return self.proj(x.transpose(1, 2).flatten(2))
+    def project(self, x):
+        return [y.unflatten(2, (self.num_heads, -1)).transpose(1, 2)
+                for y in self.qkv(x).chunk(3, dim=2)]
 
 
 class SplitRelativeAttention(SplitAttention, RelativeAttention):
