@@ -103,8 +103,8 @@ def attention_loss(student, teacher, adapter):
 
 
 def sincos_2d(dim, grid):
-    """Compute the fixed 2-D sin-cos position table of MAE -> (1, 1 + N, dim); row 0, of the class
-    token, is zero. dim must be a multiple of 4.
+    """Compute the fixed 2-D sin-cos position table of MAE -> parameter (1, 1 + N, dim) without
+    gradient; row 0, of the class token, is zero. dim must be a multiple of 4.
 
     The first half of the channels encodes the column, the second half the row; within each half all
     sines precede all cosines, at frequencies omega_i = 10000^(-i / (dim / 4)).
@@ -113,7 +113,8 @@ def sincos_2d(dim, grid):
     places = torch.cartesian_prod(*map(torch.arange, grid)).flip(1)                # (N, 2): x, y
     angles = places[..., None] * omega                                             # (N, 2, dim / 4)
     table = torch.cat([angles.sin(), angles.cos()], dim=2).flatten(1)              # (N, dim)
-    return F.pad(table, (0, 0, 1, 0)).float()[None]
+    table = F.pad(table, (0, 0, 1, 0)).float()
+    return nn.Parameter(table[None], requires_grad=False)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -141,10 +142,8 @@ class MaskedAutoencoder(nn.Module):
 
         self.decoder_embed = nn.Linear(encoder.embed_dim, decoder_dim)
         self.mask_token = nn.Parameter(torch.randn(1, 1, decoder_dim) * 0.02)
-        table = sincos_2d(encoder.embed_dim, encoder.grid)
-        encoder.pos_embed = nn.Parameter(table, requires_grad=False)
-        table = sincos_2d(decoder_dim, encoder.grid)
-        self.decoder_pos_embed = nn.Parameter(table, requires_grad=False)
+        encoder.pos_embed = sincos_2d(encoder.embed_dim, encoder.grid)
+        self.decoder_pos_embed = sincos_2d(decoder_dim, encoder.grid)
         blocks = [Block(decoder_dim, decoder_heads) for _ in range(decoder_depth)]
         self.decoder_blocks = nn.Sequential(*blocks)
         self.decoder_norm = nn.LayerNorm(decoder_dim, eps=1e-6)
@@ -212,8 +211,9 @@ class Distillation(nn.Module):
     A_T, the map of the teacher's last block. The 13th block consists of LayerNorm, q and k.
 
     A teacher is any module with depth, blocks[-1].attn.num_heads,
-    forward_features(images, taps, ids_keep) -> {tap: tokens (B, T, D)} and
-    attention_map(x, k) -> pre-softmax map (B, H_T, T, T) of block k, from the tokens x before it.
+    forward_features(images, taps, ids_keep) -> {tap: tokens (B, T, D)}, of all patches if ids_keep
+    is None, and attention_map(x, k) -> pre-softmax map (B, H_T, T, T) of block k, from the tokens x
+    before it.
     """
 
     def __init__(self, encoder, teacher):
@@ -224,7 +224,7 @@ class Distillation(nn.Module):
         self.norm = nn.LayerNorm(dim, eps=1e-6)
         self.qk = nn.Linear(dim, 2 * dim)
         self.adapter = nn.Conv2d(self.heads, teacher.blocks[-1].attn.num_heads, 1, bias=False)
-        nn.init.xavier_uniform_(self.qk.weight, math.sqrt(3 / 4))    # as if v were there
+        nn.init.xavier_uniform_(self.qk.weight, math.sqrt(3 / 4))    # as if v were there: Note 2
         nn.init.zeros_(self.qk.bias)
 
     def student_map(self, encoder, features):
@@ -348,7 +348,7 @@ def build_student(args):
     tap = args.decoder_tap or (8 if args.method == "d2-mae" else encoder.depth)
     dim = 96 if hiera else max(96, encoder.embed_dim // 2)    # of the decoder, with heads of 32
     kind = HieraMaskedAutoencoder if hiera else MaskedAutoencoder
-    model = kind(encoder, tap, dim, 1, dim // 32, args.norm_pix, None, args.alpha)
+    model = kind(encoder, tap, dim, 1, dim // 32, args.norm_pix, alpha=args.alpha)
     if tap > encoder.depth or not 0 < int(model.cells * (1 - args.mask_ratio)) < model.cells:
         raise InputError(f"--decoder-tap {tap} must be among the {encoder.depth} blocks, and "
                          f"--mask-ratio {args.mask_ratio} must leave visible and masked patches")
@@ -461,8 +461,8 @@ def report(args, run, model, teacher, val_loader, epoch, step):
 
 @torch.no_grad()
 def evaluate(model, teacher, val_loader, mask_ratio, run):
-    """Compute this process's share of the losses over held-out images with fixed masks -> dict.
-    Their means over processes, which `log` takes, count each image once.
+    """Compute this process's share of the mean losses over held-out images with fixed masks -> dict
+    for `log`, whose mean over any number of processes counts each image once.
 
     val_base is the loss of predicting the mean of each masked patch, which a model that has learned
     only brightness reaches.
@@ -510,9 +510,10 @@ def paste(model, images, pixels, ids_masked):
 
 @torch.no_grad()
 def draw(args, model, teacher, val_loader):
-    """Draw up to eight held-out images. reconstruction.png has the rows input, masked input, prediction.
-    attention.png, for a ViT without ablations, has the rows input, student (M A_S), teacher (A_T):
-    softmax attention of the central patch to all patches, mean over heads, white at its maximum."""
+    """Draw up to eight held-out images. reconstruction.png has the rows input, masked input and
+    prediction. attention.png, for a ViT without ablations, has the rows input, student (M A_S) and
+    teacher (A_T): softmax attention of the central patch to all patches, mean over heads, white at
+    its maximum."""
     data = val_loader.dataset
     items = [data[0, i] for i in range(0, len(data), math.ceil(len(data) / 8))]
     images, noise = (x.to(model.mask_token.device) for x in default_collate(items))
@@ -522,8 +523,7 @@ def draw(args, model, teacher, val_loader):
     rows = [x * std + mean for x in (images, *reconstruct(model, images, *masks))]
     save_image(torch.cat(rows), f"{args.out}/reconstruction.png", nrow=len(items))
     distillation = model.distillation
-    ablated = isinstance(distillation, AblatedDistillation)
-    if not teacher or ablated or model.arch["kind"] == "hiera":
+    if isinstance(distillation, AblatedDistillation | None) or model.arch["kind"] == "hiera":
         return
 
     h, w = model.encoder.grid
@@ -550,19 +550,18 @@ class HieraMaskedAutoencoder(MaskedAutoencoder):
     def __init__(self, encoder, *args, **options):
         own = encoder.pos_embed
         super().__init__(encoder, *args, **options)
-        encoder.pos_embed = own    # trained
-        init_mae(encoder)    # Hiera's own initialisation is for classifiers
+        encoder.pos_embed = own    # trained, not the fixed table
+        init_mae(encoder)          # Hiera's own initialisation is for classifiers
         for module in encoder.modules():
             if isinstance(module, nn.LayerNorm):
                 nn.init.zeros_(module.bias)
         h, w = encoder.unit_grid
         self.cells = h * w    # mask units
-        table = torch.zeros(1, 4 * self.cells, self.mask_token.shape[2])
-        self.decoder_pos_embed = nn.Parameter(table)    # trained, in raster order
-        nn.init.trunc_normal_(self.decoder_pos_embed, std=0.02)
+        table = torch.zeros(1, 4 * self.cells, self.mask_token.shape[2])         # in raster order
+        self.decoder_pos_embed = nn.Parameter(nn.init.trunc_normal_(table, std=0.02))
         nn.init.trunc_normal_(self.mask_token, std=0.02)
-        raster = torch.arange(4 * h * w).view(h, 2, w, 2).transpose(1, 2).reshape(h * w, 4)
-        self.register_buffer("unit_tokens", raster, persistent=False)            # of each unit
+        raster = torch.arange(4 * h * w).view(h, 2, w, 2).transpose(1, 2).reshape(-1, 4)
+        self.register_buffer("unit_tokens", raster, persistent=False)            # (U, 4)
 
         width = encoder.embed_dim
         self.decoder_taps = set(encoder.stage_ends)
@@ -575,7 +574,7 @@ class HieraMaskedAutoencoder(MaskedAutoencoder):
         """Fuse stages 1, 2 and the last block at 2x2 tokens per unit, and normalise -> (B, 4 V, D).
         """
         encoder = self.encoder
-        last = features[encoder.depth]
+        last = features[encoder.depth]                                          # (B, 4 V, D)
         fused = encoder.unit_maps(last, 1)                                      # (B V, D, 2, 2)
         for tap, rounds, head in zip(encoder.stage_ends, (3, 2), self.multi_scale_fusion_heads):
             fused = fused + head(encoder.unit_maps(features[tap], rounds))
@@ -601,11 +600,11 @@ class HieraMaskedAutoencoder(MaskedAutoencoder):
 class AblatedDistillation(Distillation):
     """Sum of L_attn over several layers: the student's blocks `layers` (from 1) imitate blocks of
     the teacher at the same relative depth. Layer depth + 1 is the 13th block, which imitates the
-    teacher's last.
+    teacher's last block.
 
     signal: "attention" compares maps before the softmax, "probabilities" maps after it, "hidden"
-    `representation`s (B, T, D) through a linear layer without bias. Target maps and adapters are
-    lists with one entry per layer.
+    `representation`s (B, T, D) through a linear layer without bias. `adapter` and the target maps
+    are lists with one entry per layer.
     """
 
     def __init__(self, encoder, teacher, layers, signal):
@@ -626,16 +625,12 @@ class AblatedDistillation(Distillation):
         self.taps = {min(k - self.shift, encoder.depth) for k in layers}
 
     def read(self, model, features, k):
-        """Map (B, H, T, T) or representation (B, T, D) of block k of a model."""
-        if self.signal == "hidden" and k > model.depth:
-            return self.norm(features[model.depth])
+        """Map (B, H, T, T) or, for "hidden", representation (B, T, D) of block k of a model."""
+        extra = k > model.depth
         if self.signal == "hidden":
-            return model.representation(features[k], k)
-        if k > model.depth:
-            maps = self.student_map(model, features)
-        else:
-            maps = model.attention_map(features[k - 1], k)
-        return maps.softmax(dim=-1) if self.signal == "probabilities" else maps
+            return self.norm(features[k - 1]) if extra else model.representation(features[k], k)
+        x = self.student_map(model, features) if extra else model.attention_map(features[k - 1], k)
+        return x.softmax(dim=-1) if self.signal == "probabilities" else x
 
     @torch.no_grad()
     def target_maps(self, teacher, images, ids_keep):
