@@ -35,13 +35,13 @@ import math
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_
 from torch.optim import AdamW
+from torch.utils.data import default_collate
 from torchvision.transforms.v2.functional import pil_to_tensor
 from torchvision.utils import save_image
 from tqdm import tqdm
@@ -71,12 +71,11 @@ def random_masking(noise, mask_ratio):
 
 def patch_pixels(images, ids, patch_size):
     """Cut the patches `ids` (B, M) out of images (B, 3, H, W) -> pixels (B, M, P), ordered (row,
-    column, channel). Indexing a view copies only these patches."""
+    column, channel)."""
     p = patch_size
     patches = images.unfold(2, p, p).unfold(3, p, p).permute(0, 2, 3, 4, 5, 1)
-    batch = torch.arange(images.shape[0], device=images.device)[:, None]
-    w = patches.shape[2]                                                     # (B, h, w, p, p, 3)
-    return patches[batch, ids // w, ids % w].flatten(2)
+    patches = patches.flatten(3).flatten(1, 2)                                 # (B, N, P)
+    return patches[torch.arange(len(ids), device=ids.device)[:, None], ids]
 
 
 def normalize_patches(patches):
@@ -104,20 +103,18 @@ def attention_loss(student, teacher, adapter):
 
 
 def sincos_2d(dim, grid):
-    """Compute the fixed 2-D sin-cos position table of MAE -> (1, 1 + N, dim); row 0, of the class
-    token, is zero. dim must be a multiple of 4.
+    """Compute the fixed 2-D sin-cos position table of MAE -> parameter (1, 1 + N, dim) without
+    gradient; row 0, of the class token, is zero. dim must be a multiple of 4.
 
     The first half of the channels encodes the column, the second half the row; within each half all
     sines precede all cosines, at frequencies omega_i = 10000^(-i / (dim / 4)).
     """
     omega = 10000 ** -(torch.arange(dim // 4, dtype=torch.float64) / (dim / 4))    # on the host
-    y, x = torch.cartesian_prod(*map(torch.arange, grid)).T                        # 2 x (N,)
-    halves = []
-    for axis in (x, y):
-        angles = axis[:, None] * omega                                             # (N, dim / 4)
-        halves += [angles.sin(), angles.cos()]
-    table = torch.cat(halves, dim=1).float()
-    return torch.cat([table.new_zeros(1, dim), table])[None]
+    places = torch.cartesian_prod(*map(torch.arange, grid)).flip(1)                # (N, 2): x, y
+    angles = places[..., None] * omega                                             # (N, 2, dim / 4)
+    table = torch.cat([angles.sin(), angles.cos()], dim=2).flatten(1)              # (N, dim)
+    table = F.pad(table, (0, 0, 1, 0)).float()
+    return nn.Parameter(table[None], requires_grad=False)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -145,21 +142,14 @@ class MaskedAutoencoder(nn.Module):
 
         self.decoder_embed = nn.Linear(encoder.embed_dim, decoder_dim)
         self.mask_token = nn.Parameter(torch.randn(1, 1, decoder_dim) * 0.02)
-        self.add_position_tables(decoder_dim)
+        encoder.pos_embed = sincos_2d(encoder.embed_dim, encoder.grid)
+        self.decoder_pos_embed = sincos_2d(decoder_dim, encoder.grid)
         blocks = [Block(decoder_dim, decoder_heads) for _ in range(decoder_depth)]
-        self.decoder_blocks = nn.ModuleList(blocks)
+        self.decoder_blocks = nn.Sequential(*blocks)
         self.decoder_norm = nn.LayerNorm(decoder_dim, eps=1e-6)
         self.decoder_pred = nn.Linear(decoder_dim, 3 * encoder.patch_size ** 2)
         for part in (self.decoder_embed, self.decoder_blocks, self.decoder_pred):
             init_mae(part)
-
-    def add_position_tables(self, decoder_dim):
-        """Give encoder and decoder fixed position tables."""
-        encoder = self.encoder
-        table = sincos_2d(encoder.embed_dim, encoder.grid)
-        encoder.pos_embed = nn.Parameter(table, requires_grad=False)
-        table = sincos_2d(decoder_dim, encoder.grid)
-        self.decoder_pos_embed = nn.Parameter(table, requires_grad=False)
 
     @property
     def taps(self):
@@ -194,13 +184,11 @@ class MaskedAutoencoder(nn.Module):
 
     def forward_decoder(self, latent, ids_keep, ids_masked):
         """Predict the masked patches (B, M, P) from the visible tokens `latent` (B, T, D)."""
-        x = self.decoder_embed(latent)                                          # (B, 1 + V, D_dec)
-        B, T, _ = x.shape
-        rows = self.position_rows(ids_keep, ids_masked)
-        mask_tokens = self.mask_token.expand(B, rows.shape[1] - T, -1).to(x.dtype)
-        x = torch.cat([x, mask_tokens], dim=1) + self.decoder_pos_embed[0][rows]
-        for block in self.decoder_blocks:
-            x = block(x)                                                        # (B, 1 + N, D_dec)
+        T = latent.shape[1]
+        pos = self.decoder_pos_embed[0][self.position_rows(ids_keep, ids_masked)]
+        visible = self.decoder_embed(latent) + pos[:, :T]                       # (B, T, D_dec)
+        masked = self.mask_token + pos[:, T:]                                   # (B, M, D_dec)
+        x = self.decoder_blocks(torch.cat([visible, masked], dim=1))
         return self.decoder_pred(self.decoder_norm(x[:, T:]))
 
     def position_rows(self, ids_keep, ids_masked):
@@ -209,8 +197,8 @@ class MaskedAutoencoder(nn.Module):
         return F.pad(torch.cat([ids_keep, ids_masked], dim=1) + 1, (1, 0))
 
     def target(self, images, ids_masked):
-        """Compute what the decoder should predict, (B, M, P) float32."""
-        patches = self.masked_pixels(images, ids_masked).float()
+        """Compute what the decoder should predict, (B, M, P)."""
+        patches = self.masked_pixels(images, ids_masked)
         return normalize_patches(patches) if self.norm_pix else patches
 
     def masked_pixels(self, images, ids_masked):
@@ -223,8 +211,9 @@ class Distillation(nn.Module):
     A_T, the map of the teacher's last block. The 13th block consists of LayerNorm, q and k.
 
     A teacher is any module with depth, blocks[-1].attn.num_heads,
-    forward_features(images, taps, ids_keep) -> {tap: tokens (B, T, D)} and
-    attention_map(x, k) -> pre-softmax map (B, H_T, T, T) of block k, from the tokens x before it.
+    forward_features(images, taps, ids_keep) -> {tap: tokens (B, T, D)}, of all patches if ids_keep
+    is None, and attention_map(x, k) -> pre-softmax map (B, H_T, T, T) of block k, from the tokens x
+    before it.
     """
 
     def __init__(self, encoder, teacher):
@@ -235,8 +224,7 @@ class Distillation(nn.Module):
         self.norm = nn.LayerNorm(dim, eps=1e-6)
         self.qk = nn.Linear(dim, 2 * dim)
         self.adapter = nn.Conv2d(self.heads, teacher.blocks[-1].attn.num_heads, 1, bias=False)
-        bound = math.sqrt(6 / (dim + 3 * dim))    # Xavier as if v were there, as the authors do
-        nn.init.uniform_(self.qk.weight, -bound, bound)
+        nn.init.xavier_uniform_(self.qk.weight, math.sqrt(3 / 4))    # as if v were there: Note 2
         nn.init.zeros_(self.qk.bias)
 
     def student_map(self, encoder, features):
@@ -360,7 +348,7 @@ def build_student(args):
     tap = args.decoder_tap or (8 if args.method == "d2-mae" else encoder.depth)
     dim = 96 if hiera else max(96, encoder.embed_dim // 2)    # of the decoder, with heads of 32
     kind = HieraMaskedAutoencoder if hiera else MaskedAutoencoder
-    model = kind(encoder, tap, dim, 1, dim // 32, args.norm_pix, None, args.alpha)
+    model = kind(encoder, tap, dim, 1, dim // 32, args.norm_pix, alpha=args.alpha)
     if tap > encoder.depth or not 0 < int(model.cells * (1 - args.mask_ratio)) < model.cells:
         raise InputError(f"--decoder-tap {tap} must be among the {encoder.depth} blocks, and "
                          f"--mask-ratio {args.mask_ratio} must leave visible and masked patches")
@@ -388,7 +376,9 @@ def build_distillation(args, encoder, teacher):
     if max(layers) > encoder.depth or (decoupled and encoder.depth not in layers):
         raise InputError(f"--distill-layers {layers} must be among the blocks 1..{encoder.depth}, "
                          "and --method d2-mae needs the last one")
-    return AblatedDistillation(encoder, teacher, decoupled, layers, args.distill)
+    if decoupled:
+        layers[-1] += 1    # the 13th block in its place
+    return AblatedDistillation(encoder, teacher, layers, args.distill)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -437,7 +427,7 @@ def build_loaders(args, model, run):
     """Build the loaders of the training images and of at most args.val_images held-out images."""
     train, val = list_data(args.data, args.out)
     count = min(len(val), args.val_images)
-    val = [val[i * len(val) // count] for i in range(count)]    # from all folders
+    val = val[torch.arange(count) * len(val) // count]    # from all folders
     size = model.encoder.img_size
     train_set = Images(train, args.seed, model.cells, size, args.crop_scale)
     loader = train_loader(train_set, args.batch_size, args.accum_steps, 512, args.workers,
@@ -452,8 +442,8 @@ def build_loaders(args, model, run):
 def report(args, run, model, teacher, val_loader, epoch, step):
     """Evaluate on all processes. Process 0 logs and prints, and draws pictures after epoch 0."""
     rank, world, _, _ = run
-    values = evaluate(model, teacher, val_loader, args.mask_ratio, run)
-    log(args, rank, world, epoch=epoch, step=step, **values)
+    values = log(args, rank, world, epoch=epoch, step=step,
+                 **evaluate(model, teacher, val_loader, args.mask_ratio, run))
     if rank > 0:
         return
     text = f"epoch {epoch}: held-out reconstruction loss {values['val_rec']:.4f} (the mean of " \
@@ -461,8 +451,7 @@ def report(args, run, model, teacher, val_loader, epoch, step):
     if teacher:
         text += f", {args.distill} loss {values['val_attn']:.4g}"
     if epoch == 0:
-        visible = int(model.cells * (1 - args.mask_ratio))
-        text += f"; an image has {model.cells} patches or mask units, {visible} of them visible"
+        text += f"; {args.mask_ratio:.0%} of the {model.cells} patches or mask units are masked"
     if epoch == args.epochs and values["val_rec"] >= values["val_base"]:
         text += "; that is no better than the mean, see 'Your own images' in the README"
     tqdm.write(text)
@@ -472,29 +461,26 @@ def report(args, run, model, teacher, val_loader, epoch, step):
 
 @torch.no_grad()
 def evaluate(model, teacher, val_loader, mask_ratio, run):
-    """Compute the mean losses over held-out images with fixed masks -> dict. Each image counts once
-    for any number of processes.
+    """Compute this process's share of the mean losses over held-out images with fixed masks -> dict
+    for `log`, whose mean over any number of processes counts each image once.
 
     val_base is the loss of predicting the mean of each masked patch, which a model that has learned
     only brightness reaches.
     """
     rank, world, device, dtype = run
     model.eval()
-    sums = torch.zeros(4, device=device)
+    names = ("rec", "base", "attn") if teacher else ("rec", "base")
+    total = len(val_loader.dataset)
+    sums = torch.zeros(len(names), device=device)
     for images, noise in tqdm(val_loader, "evaluation", leave=False, disable=rank > 0):
         images = normalize(images, model.mean, model.std)
         ids_keep, ids_masked = random_masking(noise, mask_ratio)
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             maps = teacher and model.distillation.target_maps(teacher, images, ids_keep)
             losses = model(images, ids_keep, ids_masked, maps)
-        base = model.target(images, ids_masked).var(dim=-1, unbiased=False).mean()
-        means = (torch.ones_like(base), losses["rec"], base, losses.get("attn", 0 * base))
-        sums += torch.stack([mean.float() for mean in means]) * images.shape[0]
-    if world > 1:
-        dist.all_reduce(sums)
-    n, rec, base, attn = sums.tolist()
-    values = {"val_rec": rec / n, "val_base": base / n, "val_images": int(n)}
-    return {**values, "val_attn": attn / n} if teacher else values
+        losses["base"] = model.target(images, ids_masked).var(dim=-1, unbiased=False).mean()
+        sums += torch.stack([losses[name] for name in names]) * len(images) * world / total
+    return {"val_images": total, **{f"val_{name}": x for name, x in zip(names, sums)}}
 
 
 @torch.no_grad()
@@ -506,7 +492,7 @@ def reconstruct(model, images, ids_keep, ids_masked):
     deviation are those of the input.
     """
     features = model.encoder.forward_features(images, model.taps, ids_keep)
-    pred = model.forward_decoder(model.latent(features), ids_keep, ids_masked).float()
+    pred = model.forward_decoder(model.latent(features), ids_keep, ids_masked)
     if model.norm_pix:
         pixels = model.masked_pixels(images, ids_masked)
         variance, mean = torch.var_mean(pixels, dim=-1, keepdim=True)
@@ -524,31 +510,31 @@ def paste(model, images, pixels, ids_masked):
 
 @torch.no_grad()
 def draw(args, model, teacher, val_loader):
-    """Draw eight held-out images. reconstruction.png has the rows input, masked input, prediction.
-    attention.png, for a ViT without ablations, has the rows input, student (M A_S), teacher (A_T):
-    softmax attention of the central patch to all patches, mean over heads, white at its maximum."""
+    """Draw up to eight held-out images. reconstruction.png has the rows input, masked input and
+    prediction. attention.png, for a ViT without ablations, has the rows input, student (M A_S) and
+    teacher (A_T): softmax attention of the central patch to all patches, mean over heads, white at
+    its maximum."""
     data = val_loader.dataset
-    shown = [data[0, i] for i in range(0, len(data), max(1, len(data) // 8))][:8]
-    images, noise = (torch.stack(column).to(model.mask_token.device) for column in zip(*shown))
+    items = [data[0, i] for i in range(0, len(data), math.ceil(len(data) / 8))]
+    images, noise = (x.to(model.mask_token.device) for x in default_collate(items))
     images = normalize(images, model.mean, model.std)
     masks = random_masking(noise, args.mask_ratio)
     mean, std = (images.new_tensor(c).view(3, 1, 1) for c in (model.mean, model.std))
     rows = [x * std + mean for x in (images, *reconstruct(model, images, *masks))]
-    save_image(torch.cat(rows), f"{args.out}/reconstruction.png", nrow=len(shown))
+    save_image(torch.cat(rows), f"{args.out}/reconstruction.png", nrow=len(items))
     distillation = model.distillation
-    if not isinstance(distillation, Distillation) or model.arch["kind"] == "hiera":
+    if isinstance(distillation, AblatedDistillation | None) or model.arch["kind"] == "hiera":
         return
 
     h, w = model.encoder.grid
-    ids = torch.arange(h * w, device=images.device).expand(len(shown), -1)
-    features = model.encoder.forward_features(images, model.taps, ids)
+    features = model.encoder.forward_features(images, model.taps)
     student = distillation.adapter(distillation.student_map(model.encoder, features))
-    logits = torch.cat([student, distillation.target_maps(teacher, images, ids)])
+    logits = torch.cat([student, distillation.target_maps(teacher, images, None)])
     query = 1 + h // 2 * w + w // 2
-    attention = logits.softmax(dim=-1).mean(dim=1)[:, query, 1:].view(-1, 1, h, w)
-    attention = attention / attention.amax(dim=(2, 3), keepdim=True)
+    attention = logits.softmax(dim=-1).mean(dim=1)[:, query, 1:]            # (2 B, N)
+    attention = F.normalize(attention, math.inf).view(-1, 1, h, w)          # / its maximum
     heat = F.interpolate(attention, images.shape[2:]).expand(-1, 3, -1, -1)
-    save_image(torch.cat([rows[0], heat]), f"{args.out}/attention.png", nrow=len(shown))
+    save_image(torch.cat([rows[0], heat]), f"{args.out}/attention.png", nrow=len(items))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -561,42 +547,38 @@ class HieraMaskedAutoencoder(MaskedAutoencoder):
     adjacent places: token 4 u + i is token i (raster) of the unit at place u.
     """
 
-    def __init__(self, encoder, decoder_tap=12, decoder_dim=96, *args, **options):
-        super().__init__(encoder, decoder_tap, decoder_dim, *args, **options)
-        init_mae(encoder)    # Hiera's own initialisation is for classifiers
+    def __init__(self, encoder, *args, **options):
+        own = encoder.pos_embed
+        super().__init__(encoder, *args, **options)
+        encoder.pos_embed = own    # trained, not the fixed table
+        init_mae(encoder)          # Hiera's own initialisation is for classifiers
         for module in encoder.modules():
             if isinstance(module, nn.LayerNorm):
                 nn.init.zeros_(module.bias)
         h, w = encoder.unit_grid
         self.cells = h * w    # mask units
-        nn.init.trunc_normal_(self.decoder_pos_embed, std=0.02)
+        table = torch.zeros(1, 4 * self.cells, self.mask_token.shape[2])         # in raster order
+        self.decoder_pos_embed = nn.Parameter(nn.init.trunc_normal_(table, std=0.02))
         nn.init.trunc_normal_(self.mask_token, std=0.02)
-        raster = torch.arange(4 * h * w).view(h, 2, w, 2).transpose(1, 2).reshape(h * w, 4)
-        self.register_buffer("unit_tokens", raster, persistent=False)            # of each unit
+        raster = torch.arange(4 * h * w).view(h, 2, w, 2).transpose(1, 2).reshape(-1, 4)
+        self.register_buffer("unit_tokens", raster, persistent=False)            # (U, 4)
 
         width = encoder.embed_dim
-        first, second, _, last = encoder.stage_ends
-        self.decoder_taps = {first, second, last}
+        self.decoder_taps = set(encoder.stage_ends)
         self.multi_scale_fusion_heads = nn.ModuleList([
             nn.Conv2d(width // 8, width, 4, 4),     # stage 1: 8x8 tokens of a unit -> 2x2
             nn.Conv2d(width // 4, width, 2, 2)])    # stage 2: 4x4 tokens of a unit -> 2x2
         self.encoder_norm = nn.LayerNorm(width, eps=1e-6)
 
-    def add_position_tables(self, decoder_dim):
-        """Give the decoder a trained position table, in raster order; Hiera has its own."""
-        tokens = 4 * math.prod(self.encoder.unit_grid)
-        self.decoder_pos_embed = nn.Parameter(torch.zeros(1, tokens, decoder_dim))
-
     def latent(self, features):
         """Fuse stages 1, 2 and the last block at 2x2 tokens per unit, and normalise -> (B, 4 V, D).
         """
         encoder = self.encoder
-        first, second, _, last = encoder.stage_ends
-        head1, head2 = self.multi_scale_fusion_heads
-        fused = encoder.unit_maps(features[last], 1)                            # (B V, D, 2, 2)
-        fused = fused + head1(encoder.unit_maps(features[first], 3))
-        fused = fused + head2(encoder.unit_maps(features[second], 2))
-        return self.encoder_norm(fused.flatten(2).transpose(1, 2).reshape(features[last].shape))
+        last = features[encoder.depth]                                          # (B, 4 V, D)
+        fused = encoder.unit_maps(last, 1)                                      # (B V, D, 2, 2)
+        for tap, rounds, head in zip(encoder.stage_ends, (3, 2), self.multi_scale_fusion_heads):
+            fused = fused + head(encoder.unit_maps(features[tap], rounds))
+        return self.encoder_norm(fused.flatten(2).mT.reshape(last.shape))
 
     def raster_ids(self, units):
         """Turn mask units (B, V) into raster indices (B, 4 V) of their tokens of 16x16 pixels."""
@@ -609,67 +591,56 @@ class HieraMaskedAutoencoder(MaskedAutoencoder):
     def masked_pixels(self, images, ids_masked):
         """Pixels of the masked units (B, 4 M, P), ordered (channel, row, column) as by Hiera."""
         pixels = patch_pixels(images, self.raster_ids(ids_masked), 16)
-        return pixels.unflatten(2, (256, 3)).transpose(2, 3).flatten(2)
+        return pixels.unflatten(2, (256, 3)).mT.flatten(2)
 
 
 # --------------------------------------------------------------------------------------------------
 # Ablations of the distillation (Fig. 2 and its tables)
 # --------------------------------------------------------------------------------------------------
-class AblatedDistillation(nn.Module):
+class AblatedDistillation(Distillation):
     """Sum of L_attn over several layers: the student's blocks `layers` (from 1) imitate blocks of
-    the teacher at the same relative depth. decoupled: a 13th attention replaces the last block.
+    the teacher at the same relative depth. Layer depth + 1 is the 13th block, which imitates the
+    teacher's last block.
 
     signal: "attention" compares maps before the softmax, "probabilities" maps after it, "hidden"
-    `representation`s (B, T, D) through a linear layer without bias.
+    `representation`s (B, T, D) through a linear layer without bias. `adapter` and the target maps
+    are lists with one entry per layer.
     """
 
-    def __init__(self, encoder, teacher, decoupled, layers, signal):
-        super().__init__()
+    def __init__(self, encoder, teacher, layers, signal):
+        super().__init__(encoder, teacher)
         hidden = signal == "hidden"
+        decoupled = max(layers) > encoder.depth
+        self.norm.requires_grad_(decoupled)    # frozen where nothing reads them
+        self.qk.requires_grad_(decoupled and not hidden)
+        self.adapter = nn.ModuleList([
+            nn.Linear(encoder.embed_dim, teacher.embed_dim, bias=False) if hidden
+            else nn.Conv2d(self.heads, teacher.blocks[-1].attn.num_heads, 1, bias=False)
+            for _ in layers])
         self.signal = signal
         self.layers = layers
-        self.teacher_layers = [max(1, k * teacher.depth // encoder.depth) for k in layers]
-        self.extra = encoder.depth if decoupled else None    # the block that is replaced
-        self.taps = {k if hidden or k == self.extra else k - 1 for k in layers}
-        if decoupled and hidden:
-            self.norm = nn.LayerNorm(encoder.embed_dim, eps=1e-6)
-        elif decoupled:
-            self.last = Distillation(encoder, teacher)
-            del self.last.adapter
-        heads = [model.blocks[-1].attn.num_heads for model in (encoder, teacher)]
-        self.adapters = nn.ModuleList([
-            nn.Linear(encoder.embed_dim, teacher.embed_dim, bias=False) if hidden
-            else nn.Conv2d(*heads, 1, bias=False) for _ in layers])
+        self.teacher_layers = [min(max(1, k * teacher.depth // encoder.depth), teacher.depth)
+                               for k in layers]
+        self.shift = 0 if hidden else 1    # a map needs the tokens before its block
+        self.taps = {min(k - self.shift, encoder.depth) for k in layers}
 
     def read(self, model, features, k):
         """Map (B, H, T, T) or, for "hidden", representation (B, T, D) of block k of a model."""
+        extra = k > model.depth
         if self.signal == "hidden":
-            return model.representation(features[k], k)
-        return model.attention_map(features[k - 1], k)
-
-    def layer_map(self, encoder, features, k):
-        """Map or representation of the student's block k, or of what replaces it."""
-        if k != self.extra:
-            return self.read(encoder, features, k)
-        if self.signal == "hidden":
-            return self.norm(features[k])
-        return self.last.student_map(encoder, features)
+            return self.norm(features[k - 1]) if extra else model.representation(features[k], k)
+        x = self.student_map(model, features) if extra else model.attention_map(features[k - 1], k)
+        return x.softmax(dim=-1) if self.signal == "probabilities" else x
 
     @torch.no_grad()
     def target_maps(self, teacher, images, ids_keep):
-        """Compute the teacher's maps or representations, a list with one entry per layer."""
-        taps = {k if self.signal == "hidden" else k - 1 for k in self.teacher_layers}
+        taps = {k - self.shift for k in self.teacher_layers}
         features = teacher.forward_features(images, taps, ids_keep)
         return [self.read(teacher, features, k) for k in self.teacher_layers]
 
     def forward(self, encoder, features, target_maps):
-        loss = 0.0
-        for k, adapter, target in zip(self.layers, self.adapters, target_maps):
-            student = self.layer_map(encoder, features, k)
-            if self.signal == "probabilities":
-                student, target = student.softmax(dim=-1), target.softmax(dim=-1)
-            loss = loss + attention_loss(student, target, adapter)
-        return loss
+        maps = [self.read(encoder, features, k) for k in self.layers]
+        return sum(map(attention_loss, maps, target_maps, self.adapter))
 
 
 # --------------------------------------------------------------------------------------------------

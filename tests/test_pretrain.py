@@ -72,7 +72,7 @@ def public_name(name):
     name = name.removeprefix("encoder.").removeprefix("distillation.")
     name = re.sub("^norm", "blocks.12.norm1", name) if thirteenth else name
     name = re.sub("^qk.", "blocks.12.attn.qkv.", name)
-    return re.sub("^adapters?.(0.)?", "attn_adapter.", name)
+    return re.sub("^adapter.(0.)?", "attn_adapter.", name)
 
 
 @torch.no_grad()
@@ -83,7 +83,7 @@ def seed_student(model):
         extra.weight.copy_(0.05 * seeded((576, 192), "blocks.12.attn.qkv.weight")[:384])
         extra.bias.copy_(0.05 * seeded((576,), "blocks.12.attn.qkv.bias")[:384])
     if isinstance(model.distillation, AblatedDistillation):
-        weight = model.distillation.adapters[0].weight
+        weight = model.distillation.adapter[0].weight
         weight.copy_(0.05 * seeded(tuple(weight.shape), "hidden_adapter.weight"))
     return model
 
@@ -182,7 +182,7 @@ def test_decoupled_distillation_matches_golden(golden, vit_inputs, base_teacher)
 @torch.no_grad()
 def test_hidden_states_match_golden(block, golden, vit_inputs, base_teacher):
     images, ids_keep, ids_masked = vit_inputs
-    model = tiny_student(12, AblatedDistillation, base_teacher, False, [block], "hidden")
+    model = tiny_student(12, AblatedDistillation, base_teacher, [block], "hidden")
     target = model.distillation.target_maps(base_teacher, images, ids_keep)
     losses = model(images, ids_keep, ids_masked, target)
     assert rel_error(losses["attn"], golden[f"d_mae/loss_hidden_block{block}"]) < 1e-5
@@ -288,7 +288,8 @@ def test_ablations_sum_over_layers_and_train_every_parameter(distill, decoupled)
     images, ids_keep, ids_masked = step_inputs()
     torch.manual_seed(0)
     encoder = with_statistics(VisionTransformer(**SMALL))
-    distillation = AblatedDistillation(encoder, teacher, decoupled, [6, 12], distill)
+    layers = [6, 13 if decoupled else 12]
+    distillation = AblatedDistillation(encoder, teacher, layers, distill)
     model = MaskedAutoencoder(encoder, 8, 24, 1, 3, distillation=distillation)
     target = model.distillation.target_maps(teacher, images, ids_keep)
     losses = model(images, ids_keep, ids_masked, target)
@@ -296,12 +297,22 @@ def test_ablations_sum_over_layers_and_train_every_parameter(distill, decoupled)
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad
                ) or not decoupled    # then the last block gives its map alone
     features = model.encoder.forward_features(images, model.taps, ids_keep)
+    everything = teacher.forward_features(images, range(13), ids_keep)
     parts = []
-    for k, adapter, truth in zip((6, 12), distillation.adapters, target):
-        student = distillation.layer_map(encoder, features, k)
+    for k, adapter, truth in zip(layers, distillation.adapter, target):
+        if distill == "hidden":
+            student = (distillation.norm(features[12]) if k == 13
+                       else encoder.representation(features[k], k))
+            expected = teacher.representation(everything[min(k, 12)], min(k, 12))
+        else:
+            student = (distillation.student_map(encoder, features) if k == 13
+                       else encoder.attention_map(features[k - 1], k))
+            expected = teacher.attention_map(everything[min(k, 12) - 1], min(k, 12))
         if distill == "probabilities":
-            student, truth = student.softmax(-1), truth.softmax(-1)
+            student, expected = student.softmax(-1), expected.softmax(-1)
+        assert torch.equal(truth, expected)
         parts.append((adapter(student) - truth).square().mean())
+    assert len(parts) == len(target) == 2
     assert losses["attn"].item() == pytest.approx(sum(parts).item(), rel=1e-5)
 
 
@@ -581,7 +592,7 @@ def test_a_run_that_learns_nothing_says_so_at_its_start_and_end(tmp_path, pictur
          "--out", tmp_path)
     said = capsys.readouterr().out
     assert "5 steps, peak lr 0: a model learns little in fewer than 1,000 steps" in said
-    assert "; an image has 16 patches or mask units, 4 of them visible" in said
+    assert "; 75% of the 16 patches or mask units are masked" in said
     assert said.count("that is no better than the mean, see 'Your own images'") == 1
 
 
