@@ -142,7 +142,8 @@ class MaskedAutoencoder(nn.Module):
 
         self.decoder_embed = nn.Linear(encoder.embed_dim, decoder_dim)
         self.mask_token = nn.Parameter(torch.randn(1, 1, decoder_dim) * 0.02)
-        encoder.pos_embed = sincos_2d(encoder.embed_dim, encoder.grid)
+        if encoder.kind == "vit":    # Hiera trains its own table
+            encoder.pos_embed = sincos_2d(encoder.embed_dim, encoder.grid)
         self.decoder_pos_embed = sincos_2d(decoder_dim, encoder.grid)
         blocks = [Block(decoder_dim, decoder_heads) for _ in range(decoder_depth)]
         self.decoder_blocks = nn.Sequential(*blocks)
@@ -523,7 +524,7 @@ def draw(args, model, teacher, val_loader):
     rows = [x * std + mean for x in (images, *reconstruct(model, images, *masks))]
     save_image(torch.cat(rows), f"{args.out}/reconstruction.png", nrow=len(items))
     distillation = model.distillation
-    if isinstance(distillation, AblatedDistillation | None) or model.arch["kind"] == "hiera":
+    if isinstance(distillation, AblatedDistillation | None) or model.encoder.kind == "hiera":
         return
 
     h, w = model.encoder.grid
@@ -548,10 +549,8 @@ class HieraMaskedAutoencoder(MaskedAutoencoder):
     """
 
     def __init__(self, encoder, *args, **options):
-        own = encoder.pos_embed
         super().__init__(encoder, *args, **options)
-        encoder.pos_embed = own    # trained, not the fixed table
-        init_mae(encoder)          # Hiera's own initialisation is for classifiers
+        init_mae(encoder)    # Hiera's own initialisation is for classifiers
         for module in encoder.modules():
             if isinstance(module, nn.LayerNorm):
                 nn.init.zeros_(module.bias)
