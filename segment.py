@@ -586,7 +586,9 @@ def draw_overlay(path, classes, picture, *maps, side=480):
     for line, k in enumerate(torch.cat(maps).unique().tolist()):
         if k != IGNORE:
             draw.text((pixels.shape[2] + 8, 20 * line), classes[k], colors[k], font_size=14)
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    folder = Path(path).parent
+    folder.mkdir(parents=True, exist_ok=True)
+    Path(folder, ".lock").touch()    # `list_images` skips folders that hold it
     sheet.save(path)
 
 

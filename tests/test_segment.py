@@ -14,8 +14,9 @@ from PIL import Image
 from toy import picture
 
 import segment
-from models import (InputError, RelativeVisionTransformer, VisionTransformer, build_model, eval_loader, load_encoder,
-                    param_groups, read_log, resize_relative_table)
+from models import (InputError, RelativeVisionTransformer, VisionTransformer, build_model,
+                    eval_loader, fcntl, load_encoder, lock_folder, param_groups, read_log,
+                    resize_relative_table)
 from segment import IGNORE, ScaledBlock, SegmentationSet, SemanticFPN
 
 SCRIPT = ROOT / "segment.py"
@@ -788,6 +789,24 @@ def test_predictions_are_not_labelled_again(photos, finished, tmp_path, capsys):
     first = sorted(path.name for path in folder.rglob("*.png"))
     here(segment, *command)
     assert sorted(path.name for path in folder.rglob("*.png")) == first
+
+
+def test_pictures_of_results_inside_a_data_set_are_no_data(photos, own_data, finished):
+    """A later training on the data skips what --predict and --eval drew there."""
+    out = own_data / "images/training/results"
+    for mode in (["--predict", photos[0]], ["--eval", "--workers", 0]):
+        here(segment, *mode, "--out", out, "--init", finished[0] / "segmenter.pt")
+    assert len([*out.rglob("*.png")]) == 9    # 6 predictions, 3 of the evaluation
+    assert len(opened(own_data)) == 6
+
+
+@pytest.mark.skipif(fcntl is None, reason="Windows has no such locks")
+def test_a_picture_leaves_the_lock_of_a_run_alone(data, tmp_path):
+    file = lock_folder(tmp_path)
+    labels = torch.zeros(4, 4, dtype=torch.uint8)
+    segment.draw_overlay(tmp_path / "a.png", ["class 1"], labels.expand(3, -1, -1), labels)
+    done = run(SCRIPT, *QUICK, "--data", data, "--iters", 2, "--out", tmp_path, check=False)
+    assert "another process is writing to --out" in done.stderr and not file.closed
 
 
 # ---- bad input -------------------------------------------------------------------------------
