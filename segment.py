@@ -74,28 +74,18 @@ IGNORE = 255    # label of pixels that are neither trained on nor scored
 # --------------------------------------------------------------------------------------------------
 # Method: encoder, pyramid, head and loss
 # --------------------------------------------------------------------------------------------------
-class LayerScale(nn.Module):
-    """Multiply each channel by a trained factor, which starts at 1."""
-
-    def __init__(self, dim):
-        super().__init__()
-        self.gamma = nn.Parameter(torch.ones(dim))
-
-    def forward(self, x):
-        return x * self.gamma
-
-
 class ScaledBlock(Block):
-    """Block of a `VisionTransformer` with LayerScale at the end of both branches."""
+    """Block of a `VisionTransformer` with LayerScale: at the end of both branches each channel is
+    multiplied by a trained factor gamma, which starts at 1."""
 
     def __init__(self, dim, *args):
         super().__init__(dim, *args)
-        self.ls1 = LayerScale(dim)
-        self.ls2 = LayerScale(dim)
+        self.ls1 = nn.ParameterDict({"gamma": torch.ones(dim)})    # ls1.gamma, as in timm's files
+        self.ls2 = nn.ParameterDict({"gamma": torch.ones(dim)})
 
     def forward(self, x):
-        x = x + self.drop_path(self.ls1(self.attn(self.norm1(x))))
-        return x + self.drop_path(self.ls2(self.mlp(self.norm2(x))))
+        x = x + self.drop_path(self.attn(self.norm1(x)) * self.ls1.gamma)
+        return x + self.drop_path(self.mlp(self.norm2(x)) * self.ls2.gamma)
 
 
 class Pyramid(nn.Module):
