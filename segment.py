@@ -52,9 +52,10 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_
 from torch.optim import AdamW
-from torchvision.transforms import InterpolationMode, RandomCrop
+from torchvision.transforms.v2 import RandomCrop, RandomHorizontalFlip
 from torchvision.transforms.v2.functional import (adjust_hue, crop, pad, pil_to_tensor, resize,
                                                   to_pil_image)
+from torchvision.tv_tensors import Mask
 from torchvision.utils import draw_segmentation_masks
 from tqdm import tqdm
 
@@ -73,28 +74,18 @@ IGNORE = 255    # label of pixels that are neither trained on nor scored
 # --------------------------------------------------------------------------------------------------
 # Method: encoder, pyramid, head and loss
 # --------------------------------------------------------------------------------------------------
-class LayerScale(nn.Module):
-    """Multiply each channel by a trained factor, which starts at 1."""
-
-    def __init__(self, dim):
-        super().__init__()
-        self.gamma = nn.Parameter(torch.ones(dim))
-
-    def forward(self, x):
-        return x * self.gamma
-
-
 class ScaledBlock(Block):
-    """Block of a `VisionTransformer` with LayerScale at the end of both branches."""
+    """Block of a `VisionTransformer` with LayerScale: at the end of both branches each channel is
+    multiplied by a trained factor gamma, which starts at 1."""
 
     def __init__(self, dim, *args):
         super().__init__(dim, *args)
-        self.ls1 = LayerScale(dim)
-        self.ls2 = LayerScale(dim)
+        self.ls1 = nn.ParameterDict({"gamma": torch.ones(dim)})    # ls1.gamma, as in timm's files
+        self.ls2 = nn.ParameterDict({"gamma": torch.ones(dim)})
 
     def forward(self, x):
-        x = x + self.drop_path(self.ls1(self.attn(self.norm1(x))))
-        return x + self.drop_path(self.ls2(self.mlp(self.norm2(x))))
+        x = x + self.drop_path(self.attn(self.norm1(x)) * self.ls1.gamma)
+        return x + self.drop_path(self.mlp(self.norm2(x)) * self.ls2.gamma)
 
 
 class Pyramid(nn.Module):
@@ -248,9 +239,10 @@ def build_segmenter(args):
     By default crops have the paper's 512 pixels, or 512/224 of the image size of a smaller encoder.
     """
     file = read_encoder(args.init) if args.init else None
-    arch = {"patch_size": 16, "img_size": (224, 224), **(file.arch if file else {})}
-    cell = 2 * (args.patch_size or arch["patch_size"])
-    size = [round(min(512, side * 512 / 224) / cell) * cell for side in arch["img_size"]]
+    arch = file.arch if file else {}
+    cell = 2 * (args.patch_size or arch.get("patch_size", 16))
+    sides = arch.get("img_size", (224, 224))
+    size = [round(min(512, side * 512 / 224) / cell) * cell for side in sides]
     encoder, _ = load_model(RelativeVisionTransformer, file, args.model,
                             img_size=args.image_size or size, patch_size=args.patch_size,
                             mean=args.mean, std=args.std, drop_path=args.drop_path,
@@ -286,8 +278,8 @@ def class_ratio_crop(labels, size, ratio=0.75, tries=10):
     size = [min(sides) for sides in zip(labels.shape, size)]
     for _ in range(tries + 1):
         box = RandomCrop.get_params(labels, size)
-        counts = crop(labels, *box).flatten().bincount(minlength=256)[:IGNORE]
-        if counts.count_nonzero() > 1 and counts.max() < ratio * counts.sum():
+        counts = crop(labels, *box).flatten().bincount()[:IGNORE]
+        if counts.max() < ratio * counts.sum():    # false also for no label or one class
             break
     return box
 
@@ -328,34 +320,30 @@ def augment(image, labels, size, fill):
     """
     scale = uniform(0.5, 2) * min(size)
     shape = resized_shape(labels.shape, scale, 4 * scale)
-    image = resize(image, shape, antialias=False)                        # bilinear
-    labels = resize(labels[None], shape, InterpolationMode.NEAREST)[0]
+    image = resize(image, shape, antialias=False)    # bilinear
+    labels = resize(Mask(labels), shape)             # nearest
     box = class_ratio_crop(labels, size)
     image = distort(crop(image, *box))
-    labels = crop(labels, *box)
-    if torch.rand(()) < 0.5:
-        image = image.flip(-1)
-        labels = labels.flip(-1)
-    missing = [0, 0, size[1] - labels.shape[1], size[0] - labels.shape[0]]    # right, below
-    return pad(image, missing, fill), pad(labels[None], missing, IGNORE)[0]
+    image, labels = RandomHorizontalFlip()(image, crop(labels, *box))
+    missing = [0, 0, size[1] - box[3], size[0] - box[2]]    # right, below
+    return pad(image, missing, fill), pad(labels, missing, IGNORE)
 
 
 class SegmentationSet(ImageDataset):
     """Item (epoch, index) -> image (3, H, W) uint8, labels (H, W) uint8. All randomness comes from
     (seed, epoch, index). Pairs of files are in ROOT/{images,annotations}/SPLIT. Raises InputError.
 
-    num_classes, zero_is_class: see `read_labels`. size: (h, w) of crops and windows. fill: colour,
-    three numbers in 0 .. 255, that pads augmented crops; None: images are resized for windows, and
-    labels keep their size. out: folder below which nothing is data.
+    num_classes, zero_is_class: see `read_labels`. size: (h, w) of crops and windows. out: folder
+    below which nothing is data. fill: colour, three numbers in 0 .. 255, that pads augmented crops;
+    None: images are resized for windows, and labels keep their size.
     """
 
-    def __init__(self, root, split, num_classes, zero_is_class, size, seed=0, fill=None, out=None):
+    def __init__(self, root, split, num_classes, zero_is_class, size, out=None, seed=0, fill=None):
         self.folder = Path(root, "images", split)
         if not self.folder.is_dir():
-            parent = self.folder.parent
-            found = ", ".join(sorted(path.name for path in parent.glob("*"))[:8])
+            found = sorted(path.name for path in self.folder.parent.glob("*"))[:8]
             raise InputError(f"{self.folder} is not a folder: --data must hold images and "
-                             f"annotations, each with {split}; {parent} holds {found or 'nothing'}")
+                             f"annotations, each with {split}; {self.folder.parent} holds {found}")
         super().__init__(list_images(self.folder, out), seed)
         self.label_folder = Path(root, "annotations", split)
         self.num_classes = num_classes
@@ -366,7 +354,7 @@ class SegmentationSet(ImageDataset):
     def label_file(self, index):
         """Path of the label file of an image: a PNG of the same name."""
         name = Path(self.files[index]).relative_to(self.folder)
-        return (self.label_folder / name).with_suffix(".png")
+        return self.label_folder / name.with_suffix(".png")
 
     def transform(self, image, index):
         path = self.label_file(index)
@@ -384,10 +372,10 @@ class SegmentationSet(ImageDataset):
 def build_loaders(args, model, run):
     """Build the loaders of training and validation -> both, and the names of the classes. Process 0
     checks the labels first."""
-    shared = args.num_classes, args.zero_is_class, model.img_size
+    shared = args.num_classes, args.zero_is_class, model.img_size, args.out
     fill = [round(255 * value) for value in model.mean]
-    train_set = SegmentationSet(args.data, "training", *shared, args.seed, fill, args.out)
-    val_set = SegmentationSet(args.data, "validation", *shared, out=args.out)
+    train_set = SegmentationSet(args.data, "training", *shared, args.seed, fill)
+    val_set = SegmentationSet(args.data, "validation", *shared)
     if run[0] == 0:
         check_labels(train_set)
         check_labels(val_set)
@@ -412,7 +400,7 @@ def read_numbers(path):
     if len(bands) > 2 or image.format not in ("PNG", "BMP", "TIFF"):
         raise OSError(f"labels {path} are {image.format} of mode {image.mode}: give a grey or "
                       "palette PNG of class numbers, since JPEG would change them")
-    return np.asarray(bands[0]).astype(np.int32)    # a one-bit image has booleans
+    return np.asarray(bands[0], np.int32)    # of a palette image its indices
 
 
 def read_labels(path, num_classes, zero_is_class=False):
@@ -442,10 +430,10 @@ def check_labels(dataset, enough=256):
             break
         numbers.update(np.unique(read_numbers(dataset.label_file(i))).tolist())
     if len(numbers - ignored) < 2:
-        found = " and ".join(map(str, sorted(numbers)))
-        raise InputError(f"the labels in {dataset.label_folder} hold {found} alone, and two classes"
-                         " are needed: 255 is ignored, and so is 0 without --zero-is-class; write 1"
-                         " for 255, and give --zero-is-class where 0 is a class")
+        raise InputError(f"the labels in {dataset.label_folder} hold {sorted(numbers)} alone, and "
+                         "two classes are needed: 255 is ignored, and so is 0 without "
+                         "--zero-is-class; write 1 for 255, and give --zero-is-class where 0 is a "
+                         "class")
     needed = max(numbers - ignored) + dataset.zero_is_class
     text = f"{dataset.folder}: {len(dataset)} images; the label files that were read need " \
            f"--num-classes {needed}; given is {dataset.num_classes}"
@@ -504,7 +492,7 @@ def label_image(model, image, size):
     window = model.img_size
     image = normalize(image[None], model.mean, model.std)[0]
     logits = sliding_logits(model, image, window, 2 * min(window) // 3)    # stride 341 of 512
-    logits = F.interpolate(logits[None], tuple(size), mode="bilinear")[0]
+    logits = F.interpolate(logits[None], size, mode="bilinear")[0]
     return logits.argmax(dim=0).byte()
 
 
@@ -549,8 +537,8 @@ def evaluate(model, val_loader, classes, out, run):
         predicted = label_image(model, images[0], labels.shape[1:])
         counts += confusion_matrix(predicted, labels[0], len(classes))
         if rank == 0 and i < 5:
-            draw_overlay(f"{out}/input_truth_prediction_{i + 1}.png", classes, images[0].cpu(),
-                         labels[0].cpu(), predicted.cpu())
+            draw_overlay(f"{out}/input_truth_prediction_{i + 1}.png", classes,
+                         images[0], labels[0], predicted)
     if world > 1:
         dist.all_reduce(counts)
     values = summarize(counts)
@@ -570,23 +558,25 @@ def class_colors(n):
             for k in range(n)]
 
 
-def draw_overlay(path, classes, picture, *maps, side=480):
+def draw_overlay(path, classes, picture, *maps):
     """Save a PNG of a picture (3, H, W) uint8 and, beside it, the same under each of its label maps
-    (H, W), each of at most `side` pixels. Ignored pixels are not coloured. A legend at the right
-    lists the names in `classes` that occur, as many as fit."""
-    shape = resized_shape(picture.shape[1:], side, side)
-    picture = resize(picture, shape)
-    maps = [resize(labels[None], shape, InterpolationMode.NEAREST) for labels in maps]
+    (H, W), each of at most 480 pixels. Ignored pixels are not coloured. A legend at the right lists
+    the names in `classes` that occur, as many as fit. Marks the folder as the output of a run."""
+    shape = resized_shape(picture.shape[1:], 480, 480)
+    picture = resize(picture.cpu(), shape)
+    maps = [resize(Mask(labels.cpu()), shape) for labels in maps]    # nearest
     numbers = torch.arange(len(classes))[:, None, None]
     colors = class_colors(len(classes))
     overlays = [draw_segmentation_masks(picture, labels == numbers, 0.6, colors) for labels in maps]
     pixels = torch.cat([picture, *overlays], dim=2)
-    sheet = to_pil_image(pad(pixels, [0, 0, 200, side - shape[0]]))    # right, below
+    sheet = to_pil_image(pad(pixels, [0, 0, 200, 480 - shape[0]]))    # right, below
     draw = ImageDraw.Draw(sheet)
     for line, k in enumerate(torch.cat(maps).unique().tolist()):
         if k != IGNORE:
             draw.text((pixels.shape[2] + 8, 20 * line), classes[k], colors[k], font_size=14)
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    folder = Path(path).parent
+    folder.mkdir(parents=True, exist_ok=True)
+    Path(folder, ".lock").touch()    # `list_images` skips folders that hold it
     sheet.save(path)
 
 
@@ -599,9 +589,9 @@ def load_segmenter(path, img_size=None):
         raise InputError(f"{path} is no segmentation model: give segmenter.pt of segment.py")
     encoder, _ = load_model(RelativeVisionTransformer, file, img_size=img_size, block=ScaledBlock)
     model = SemanticFPN(encoder, stored["num_classes"])
-    heads = {k: v for k, v in file.content["model"].items() if not k.startswith("encoder.")}
-    model.load_state_dict(heads, strict=False)
-    classes = file.content.get("classes") or stored["classes"]    # of older files
+    resized = encoder.state_dict(prefix="encoder.")    # its position tables fit img_size
+    model.load_state_dict({**file.content["model"], **resized})
+    classes = {**stored, **file.content}["classes"]    # an option in older files
     return model.eval(), classes, stored
 
 
@@ -613,7 +603,7 @@ def use_segmenter(args):
     zero_is_class = stored["zero_is_class"]
     if args.eval:
         val_set = SegmentationSet(args.data or stored["data"], "validation", len(classes),
-                                  zero_is_class, model.img_size, out=args.out)
+                                  zero_is_class, model.img_size, args.out)
         if rank == 0:
             check_labels(val_set)
         evaluate(model, eval_loader(val_set, 1, args.workers, run), classes, args.out, run)
@@ -626,17 +616,18 @@ def predict(model, classes, zero_is_class, path, out, device):
     NAME_labels.png, a palette image with the numbers of label files, and NAME_overlay.png. classes:
     their names. Raises OSError for an unreadable file."""
     root = Path(path)
-    files = list_images(root, out) if root.is_dir() else [root]
-    folder = root if root.is_dir() else root.parent
+    folder, files = root.parent, [root]
+    if root.is_dir():
+        folder, files = root, list_images(root, out)
     first = 1 - zero_is_class
     palette = sum(class_colors(len(classes)), (0, 0, 0) * first)
     for file in files:
         image = pil_to_tensor(open_image(file))
         small = resize_for_test(image, model.img_size)    # full-size logits need too much memory
         labels = label_image(model, small.to(device), small.shape[1:]).cpu()
-        labels = resize(labels[None], image.shape[1:], InterpolationMode.NEAREST)
+        labels = resize(Mask(labels), image.shape[1:])    # nearest
         target = Path(out, "predict", Path(file).relative_to(folder)).with_suffix("")
-        draw_overlay(f"{target}_overlay.png", classes, image, labels[0])
+        draw_overlay(f"{target}_overlay.png", classes, image, labels)
         numbers = to_pil_image(labels + first)
         numbers.putpalette(palette)
         numbers.save(f"{target}_labels.png")
