@@ -136,8 +136,8 @@ def cka(args):
             corners = (j - 0.5, i + 0.5), (j + 0.5, i - 0.5)
             panels[f"layer of {other}", f"layer of {reference}"].append((corners, shade(value), 0))
     scale = {f"CKA {v:g}": shade(v) for v in (0, 0.25, 0.5, 0.75, 1)}
-    write(args.out, "cka", "reference,layer_of_reference,model,layer_of_model,cka", rows, panels, scale,
-          f"layer 0: patch embedding; {len(files)} images in batches of {n}")
+    write(args.out, "cka", "reference,layer_of_reference,model,layer_of_model,cka", rows, panels,
+          scale, f"layer 0: patch embedding; {len(files)} images in batches of {n}")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -165,7 +165,7 @@ def token_distances(model):
     tokens, and blocks that attend within mask units are left out.
     """
     side = model.img_size[0] // model.grid[0]
-    keys = side * torch.cartesian_prod(*map(torch.arange, model.grid)).float()      # (N, 2)
+    keys = side * torch.ones(model.grid).nonzero().float()                  # raster, (N, 2)
     if model.kind == "vit":
         return dict.fromkeys(range(1, model.depth + 1), torch.cdist(keys, keys))
     keys = unroll(keys[None], model.grid)[0]
@@ -189,9 +189,8 @@ def attention(args):
             features = model.forward_features(images, range(model.depth))
             for k, distance in token_distances(model).items():
                 queries, keys = distance.shape
-                logits = model.attention_map(features[k - 1], k)
-                logits = logits[:, :, -queries:, -keys:]                    # no class token
-                values = attention_statistics(logits, distance)             # (2, B, H)
+                logits = model.attention_map(features[k - 1], k)            # with the class token
+                values = attention_statistics(logits[:, :, -queries:, -keys:], distance)
                 means[label, k] += values.sum(dim=1).cpu() / len(files)
 
     colors = dict(zip(models, COLORS))
@@ -200,7 +199,8 @@ def attention(args):
     rows = []
     panels = defaultdict(list)
     for (label, block), values in means.items():
-        rows += [(label, block, head, *pair) for head, pair in enumerate(values.T.tolist(), start=1)]
+        for head, pair in enumerate(values.T.tolist(), start=1):
+            rows.append((label, block, head, *pair))
         quartiles = np.quantile(values, (0, 0.25, 0.5, 0.75, 1), axis=1)
         for name, ys in zip(names, quartiles.T):
             color = colors[label]
@@ -312,12 +312,14 @@ def fig4(args):
             blocks = settings["keep_blocks"]
             if blocks is None:
                 blocks = settings["arch"]["depth"] if settings["init"] else 0
-            options = sorted(f"{k} {v}" for k, v in settings.items() if k not in SAME_POINT)
-            points[tuple(options), blocks].append(last["top1"])
+            texts = [f"{k} {v}" for k, v in settings.items()
+                     if k not in SAME_POINT and v is not None]    # older logs lack newer options
+            options = tuple(text if len(text) < 60 else f"{text[:40]}... #{crc32(text.encode()):x}"
+                            for text in sorted(texts))    # a checksum tells long ones apart
+            points[options, blocks].append(last["top1"])
 
         for (options, blocks), top1 in sorted(points.items()):
-            differing = [text if len(text) < 60 else f"{text[:40]}... #{crc32(text.encode()):x}"
-                         for text in options if any(text not in other for other, _ in points)]
+            differing = [text for text in options if any(text not in other for other, _ in points)]
             name = ", ".join([label, *differing])
             mean, error = mean_and_error(top1)
             spread = f"+- {error:.2f} of {len(top1)} runs" if len(top1) > 1 else "of 1 run"
@@ -437,8 +439,8 @@ def write(out, name, header, rows, panels, legend, note):
 
 
 def draw_lines(out, name, lines, xlabel, note):
-    """{(quantity, label): [(x, y, standard error or None)]} -> a panel a quantity, a colour a label,
-    with dots and bars of +- error where the points are few."""
+    """Write {(quantity, label): [(x, y, standard error or None)]}, a panel for each quantity, a
+    colour for each label, with dots and bars of +- error where the points are few."""
     if not lines:
         raise InputError(f"nothing to draw: {name} found no results of finished epochs or runs")
     colors = {}
@@ -471,17 +473,18 @@ def axis(values, start, end):
     values up to a quarter of a step -> ticks, function from values to the range start .. end."""
     low = min(values)
     high = max(values)
-    third = round(3 * np.log10((high - low or abs(high) or 1) / 6))
+    third = round(3 * np.log10((high - low or abs(high) or 1) / 5))
     step = float(f"{10 ** (third / 3):.0e}")    # the third roots of 1, 10 and 100, rounded
-    ticks = step * np.arange(round(low / step - 0.25), round(high / step + 0.25) + 1)
+    ticks = step * np.arange(np.floor(low / step + 0.25), np.ceil(high / step - 0.25) + 1)
     ends = ticks[0] - step / 4, ticks[-1] + step / 4
     return ticks, lambda value: np.interp(value, ends, (start, end))
 
 
 def draw_panel(xlabel, ylabel, marks):
-    """Draw marks (points [(x, y), ...], color, width) within axes -> image of 1080 x 560. A mark is
-    a polyline; a dot of radius `width` if it has one point; a rectangle between upper left and lower
-    right corner if its width is 0."""
+    """Draw marks (points [(x, y), ...], color, width) within axes that enclose them -> image of
+    1080 x 560; the label of the y axis stands above it. A mark is a polyline, a dot of radius
+    `width` if it has one point, or a rectangle from upper left to lower right if its width is 0.
+    """
     image, draw = blank(560)
     xs, ys = np.concatenate([points for points, _, _ in marks]).T
     xticks, place_x = axis(xs, 110, 1048)

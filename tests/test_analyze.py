@@ -224,6 +224,13 @@ def test_size_patch_and_pixels_come_from_the_file(files):
     assert torch.allclose(again, both[1][2], atol=1e-4)
 
 
+def test_all_models_get_the_size_of_the_first(files):
+    for first in ("vit_pico", "hiera_tiny"):              # untrained: 224
+        models = loaded("random", first, f"A={files}/a.pt")
+        assert {m.img_size for m in models.values()} == {(224, 224)}
+    assert {m.img_size for m in loaded(files / "a.pt", "vit_pico").values()} == {(48, 48)}
+
+
 def test_hiera_is_analysed_as_it_was_trained(files, tmp_path):
     pre_trained = loaded(files / "hiera.pt").popitem()[1]
     assert sum(block.attn.q_pool for block in pre_trained.blocks) == 2
@@ -458,14 +465,14 @@ def test_figure_4_is_drawn_from_the_logs_of_runs(tmp_path, capsys, old):
 
 def test_only_runs_that_differ_in_their_seed_make_a_point(tmp_path, capsys):
     fine_tuning_run(tmp_path / "runs/a", 0, 0, 60.0)
-    fine_tuning_run(tmp_path / "runs/b", 0, 1, 62.0)
+    fine_tuning_run(tmp_path / "runs/b", 0, 1, 62.0, base_lr=None)    # an option that "a" lacks
     fine_tuning_run(tmp_path / "runs/scratch", None, 0, 50.0, init=None)    # also 0 blocks
     fine_tuning_run(tmp_path / "runs/recipe", 0, 0, 70.0, base_lr=0.1)
     fine_tuning_run(tmp_path / "runs/model", 0, 0, 80.0, model="vit_nano")
     here(analyze, "fig4", f"all={tmp_path}/runs", "--out", tmp_path)
     text = capsys.readouterr().out
     for line in ("all, init encoder.pt, 0 blocks kept: 61.00 +- 1.00 of 2 runs",
-                 "all, init None, 0 blocks kept: 50.00 of 1 run",
+                 "all, 0 blocks kept: 50.00 of 1 run",        # no init
                  "all, base_lr 0.1, init encoder.pt, 0 blocks kept: 70.00 of 1 run",
                  "all, init encoder.pt, model vit_nano, 0 blocks kept: 80.00 of 1 run"):
         assert line in text
@@ -473,7 +480,8 @@ def test_only_runs_that_differ_in_their_seed_make_a_point(tmp_path, capsys):
 
 
 def test_an_error_is_stated_only_where_it_was_measured(tmp_path, capsys, monkeypatch):
-    for keep, seed, top1 in ((0, 0, 60.0), (6, 0, 70.0), (6, 1, 70.0), (12, 0, 70.0), (12, 1, 74.0)):
+    for keep, seed, top1 in ((0, 0, 60.0), (6, 0, 70.0), (6, 1, 70.0), (12, 0, 70.0),
+                             (12, 1, 74.0)):
         fine_tuning_run(tmp_path / f"runs/{keep}-{seed}", keep, seed, top1)
     panels = []
     draw = analyze.draw_panel
@@ -538,9 +546,10 @@ def test_a_line_runs_through_its_points(monkeypatch, tmp_path):
 
 
 def test_a_box_shows_median_and_extremes(files, monkeypatch, tmp_path):
-    values = iter((torch.tensor([1.0, 8, 9, 10, 15, 16, 28]), torch.full((7,), 0.1 + 0.2)))
-    boxes = {block: next(values) for block in (1, 2)}     # of block 2 all heads are alike
-    monkeypatch.setattr(analyze, "token_distances", lambda model: {k: torch.ones(4, 4) for k in boxes})
+    boxes = {1: torch.tensor([1.0, 8, 9, 10, 15, 16, 28]),
+             2: torch.full((7,), 0.1 + 0.2)}              # all heads alike
+    maps = {k: torch.ones(4, 4) for k in boxes}
+    monkeypatch.setattr(analyze, "token_distances", lambda model: maps)
     blocks = iter(boxes.values())
     monkeypatch.setattr(analyze, "attention_statistics",
                         lambda logits, distance: next(blocks).expand(2, 1, 7))
@@ -587,15 +596,20 @@ def test_nothing_is_clipped_or_wrapped(tmp_path, labels):
     ((0, 3e4), [0, 5e3, 1e4, 1.5e4, 2e4, 2.5e4, 3e4]),
     ((-1.1e-3, 1e-3), [-1e-3, -5e-4, 0, 5e-4, 1e-3]),    # the first value is near enough
     ((-1.2e-3, 1e-3), [-1.5e-3, -1e-3, -5e-4, 0, 5e-4, 1e-3]),
-    ((0.5, 3.5e12), [0, 5e11, 1e12, 1.5e12, 2e12, 2.5e12, 3e12, 3.5e12]),
+    ((0.5, 3.5e12), [0, 1e12, 2e12, 3e12, 4e12]),
+    ((-0.5, 12.5), [0, 2, 4, 6, 8, 10, 12]),              # the edges of a heat map
+    ((-0.5, 14.5), [0, 2, 4, 6, 8, 10, 12, 14]),
     ((1.1e-9,), [1e-9, 1.2e-9]),
     ((5.0,), [5]),
     ((0.0, 0.0), [0])])
 def test_an_axis_encloses_its_values_by_round_numbers(values, ticks):
     found, place = analyze.axis(values, 0, 100)
     assert found.tolist() == pytest.approx(ticks)
-    assert 0 < place(min(values)) <= place(max(values)) < 100    # the ends are beyond
+    assert 0 <= place(min(values)) <= place(max(values)) <= 100
     assert 0 < place(min(ticks)) <= place(max(ticks)) < 100
+    width = max(values) - min(values)                     # nothing is clipped
+    assert place(max(values)) - place(min(values)) == pytest.approx(
+        width * (place(ticks[-1]) - place(ticks[0])) / ((ticks[-1] - ticks[0]) or 1), rel=1e-6)
 
 
 # ------------------------------------------------------------------- demo, arguments, bad input
