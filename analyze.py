@@ -196,7 +196,7 @@ def attention(args):
     colors = dict(zip(models, COLORS))
     shifts = dict(zip(models, np.linspace(-0.5, 0.5, len(models) + 2)[1:]))
     names = "attention distance (pixels)", "attention entropy (nats)"
-    rows = []
+    rows = []    # a row for each head
     panels = defaultdict(list)
     for (label, block), values in means.items():
         for head, pair in enumerate(values.T.tolist(), start=1):
