@@ -63,11 +63,12 @@ def representations(model, images):
 
     Tokens of Hiera stay unrolled; each stage has fewer and wider ones.
     """
-    vit = model.kind == "vit"
-    *inner, last = model.forward_features(images, range(model.depth + 1)).values()
+    features = model.forward_features(images, range(model.depth + 1))
+    if model.kind == "vit":
+        return [(model.representation(x, k) if k else x)[:, 1:] for k, x in features.items()]
+    *inner, last = features.values()
     tokens = [model.blocks[k].norm1(x) if k else x for k, x in enumerate(inner)]
-    tokens.append(model.norm(last) if vit else F.layer_norm(last, last.shape[-1:], eps=1e-6))
-    return [x[:, 1:] for x in tokens] if vit else tokens
+    return [*tokens, F.layer_norm(last, last.shape[-1:], eps=1e-6)]
 
 
 def centred_gram(features):
@@ -189,7 +190,7 @@ def attention(args):
             features = model.forward_features(images, range(model.depth))
             for k, distance in token_distances(model).items():
                 queries, keys = distance.shape
-                logits = model.attention_map(features[k - 1], k)            # with the class token
+                logits = model.attention_map(features[k - 1], k)            # a class token is first
                 values = attention_statistics(logits[:, :, -queries:, -keys:], distance)
                 means[label, k] += values.sum(dim=1).cpu() / len(files)
 
