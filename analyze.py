@@ -35,10 +35,10 @@ NOTES, departures from the authors' code:
 9. Blocks of Hiera that attend within mask units are excluded from the attention statistics.
 """
 import csv
-import math
 from collections import defaultdict
 from pathlib import Path
 from timeit import Timer
+from zlib import crc32
 
 import numpy as np
 import torch
@@ -49,9 +49,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from torchvision.transforms.v2.functional import pil_to_tensor
 from tqdm import tqdm
 
-from models import (MODELS, InputError, Parser, VisionTransformer, build_model, init_distributed,
-                    list_images, load_encoder, normalize, open_image, plain_errors, read_encoder,
-                    read_log, read_text, unroll)
+from models import (MODELS, InputError, Parser, build_model, init_distributed, list_images,
+                    load_encoder, normalize, open_image, plain_errors, read_encoder, read_log,
+                    read_text, unroll)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -64,11 +64,11 @@ def representations(model, images):
     Tokens of Hiera stay unrolled; each stage has fewer and wider ones.
     """
     features = model.forward_features(images, range(model.depth + 1))
-    if isinstance(model, VisionTransformer):
+    if model.kind == "vit":
         return [(model.representation(x, k) if k else x)[:, 1:] for k, x in features.items()]
-    last = features.pop(model.depth)
-    inner = [model.blocks[k].norm1(x) if k else x for k, x in features.items()]
-    return inner + [F.layer_norm(last, last.shape[-1:], eps=1e-6)]
+    *inner, last = features.values()
+    tokens = [model.blocks[k].norm1(x) if k else x for k, x in enumerate(inner)]
+    return [*tokens, F.layer_norm(last, last.shape[-1:], eps=1e-6)]
 
 
 def centred_gram(features):
@@ -130,19 +130,15 @@ def cka(args):
                              for batch in batches(models, files, n))
 
     rows = []
-    panels = []
+    panels = defaultdict(list)
     for other, matrix in zip(others, matrices):
-        ys, xs = map(range, matrix.shape)
-        panel = Panel(f"layer of {other}", f"layer of {reference}", xs, ys)
         for (i, j), value in np.ndenumerate(matrix):
-            corners = panel.place(j - 0.5, i + 0.5), panel.place(j + 0.5, i - 0.5)
-            panel.draw.rectangle(corners, shade(value))
             rows.append((reference, i, other, j, value))
-        panels.append(panel)
+            corners = (j - 0.5, i + 0.5), (j + 0.5, i - 0.5)
+            panels[f"layer of {other}", f"layer of {reference}"].append((corners, shade(value), 0))
     scale = {f"CKA {v:g}": shade(v) for v in (0, 0.25, 0.5, 0.75, 1)}
-    header = "reference,layer_of_reference,model,layer_of_model,cka"
-    write(args.out, "cka", header, rows, panels, scale,
-          f"layer 0: patch embedding; {len(files)} images in batches of {n}")
+    write(args.out, "cka", "reference,layer_of_reference,model,layer_of_model,cka", rows, panels,
+          scale, f"layer 0: patch embedding; {len(files)} images in batches of {n}")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -169,18 +165,16 @@ def token_distances(model):
     ViT: raster patches. Hiera: unrolled tokens; a pooled query lies at the centre of its four
     tokens, and blocks that attend within mask units are left out.
     """
-    vit = isinstance(model, VisionTransformer)
-    side = model.patch_size if vit else 4
-    raster = torch.cartesian_prod(*map(torch.arange, model.grid))           # (N, 2)
-    keys = side * raster.float()
-    if vit:
+    side = model.img_size[0] // model.grid[0]
+    keys = side * torch.ones(model.grid).nonzero().float()                  # raster, (N, 2)
+    if model.kind == "vit":
         return dict.fromkeys(range(1, model.depth + 1), torch.cdist(keys, keys))
-    keys = unroll(keys[None], model.grid)                                   # (1, N, 2)
+    keys = unroll(keys[None], model.grid)[0]
     distances = {}
     for k, block in enumerate(model.blocks, start=1):
-        queries = keys.unflatten(1, (4, -1)).mean(dim=1) if block.attn.q_pool else keys
+        queries = keys.unflatten(0, (4, -1)).mean(dim=0) if block.attn.q_pool else keys
         if not block.attn.tokens_per_unit:
-            distances[k] = torch.cdist(queries, keys)[0]
+            distances[k] = torch.cdist(queries, keys)
         keys = queries
     return distances
 
@@ -196,24 +190,25 @@ def attention(args):
             features = model.forward_features(images, range(model.depth))
             for k, distance in token_distances(model).items():
                 queries, keys = distance.shape
-                logits = model.attention_map(features[k - 1], k)
-                logits = logits[:, :, -queries:, -keys:]                    # no class token
-                values = attention_statistics(logits, distance)             # (2, B, H)
+                logits = model.attention_map(features[k - 1], k)            # a class token is first
+                values = attention_statistics(logits[:, :, -queries:, -keys:], distance)
                 means[label, k] += values.sum(dim=1).cpu() / len(files)
 
-    rows = [(*key, head, *pair) for key, values in means.items()
-            for head, pair in enumerate(values.T.tolist(), start=1)]
-    _, blocks, _, *columns = zip(*rows)
     colors = dict(zip(models, COLORS))
-    panels = []
-    for i, name in enumerate(("attention distance (pixels)", "attention entropy (nats)")):
-        panel = Panel("block", name, blocks, columns[i])
-        for (label, block), values in means.items():
-            shift = (list(models).index(label) + 1) / (len(models) + 1) - 0.5
-            panel.box(block + shift, values[i], colors[label])
-        panels.append(panel)
-    header = "model,block,head,distance_px,entropy_nats"
-    write(args.out, "attention", header, rows, panels, colors,
+    shifts = dict(zip(models, np.linspace(-0.5, 0.5, len(models) + 2)[1:]))
+    names = "attention distance (pixels)", "attention entropy (nats)"
+    rows = []    # a row for each head
+    panels = defaultdict(list)
+    for (label, block), values in means.items():
+        for head, pair in enumerate(values.T.tolist(), start=1):
+            rows.append((label, block, head, *pair))
+        quartiles = np.quantile(values, (0, 0.25, 0.5, 0.75, 1), axis=1)
+        for name, ys in zip(names, quartiles.T):
+            color = colors[label]
+            points = [(block + shifts[label], y) for y in ys]
+            panels["block", name] += [(points, color, 2), (points[1:4], color, 12),
+                                      (points[2:3], color, 7), (points[2:3], "white", 4)]
+    write(args.out, "attention", "model,block,head,distance_px,entropy_nats", rows, panels, colors,
           f"{len(files)} images; of the heads of a block: extremes, quartiles (thick) and median")
 
 
@@ -228,13 +223,10 @@ def cost(args):
     products.
     """
     models = load_models(args, num_classes=1000)
-    device = next(iter(models.values())).pos_embed.device
-    where = torch.cuda.get_device_name() if device.type == "cuda" else device.type
-    where += f", {torch.get_num_threads()} CPU thread(s), float32"
-    print(f"{where}; median [10th-90th percentile] in {args.seconds:g} s")
     lines = defaultdict(list)
     latency = {}
     for label, model in models.items():
+        device = model.pos_embed.device
         image = torch.zeros(1, 3, *model.img_size, device=device)
         with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
             model(image)
@@ -245,19 +237,21 @@ def cost(args):
         parameters = sum(p.numel() for p in model.parameters()) / 1e6
         operations = counter.get_total_flops() / 2e9
         print(f"{label}: {parameters:.2f}M parameters, {operations:.2f}G multiply-adds, "
-              f"{ms:.2f} ms [{low:.2f}-{high:.2f}]")
+              f"{ms:.2f} ms (median; 10th to 90th percentile: {low:.2f} to {high:.2f} ms)")
         latency[label] = ms
-        lines["parameters (M)", label] = [(ms, parameters, 0.0)]
-        lines["multiply-adds (G)", label] = [(ms, operations, 0.0)]
+        lines["parameters (M)", label] = [(ms, parameters, None)]
+        lines["multiply-adds (G)", label] = [(ms, operations, None)]
     try:
-        rows = read_text(args.points).splitlines() if args.points else []
+        rows = read_text(args.points).splitlines() if args.points else ()
         for row in csv.DictReader(rows):
-            point = latency[row["model"]], float(row["top1"]), 0.0
+            point = latency[row["model"]], float(row["top1"]), None
             lines["top-1 (%)", row["label"]].append(point)
     except (LookupError, TypeError, ValueError) as error:
         raise InputError(f"--points {args.points} needs label, model (the label of an input) and "
                          f"top1 in each row: {error}") from None
-    draw_lines(args.out, "cost", lines, "latency (ms)", where)
+    name = torch.cuda.get_device_name() if device.type == "cuda" else device.type
+    draw_lines(args.out, "cost", lines, "latency (ms)",
+               f"{name}, {torch.get_num_threads()} CPU thread(s), float32")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -266,8 +260,9 @@ def cost(args):
 def read_run(path):
     """log.jsonl, or the folder that holds it -> settings of the run, that is its options and what
     it has found (the sizes of its model, numbers of images), and the other lines of its log."""
-    if Path(path).is_dir():
-        path = Path(path, "log.jsonl")
+    path = Path(path)
+    if path.is_dir():
+        path /= "log.jsonl"
     try:
         first, *lines = read_log(path)
         return {**first, **first["args"]}, lines
@@ -283,7 +278,7 @@ def curves(args):
         for line in read_run(path)[1]:
             for key, value in line.items():
                 if isinstance(value, float):    # counts are whole
-                    lines[key, label].append((line["step"], value, 0.0))
+                    lines[key, label].append((line["step"], value, None))
     for (key, label), points in lines.items():
         _, values, _ = zip(*points)
         print(f"{key}, {label}: {values[0]:.4g} at the start, {values[-1]:.4g} at the end, lowest "
@@ -292,9 +287,9 @@ def curves(args):
 
 
 def mean_and_error(values):
-    """Mean and its standard error (0 for a single value)."""
+    """Mean and its standard error, None for a single value."""
     n = len(values)
-    return np.mean(values), np.std(values, ddof=min(1, n - 1)) / n ** 0.5
+    return np.mean(values), np.std(values, ddof=1) / n ** 0.5 if n > 1 else None
 
 
 SAME_POINT = {"epoch", "commit", "args", "arch", "keep_blocks", "seed", "data", "out", "no_resume",
@@ -308,7 +303,7 @@ def fig4(args):
     error; a folder whose runs differ in other options has one line for each setting of them."""
     lines = defaultdict(list)
     for label, folder in named(args.inputs).items():
-        runs = []    # (settings, blocks kept, last top-1)
+        points = defaultdict(list)    # (options as text, blocks kept): last top-1 of each run
         for path in sorted(Path(folder).rglob("log.jsonl")):
             settings, logged = read_run(path)
             last = (logged or [{}])[-1]
@@ -318,17 +313,18 @@ def fig4(args):
             blocks = settings["keep_blocks"]
             if blocks is None:
                 blocks = settings["arch"]["depth"] if settings["init"] else 0
-            runs.append((settings, blocks, last["top1"]))
+            texts = [f"{k} {v}" for k, v in settings.items()
+                     if k not in SAME_POINT and v is not None]    # older logs lack newer options
+            options = tuple(text if len(text) < 60 else f"{text[:40]}... #{crc32(text.encode()):x}"
+                            for text in sorted(texts))    # a checksum tells long ones apart
+            points[options, blocks].append(last["top1"])
 
-        names = {k for settings, _, _ in runs for k in settings} - SAME_POINT
-        differing = [k for k in sorted(names) if len({str(s.get(k)) for s, _, _ in runs}) > 1]
-        points = defaultdict(list)
-        for settings, blocks, top1 in runs:
-            values = [f"{k} {settings.get(k)}" for k in differing]
-            points[", ".join([label, *values]), blocks].append(top1)
-        for (name, blocks), top1 in sorted(points.items()):
+        for (options, blocks), top1 in sorted(points.items()):
+            differing = [text for text in options if any(text not in other for other, _ in points)]
+            name = ", ".join([label, *differing])
             mean, error = mean_and_error(top1)
-            print(f"{name}, {blocks} blocks kept: {mean:.2f} +- {error:.2f} of {len(top1)} run(s)")
+            spread = f"+- {error:.2f} of {len(top1)} runs" if len(top1) > 1 else "of 1 run"
+            print(f"{name}, {blocks} blocks kept: {mean:.2f} {spread}")
             lines["top-1 (%)", name].append((blocks, mean, error))
     draw_lines(args.out, "fig4", lines, "pre-trained blocks kept",
                "mean and standard error of runs")
@@ -361,10 +357,9 @@ def open_source(source):
         name, rpe, path = None, "", source
     if rpe and name.startswith("hiera"):
         raise InputError(f"{source}: +rpe is defined for ViT, Hiera attends within windows")
-    if not path:
-        return name, bool(rpe), None
-    file = read_encoder(path)
-    return name, bool(rpe) or any(key.endswith("bias_table") for key in file.state), file
+    file = read_encoder(path) if path else None
+    biased = rpe or file and any(key.endswith("bias_table") for key in file.state)
+    return name, bool(biased), file
 
 
 def load_models(args, num_classes=0):
@@ -374,14 +369,11 @@ def load_models(args, num_classes=0):
     _, _, device, _ = init_distributed(args.device, "fp32")
     torch.set_float32_matmul_precision("highest")
     sources = named(args.inputs)
-    opened = {source: open_source(source) for source in sources.values() if source != "random"}
-    first = next(iter(opened.values()), ("vit_tiny", False, None))
+    others = [source for source in sources.values() if source != "random"] + ["vit_tiny"]
     size = args.image_size
-    if first[2] and not size:
-        size = first[2].arch.get("img_size")
     models = {}
     for label, source in sources.items():
-        name, rpe, file = opened.get(source, first)
+        name, rpe, file = open_source(others[0] if source == "random" else source)
         pooled = num_classes or (file and file.supervised)    # others as they were pre-trained
         pixels = {} if file and file.mean else dict(mean=args.mean, std=args.std)
         torch.manual_seed(args.seed)
@@ -389,6 +381,7 @@ def load_models(args, num_classes=0):
                             q_pool=3 if pooled else 2, **pixels)
         if file and source != "random":
             load_encoder(model, file)
+        size = model.img_size
         print(f"{label}: {model.img_size} pixels, mean {model.mean}, std {model.std}")
         models[label] = model.eval().requires_grad_(False).to(device)
     return models
@@ -407,7 +400,7 @@ def batches(models, files, n):
     Images are the central 224/256 of the pictures in the shape of the models' image size, bicubic
     and antialiased. Raises OSError naming a file that cannot be read.
     """
-    first = next(iter(models.values()))
+    first, *_ = models.values()
     size = first.img_size[::-1]
     for start in tqdm(range(0, len(files), n), leave=False):
         images = torch.stack([
@@ -421,8 +414,8 @@ def batches(models, files, n):
 # Tables and pictures. Lengths are in half pixels: pictures are drawn at twice their size and then
 # reduced, which smooths lines and letters
 # --------------------------------------------------------------------------------------------------
-def blank(width, height):
-    image = Image.new("RGB", (width, height), "white")
+def blank(height):
+    image = Image.new("RGB", (1080, height), "white")
     draw = ImageDraw.Draw(image)
     draw.font = ImageFont.load_default(26)
     return image, draw
@@ -430,38 +423,40 @@ def blank(width, height):
 
 def write(out, name, header, rows, panels, legend, note):
     """Write the table NAME.csv and the picture NAME.png to the folder `out`: a legend {label:
-    color} and a note, a line each, above the panels."""
-    path = Path(out, name)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    color} and a note, a line each, above the panels {(label of x, label of y): marks}."""
+    Path(out).mkdir(parents=True, exist_ok=True)
+    path = f"{out}/{name}"
     with open(f"{path}.csv", "w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows([header.split(","), *rows])
 
-    top = 40 * len(legend) + 60
-    sheet, draw = blank(1080, top + 560 * len(panels))
+    top, draw = blank(40 * len(legend) + 60)
     for i, (label, color) in enumerate([*legend.items(), (note, "white")]):
-        draw.rectangle((32, 40 * i + 18, 60, 40 * i + 42), color)
-        draw.text((72, 40 * i + 16), label, "black")
-    for i, panel in enumerate(panels):
-        sheet.paste(panel.image, (0, top + 560 * i))
-    sheet.reduce(2).save(f"{path}.png")
-    print(f"{path}.png and .csv")
+        y = 40 * i + 18
+        draw.rectangle((32, y, 60, y + 24), color)
+        draw.text((72, y - 2), label, "black")
+    sheet = np.vstack([top, *(draw_panel(*labels, marks) for labels, marks in panels.items())])
+    Image.fromarray(sheet).reduce(2).save(f"{path}.png")
+    print(f"{path}.png and .csv: {note}")
 
 
 def draw_lines(out, name, lines, xlabel, note):
-    """{(quantity, label): [(x, y, standard error)]} -> a panel a quantity, a colour a label."""
+    """Write {(quantity, label): [(x, y, standard error or None)]}, a panel for each quantity, a
+    colour for each label, with dots and bars of +- error where the points are few."""
     if not lines:
         raise InputError(f"nothing to draw: {name} found no results of finished epochs or runs")
-    colors = dict(zip(dict.fromkeys(label for _, label in lines), COLORS))
-    panels = {}
-    for quantity in dict.fromkeys(quantity for quantity, _ in lines):
-        points = [v for key, values in lines.items() if key[0] == quantity for v in values]
-        xs, ys, errors = np.transpose(points)
-        panels[quantity] = Panel(xlabel, quantity, xs, [*(ys - errors), *(ys + errors)])
+    colors = {}
+    rows = []
+    panels = defaultdict(list)
     for (quantity, label), points in lines.items():
-        panels[quantity].line(points, colors[label])
-    rows = [(*key, *point) for key, points in lines.items() for point in points]
-    header = f"quantity,label,{xlabel},value,standard_error"
-    write(out, name, header, rows, panels.values(), colors, note)
+        rows += [(quantity, label, *point) for point in points]
+        color = colors.setdefault(label, COLORS[len(colors)])
+        marks = panels[xlabel, quantity]
+        marks.append(([point[:2] for point in points], color, 4))
+        for x, y, error in points if len(points) < 40 else ():
+            marks.append(([(x, y)], color, 7))
+            if error:
+                marks.append(([(x, y - error), (x, y + error)], color, 2))
+    write(out, name, f"quantity,label,{xlabel},value,standard_error", rows, panels, colors, note)
 
 
 COLORS = 4 * ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000",
@@ -474,53 +469,44 @@ def shade(value):
     return f"hsl({(260 + 150 * value) % 360:.0f}, 75%, {6 + 82 * value:.0f}%)"
 
 
-def axis(values):
-    """Ticks and ends of an axis: multiples of 1, 2 or 5 times a power of ten, nine at most, that
-    enclose the values, and a quarter of their step on either side."""
+def axis(values, start, end):
+    """Choose ticks, multiples of 1, 2 or 5 times a power of ten, nine at most, which enclose the
+    values up to a quarter of a step -> ticks, function from values to the range start .. end."""
     low = min(values)
     high = max(values)
-    span = (high - low) or abs(high) or 1.0
-    steps = (m * 10.0 ** power for power in range(-12, 13) for m in (1, 2, 5))
-    step = next(step for step in steps if step >= span / 7)
-    ticks = step * np.arange(math.floor(low / step), math.ceil(high / step) + 1)
-    return ticks, (ticks[0] - step / 4, ticks[-1] + step / 4)
+    third = round(3 * np.log10((high - low or abs(high) or 1) / 5))
+    step = float(f"{10 ** (third / 3):.0e}")    # the third roots of 1, 10 and 100, rounded
+    ticks = step * np.arange(np.floor(low / step + 0.25), np.ceil(high / step - 0.25) + 1)
+    ends = ticks[0] - step / 4, ticks[-1] + step / 4
+    return ticks, lambda value: np.interp(value, ends, (start, end))
 
 
-class Panel:
-    """Axes for data within xs and ys, 1080 x 560; the label of the y axis stands above it."""
-
-    def __init__(self, xlabel, ylabel, xs, ys):
-        self.image, self.draw = blank(1080, 560)
-        xticks, self.xlim = axis(xs)
-        yticks, self.ylim = axis(ys)
-        self.draw.text((110, 50), ylabel, "black", anchor="ld")
-        self.draw.text((579, 510), xlabel, "black", anchor="ma")
-        for value in xticks:
-            x, _ = self.place(value, 0)
-            self.draw.text((x, 476), f"{value:g}", "black", anchor="ma")
-        for value in yticks:
-            _, y = self.place(0, value)
-            self.draw.line((110, y, 1048, y), "#d0d0d0", 2)
-            self.draw.text((98, y), f"{value:g}", "black", anchor="rm")
-
-    def place(self, x, y):
-        """Data -> half pixels."""
-        return np.interp(x, self.xlim, (110, 1048)), np.interp(y, self.ylim, (468, 60))
-
-    def line(self, points, color):
-        """Polyline of [(x, y, error)], with bars of +- error and dots where the points are few."""
-        self.draw.line([self.place(x, y) for x, y, _ in points], color, 4, joint="curve")
-        for x, y, error in points if len(points) < 40 else ():
-            self.draw.line((self.place(x, y - error), self.place(x, y + error)), color, 2)
-            self.draw.circle(self.place(x, y), 7, color)
-
-    def box(self, x, values, color):
-        """Thin line between the extremes of the values, thick between the quartiles, median."""
-        quantiles = np.quantile(values, (0, 0.25, 0.5, 0.75, 1))
-        points = [self.place(x, value) for value in quantiles]
-        self.draw.line(points, color, 2)
-        self.draw.line(points[1:4], color, 12)
-        self.draw.circle(points[2], 7, "white", color, 3)
+def draw_panel(xlabel, ylabel, marks):
+    """Draw marks (points [(x, y), ...], color, width) within axes that enclose them -> image of
+    1080 x 560; the label of the y axis stands above it. A mark is a polyline, a dot of radius
+    `width` if it has one point, or a rectangle from upper left to lower right if its width is 0.
+    """
+    image, draw = blank(560)
+    xs, ys = np.concatenate([points for points, _, _ in marks]).T
+    xticks, place_x = axis(xs, 110, 1048)
+    yticks, place_y = axis(ys, 468, 60)
+    draw.text((110, 50), ylabel, "black", anchor="ld")
+    draw.text((579, 510), xlabel, "black", anchor="ma")
+    for value in xticks:
+        draw.text((place_x(value), 476), f"{value:g}", "black", anchor="ma")
+    for value in yticks:
+        y = place_y(value)
+        draw.line((110, y, 1048, y), "#d0d0d0", 2)
+        draw.text((98, y), f"{value:g}", "black", anchor="rm")
+    for points, color, width in marks:
+        places = [(place_x(x), place_y(y)) for x, y in points]
+        if width == 0:
+            draw.rectangle(places, color)
+        elif len(places) == 1:
+            draw.circle(places[0], width, color)
+        else:
+            draw.line(places, color, width)
+    return image
 
 
 # --------------------------------------------------------------------------------------------------

@@ -224,6 +224,13 @@ def test_size_patch_and_pixels_come_from_the_file(files):
     assert torch.allclose(again, both[1][2], atol=1e-4)
 
 
+def test_all_models_get_the_size_of_the_first(files):
+    for first in ("vit_pico", "hiera_tiny"):              # untrained: 224
+        models = loaded("random", first, f"A={files}/a.pt")
+        assert {m.img_size for m in models.values()} == {(224, 224)}
+    assert {m.img_size for m in loaded(files / "a.pt", "vit_pico").values()} == {(48, 48)}
+
+
 def test_hiera_is_analysed_as_it_was_trained(files, tmp_path):
     pre_trained = loaded(files / "hiera.pt").popitem()[1]
     assert sum(block.attn.q_pool for block in pre_trained.blocks) == 2
@@ -447,7 +454,7 @@ def test_figure_4_is_drawn_from_the_logs_of_runs(tmp_path, capsys, old):
     here(analyze, "fig4", f"MAE={tmp_path}/mae", f"D2-MAE={tmp_path}/d2", "--out", tmp_path)
     text = capsys.readouterr().out
     assert text.count("skipped, this is not the log of a finished fine-tuning run") == 2
-    assert "MAE, 6 blocks kept: 56.50 +- 0.50 of 2 run(s)" in text
+    assert "MAE, 6 blocks kept: 56.50 +- 0.50 of 2 runs" in text
     rows = table(tmp_path / "fig4.csv")
     assert len(rows) == 6 and {r["label"] for r in rows} == {"MAE", "D2-MAE"}
     last = next(r for r in rows if r["label"] == "D2-MAE" and r["pre-trained blocks kept"] == "12")
@@ -458,53 +465,103 @@ def test_figure_4_is_drawn_from_the_logs_of_runs(tmp_path, capsys, old):
 
 def test_only_runs_that_differ_in_their_seed_make_a_point(tmp_path, capsys):
     fine_tuning_run(tmp_path / "runs/a", 0, 0, 60.0)
-    fine_tuning_run(tmp_path / "runs/b", 0, 1, 62.0)
+    fine_tuning_run(tmp_path / "runs/b", 0, 1, 62.0, base_lr=None)    # an option that "a" lacks
     fine_tuning_run(tmp_path / "runs/scratch", None, 0, 50.0, init=None)    # also 0 blocks
     fine_tuning_run(tmp_path / "runs/recipe", 0, 0, 70.0, base_lr=0.1)
     fine_tuning_run(tmp_path / "runs/model", 0, 0, 80.0, model="vit_nano")
     here(analyze, "fig4", f"all={tmp_path}/runs", "--out", tmp_path)
     text = capsys.readouterr().out
-    for line in ("all, base_lr None, init encoder.pt, model None, 0 blocks kept: 61.00 +- 1.00",
-                 "all, base_lr None, init None, model None, 0 blocks kept: 50.00 +- 0.00",
-                 "all, base_lr 0.1, init encoder.pt, model None, 0 blocks kept: 70.00 +- 0.00",
-                 "all, base_lr None, init encoder.pt, model vit_nano, 0 blocks kept: 80.00"):
+    for line in ("all, init encoder.pt, 0 blocks kept: 61.00 +- 1.00 of 2 runs",
+                 "all, 0 blocks kept: 50.00 of 1 run",        # no init
+                 "all, base_lr 0.1, init encoder.pt, 0 blocks kept: 70.00 of 1 run",
+                 "all, init encoder.pt, model vit_nano, 0 blocks kept: 80.00 of 1 run"):
         assert line in text
+    assert len({r["label"] for r in table(tmp_path / "fig4.csv")}) == 4
+
+
+def test_an_error_is_stated_only_where_it_was_measured(tmp_path, capsys, monkeypatch):
+    for keep, seed, top1 in ((0, 0, 60.0), (6, 0, 70.0), (6, 1, 70.0), (12, 0, 70.0),
+                             (12, 1, 74.0)):
+        fine_tuning_run(tmp_path / f"runs/{keep}-{seed}", keep, seed, top1)
+    panels = []
+    draw = analyze.draw_panel
+    monkeypatch.setattr(analyze, "draw_panel", lambda *panel: panels.append(panel) or draw(*panel))
+    here(analyze, "fig4", f"A={tmp_path}/runs", "--out", tmp_path)
+    text = capsys.readouterr().out
+    assert "A, 0 blocks kept: 60.00 of 1 run\n" in text
+    assert "A, 6 blocks kept: 70.00 +- 0.00 of 2 runs\n" in text    # measured, and 0
+    assert [r["standard_error"] for r in table(tmp_path / "fig4.csv")] == ["", "0.0", "2.0"]
+    [(_, _, marks)] = panels
+    assert [points for points, _, width in marks if width == 2] == [[(12, 70), (12, 74)]]    # bars
+
+
+def test_long_settings_are_shortened_but_told_apart(tmp_path, capsys):
+    names = [f"n{k:08d}" for k in range(1000)]
+    for run_name, classes in (("a", names), ("b", [*names[:-1], "other"]), ("c", names)):
+        fine_tuning_run(tmp_path / f"runs/{run_name}", 6, 0, 50.0, classes=classes)
+    here(analyze, "fig4", f"all={tmp_path}/runs", "--out", tmp_path)
+    lines = [line for line in capsys.readouterr().out.splitlines() if "blocks kept" in line]
+    assert len(lines) == 2 and max(map(len, lines)) < 110
+    assert all(line.startswith("all, classes ['n00000000', 'n00000001', ") for line in lines)
+    assert sorted(line.split(" of ")[-1] for line in lines) == ["1 run", "2 runs"]
 
 
 def test_mean_and_standard_error():
     assert analyze.mean_and_error([2.0, 4.0]) == pytest.approx((3, 1))
-    assert analyze.mean_and_error([5.0]) == (5, 0)
+    assert analyze.mean_and_error([5.0]) == (5, None)
 
 
 # --------------------------------------------------------------------------------------- pictures
-@pytest.fixture(scope="module")
-def panels():
-    """Panels with a line and two boxes."""
-    line = analyze.Panel("x", "line", (0, 10), (0, 1.1))
-    line.line([(0, 0, 0), (10, 1, 0.1)], "#0072b2")
-    box = analyze.Panel("x", "box", (0, 2), (0, 30))
-    box.box(1, [1, 8, 9, 10, 15, 16, 28], "#d55e00")
-    box.box(1.7, [0.1 + 0.2] * 5, "#0072b2")              # all heads alike
-    return line, box
+BLUE, RED = "#0072b2", "#d55e00"
 
 
-def near(panel, x, y, color, tolerance=60):
-    place = tuple(int(v) for v in panel.place(x, y))
-    color = getrgb(color)
-    return max(abs(a - b) for a, b in zip(panel.image.getpixel(place), color)) <= tolerance
+class Drawn:
+    """A panel of marks, and how near the colour at a place in data coordinates is to another."""
+
+    def __init__(self, marks):
+        xs, ys = np.concatenate([points for points, _, _ in marks]).T
+        self.places = analyze.axis(xs, 110, 1048)[1], analyze.axis(ys, 468, 60)[1]
+        self.image = analyze.draw_panel("x", "y", marks)
+
+    def near(self, x, y, color, tolerance=60):
+        pixel = self.image.getpixel([int(place(v)) for place, v in zip(self.places, (x, y))])
+        return max(abs(a - b) for a, b in zip(pixel, getrgb(color))) <= tolerance
 
 
-def test_a_line_runs_through_its_points(panels):
-    line, _ = panels
-    assert near(line, 5, 0.5, "#0072b2") and not near(line, 5, 0.7, "#0072b2")
-    assert near(line, 10, 1.08, "#0072b2")                # the error bar
+def panels_of(monkeypatch, function, *arguments):
+    """Marks of the panels that a command or function draws -> {(x label, y label): marks}."""
+    found = {}
+    monkeypatch.setattr(analyze, "write", lambda *values: found.update(values[4]))
+    function(*arguments)
+    return found
 
 
-def test_a_box_shows_median_and_extremes(panels):
-    _, box = panels
-    assert near(box, 1, 10, "white") and near(box, 1.01, 14, "#d55e00")    # median, quartiles
-    assert near(box, 1, 25, "#d55e00") and not near(box, 1.01, 25, "#d55e00")    # extremes
-    assert near(box, 1.7 + 6 / 380, 0.3, "#0072b2")       # the ring around the median
+def test_a_line_runs_through_its_points(monkeypatch, tmp_path):
+    lines = {("y", "a"): [(0, 0, None), (10, 1, 0.1)]}
+    [marks] = panels_of(monkeypatch, analyze.draw_lines, tmp_path, "n", lines, "x", "").values()
+    line = Drawn(marks)
+    assert line.near(5, 0.5, BLUE) and not line.near(5, 0.7, BLUE)
+    assert line.near(10, 1.08, BLUE)                      # the error bar
+    assert line.near(0, 0.01, BLUE)                       # the dot
+
+
+def test_a_box_shows_median_and_extremes(files, monkeypatch, tmp_path):
+    boxes = {1: torch.tensor([1.0, 8, 9, 10, 15, 16, 28]),
+             2: torch.full((7,), 0.1 + 0.2)}              # all heads alike
+    maps = {k: torch.ones(4, 4) for k in boxes}
+    monkeypatch.setattr(analyze, "token_distances", lambda model: maps)
+    blocks = iter(boxes.values())
+    monkeypatch.setattr(analyze, "attention_statistics",
+                        lambda logits, distance: next(blocks).expand(2, 1, 7))
+    found = panels_of(monkeypatch, here, analyze, "attention", "vit_pico", "--images", 1, "--data",
+                      files / "images", *SMALL, "--out", tmp_path)
+    assert list(found) == [("block", "attention distance (pixels)"),
+                           ("block", "attention entropy (nats)")]
+    for marks in found.values():
+        box = Drawn(marks)
+        assert box.near(1, 10, "white") and box.near(1.005, 14, BLUE)    # median, quartiles
+        assert box.near(1, 25, BLUE) and not box.near(1.02, 25, BLUE)    # extremes
+        assert box.near(2 + 6 / 938, 0.3, BLUE)           # the ring around the median
 
 
 def test_a_heatmap_has_row_0_at_the_bottom(files, tmp_path):
@@ -514,9 +571,9 @@ def test_a_heatmap_has_row_0_at_the_bottom(files, tmp_path):
               for r in table(tmp_path / "cka.csv")}
     picture = Image.open(tmp_path / "cka.png")
     assert picture.width == 540 and picture.height == 410    # nothing wraps, whatever the width
-    axes = analyze.Panel("", "", range(13), range(13))
+    place_x, place_y = (analyze.axis(range(13), *ends)[1] for ends in ((110, 1048), (468, 60)))
     for (i, j), value in values.items():
-        x, y = axes.place(j, i)
+        x, y = place_x(j), place_y(i)
         pixel = picture.getpixel((int(x / 2), int(y / 2) + 130))
         assert max(abs(a - b) for a, b in zip(pixel, getrgb(analyze.shade(value)))) <= 2
 
@@ -537,13 +594,22 @@ def test_nothing_is_clipped_or_wrapped(tmp_path, labels):
     (range(13), [0, 2, 4, 6, 8, 10, 12]),
     ((61.2, 64), [61, 61.5, 62, 62.5, 63, 63.5, 64]),
     ((0, 3e4), [0, 5e3, 1e4, 1.5e4, 2e4, 2.5e4, 3e4]),
-    ((-1.1e-3, 1e-3), [-1.5e-3, -1e-3, -5e-4, 0, 5e-4, 1e-3]),
+    ((-1.1e-3, 1e-3), [-1e-3, -5e-4, 0, 5e-4, 1e-3]),    # the first value is near enough
+    ((-1.2e-3, 1e-3), [-1.5e-3, -1e-3, -5e-4, 0, 5e-4, 1e-3]),
+    ((0.5, 3.5e12), [0, 1e12, 2e12, 3e12, 4e12]),
+    ((-0.5, 12.5), [0, 2, 4, 6, 8, 10, 12]),              # the edges of a heat map
+    ((-0.5, 14.5), [0, 2, 4, 6, 8, 10, 12, 14]),
+    ((1.1e-9,), [1e-9, 1.2e-9]),
     ((5.0,), [5]),
     ((0.0, 0.0), [0])])
 def test_an_axis_encloses_its_values_by_round_numbers(values, ticks):
-    found, (low, high) = analyze.axis(values)
+    found, place = analyze.axis(values, 0, 100)
     assert found.tolist() == pytest.approx(ticks)
-    assert low < min(values) and max(values) < high
+    assert 0 <= place(min(values)) <= place(max(values)) <= 100
+    assert 0 < place(min(ticks)) <= place(max(ticks)) < 100
+    width = max(values) - min(values)                     # nothing is clipped
+    assert place(max(values)) - place(min(values)) == pytest.approx(
+        width * (place(ticks[-1]) - place(ticks[0])) / ((ticks[-1] - ticks[0]) or 1), rel=1e-6)
 
 
 # ------------------------------------------------------------------- demo, arguments, bad input
