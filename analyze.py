@@ -349,17 +349,13 @@ def named(inputs):
 
 
 def open_source(source):
-    """A SOURCE -> name of its model or None, whether it has a relative position bias, and its file
-    as `read_encoder` reads it, or None."""
+    """A SOURCE -> name of its model or None, whether "+rpe" was added to it, and its file as
+    `read_encoder` reads it, or None."""
     name, _, path = source.partition(":")
     name, rpe, _ = name.partition("+rpe")
     if name not in MODELS:    # a path, which may have a colon of its own
         name, rpe, path = None, "", source
-    if rpe and name.startswith("hiera"):
-        raise InputError(f"{source}: +rpe is defined for ViT, Hiera attends within windows")
-    file = read_encoder(path) if path else None
-    biased = rpe or file and any(key.endswith("bias_table") for key in file.state)
-    return name, bool(biased), file
+    return name, bool(rpe), read_encoder(path) if path else None
 
 
 def load_models(args, num_classes=0):

@@ -177,8 +177,6 @@ def build_classifier(args, classes):
     model = build_model(args.model, file, mean=args.mean, std=args.std, img_size=args.image_size,
                         patch_size=args.patch_size, num_classes=classes, drop_path=args.drop_path,
                         rel_pos_bias=args.rpe)
-    if args.rpe and model.kind != "vit":
-        raise InputError("--rpe is defined for ViT: Hiera attends in windows and pools its tokens")
     keep = args.keep_blocks
     if keep is not None and not (file and keep <= model.depth):
         raise InputError(f"--keep-blocks {keep} keeps blocks of a pre-trained encoder: give --init "
@@ -427,8 +425,7 @@ def load_classifier(file, name=None, **options):
         raise InputError(f"checkpoint {file.path} holds no head over the mean patch token (without "
                          "fc_norm, a head reads the class token): fine-tune it to get one")
     classes = len(next(iter(head.values())))
-    rpe = any(key.endswith("bias_table") for key in file.state)
-    model = build_model(name, file, rpe, num_classes=classes, **options)
+    model = build_model(name, file, num_classes=classes, **options)
     file.state.update(head)    # loaded with the encoder
     lacking = model.state_dict().keys() - load_encoder(model, file)
     if lacking:
@@ -511,7 +508,8 @@ def parse_args(argv=None):
     add("--model", help="default: that of --init, else vit_tiny, the paper's; for small images "
                         "vit_nano (1.4M parameters), vit_pico (0.4M)")
     add("--rpe", action="store_true",
-        help="add a relative position bias to every block; it starts at zero where --init has none")
+        help="add a relative position bias to every block; it starts at zero where --init has none, "
+             "and where --init has one, it is kept without this option")
     add("--patch-size", low=1, help="side of a ViT patch; default: that of --init, else of --model")
 
     add = parser.group("data")

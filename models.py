@@ -30,6 +30,7 @@ import re
 import struct
 import subprocess
 import sys
+import warnings
 from collections import Counter, OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
@@ -651,10 +652,16 @@ def model_sizes(name=None, file=None, **options):
 
 
 def build_model(name=None, file=None, rel_pos_bias=False, **options):
-    """Build the ViT or Hiera of `model_sizes` with random weights. rel_pos_bias: of a ViT."""
+    """Build the ViT or Hiera of `model_sizes` with random weights. rel_pos_bias: give a ViT relative
+    position bias even if the file has none. Raises InputError."""
     sizes = model_sizes(name, file, **options)
-    vit = RelativeVisionTransformer if rel_pos_bias else VisionTransformer
-    return (Hiera if "stages" in sizes else vit)(**sizes)
+    rel_pos_bias = rel_pos_bias or (file and file.arch.get("rel_pos_bias"))
+    if "stages" not in sizes:
+        return (RelativeVisionTransformer if rel_pos_bias else VisionTransformer)(**sizes)
+    if rel_pos_bias:
+        raise InputError("relative position bias is defined for ViT: Hiera attends in windows and "
+                         "pools its tokens")
+    return Hiera(**sizes)
 
 
 def load_model(kind, file=None, name=None, **options):
@@ -886,7 +893,8 @@ def infer_arch(state, path):
         cell = 4
     else:
         depth = 12 if depth == 13 else depth                # a student of D2-MAE
-        arch = dict(kind="vit", embed_dim=width, depth=depth, patch_size=kernel)
+        arch = dict(kind="vit", embed_dim=width, depth=depth, patch_size=kernel,
+                    rel_pos_bias=any(k.endswith("bias_table") for k in state))
         cell = kernel
         tokens -= 1                                         # class token
     if math.isqrt(tokens) ** 2 == tokens:
@@ -977,6 +985,7 @@ def init_distributed(device="auto", dtype="auto", minutes=10):
         if dtype == "auto":    # GPUs before Ampere emulate bf16, which is slow
             dtype = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
     if world > 1:
+        warnings.filterwarnings("ignore", "Grad strides")    # of 1x1 kernels: one layout in memory
         backend = "nccl" if name == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=datetime.timedelta(minutes=minutes))
     dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16}

@@ -435,7 +435,7 @@ def check_checkpoint(args, report):
     if not file:
         return
     arch, state = file.arch, file.state
-    bias = any(key.endswith("bias_table") for key in state)
+    bias = arch.get("rel_pos_bias")
     scale = any(key.endswith(".gamma") for key in state)
     names = [name for name, sizes in MODELS.items() if ("stages" in sizes) == ("stages" in arch)
              and all(arch.get(k, v) == v for k, v in sizes.items() if k != "patch_size")]
@@ -463,7 +463,7 @@ def check_checkpoint(args, report):
         if not tensor.isfinite().all():
             report.add("tensor with NaN or infinity", key)
     try:
-        load_encoder(build_model(None, file, rel_pos_bias=bias), file)
+        load_encoder(build_model(None, file), file)
     except InputError as error:
         report.add("stops the run at its start", error)
 

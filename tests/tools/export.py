@@ -125,8 +125,7 @@ def load_network(args):
     elif kind == "classifier":
         model, _ = finetune.load_classifier(file, args.model, **options)
     else:
-        rpe = any(key.endswith("bias_table") for key in file.state)
-        model = build_model(args.model, file, rel_pos_bias=rpe, **options)
+        model = build_model(args.model, file, **options)
         load_encoder(model, file)
     model.eval().requires_grad_(False)
     if kind != "tracker":
