@@ -384,7 +384,7 @@ class Hiera(Encoder):
         self.pos_embed = nn.Parameter(torch.zeros(1, math.prod(self.grid), embed_dim))
         self.blocks = nn.ModuleList()
         rates = torch.linspace(0, drop_path, self.depth).tolist()
-        before = 0    # the stage of the block before; a block that opens a stage attends as that
+        before = 0    # stage of the previous block: a block that opens a stage still attends as it
         for stage, rate in zip(np.repeat(range(4), stages).tolist(), rates):
             in_unit = (64, 16, 0, 0)[before]    # tokens of a mask unit; 0: global
             block = HieraBlock(self.stage_dims[before], self.stage_dims[stage],
@@ -521,7 +521,7 @@ def spline_matrix(old, new):
     """
     ratios = np.linspace(1, 1.5, 10_001)[:, None]
     last_places = (ratios ** np.arange(old - 1)).sum(axis=1)
-    q = np.interp(new - 1, last_places, ratios[:, 0])       # of the ends beyond them
+    q = np.interp(new - 1, last_places, ratios[:, 0])       # clamps to 1 and 1.5
     places = np.cumsum(q ** np.arange(old - 1))
     x = np.concatenate([-places[::-1], [0], places])
 
