@@ -169,7 +169,7 @@ def token_distances(model):
     keys = side * torch.ones(model.grid).nonzero().float()                  # raster, (N, 2)
     if model.kind == "vit":
         return dict.fromkeys(range(1, model.depth + 1), torch.cdist(keys, keys))
-    keys = unroll(keys[None], model.grid)[0]
+    keys = unroll(keys.t().unflatten(1, model.grid)[None])[0]
     distances = {}
     for k, block in enumerate(model.blocks, start=1):
         queries = keys.unflatten(0, (4, -1)).mean(dim=0) if block.attn.q_pool else keys

@@ -110,13 +110,14 @@ def attend(q, k, v, bias=None):
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention."""
+    """Multi-head self-attention. dim_out: width of its output, by default that of its input."""
 
-    def __init__(self, dim, num_heads):
+    def __init__(self, dim, num_heads, dim_out=None):
         super().__init__()
+        dim_out = dim_out or dim
         self.num_heads = num_heads
-        self.qkv = nn.Linear(dim, 3 * dim)
-        self.proj = nn.Linear(dim, dim)
+        self.qkv = nn.Linear(dim, 3 * dim_out)
+        self.proj = nn.Linear(dim_out, dim_out)
 
     def bias(self):
         """What is added to the logits, (1, H, T, T) or None; see `RelativeAttention`."""
@@ -131,11 +132,9 @@ class Attention(nn.Module):
         return self.proj(x.transpose(1, 2).flatten(2))
 
     def logits(self, x):
-        """Compute the float32 pre-softmax map (B, H, T, T) of tokens (B, T, D) from q, k alone."""
-        rows = 2 * x.shape[2]
-        qk = F.linear(x, self.qkv.weight[:rows], self.qkv.bias[:rows])
-        qk = qk.unflatten(2, (2, self.num_heads, -1))
-        return attention_logits(*qk.permute(2, 0, 3, 1, 4))                   # 2 x (B, H, T, d)
+        """Compute the float32 pre-softmax map (B, H, T, T) of tokens (B, T, D)."""
+        q, k, _ = self.project(x)
+        return attention_logits(q, k)
 
 
 class Block(nn.Module):
@@ -164,21 +163,48 @@ class PatchEmbed(nn.Module):
 
     def forward(self, images, ids_keep=None):
         """(B, 3, H, W) -> (B, N, D) in raster order, or (B, V, D) in the order of ids_keep (B, V).
-
-        Indexing a view copies only the visible patches.
         """
-        p = self.patch_size
-        patches = images.unfold(2, p, p).unfold(3, p, p).permute(0, 2, 3, 1, 4, 5)
-        if ids_keep is None:                                                  # (B, h, w, 3, p, p)
-            patches = patches.flatten(1, 2)
-        else:
-            batch = torch.arange(images.shape[0], device=images.device)[:, None]
-            w = patches.shape[2]
-            patches = patches[batch, ids_keep // w, ids_keep % w]
-        return F.linear(patches.flatten(2), self.proj.weight.flatten(1), self.proj.bias)
+        patches = F.pixel_unshuffle(images, self.patch_size)                  # (B, 3 p p, h, w)
+        patches = patches.flatten(2).transpose(1, 2)                          # (B, N, 3 p p)
+        if ids_keep is not None:
+            patches = patches.take_along_dim(ids_keep[..., None], dim=1)
+        return F.linear(patches, self.proj.weight.flatten(1), self.proj.bias)
 
 
-class VisionTransformer(nn.Module):
+class Encoder(nn.Module):
+    """What ViT and Hiera share; they have `embed`, `blocks`, `img_size` and `grid`."""
+
+    def forward_features(self, images, taps, ids_keep=None):
+        """Encode normalised images (B, 3, H, W) -> {tap: tokens after block `tap` (B, T, D of the
+        block), not normalised}; those of Hiera stay unrolled.
+
+        Tap 0 is the embedding. Blocks after the last tap do not run. ids_keep: visible patches,
+        None for all. Raises ValueError for another size of images than the model's.
+        """
+        if tuple(images.shape[2:]) != self.img_size:
+            raise ValueError(f"images of {images.shape} given to a model for {self.img_size}")
+        features = {}
+        for k in range(max(taps) + 1):
+            x = self.blocks[k - 1](x) if k else self.embed(images, ids_keep)
+            if k in taps:
+                features[k] = x
+        return features
+
+    def attention_map(self, x, k):
+        """Compute the pre-softmax map of block k from its input x (B, T, D): (B, H, T, T), but
+        (B * U, H, queries, keys) for a block of Hiera that attends within mask units."""
+        block = self.blocks[k - 1]
+        return block.attn.logits(block.norm1(x))
+
+    def resize_tables(self, state, grid):
+        """Resize the position table in a state, in place, from `grid` to that of this model."""
+        table = state["pos_embed"]
+        first = table.shape[1] - math.prod(grid)    # 1 for the class token, 0 in Hiera
+        patches = resize_grid(table[:, first:], grid, self.grid)
+        state["pos_embed"] = torch.cat([table[:, :first], patches], dim=1)
+
+
+class VisionTransformer(Encoder):
     """Plain ViT with a class token. A classifier computes head(fc_norm(mean patch token)) (Sec. 3).
 
     img_size: side or (H, W) in pixels, multiples of patch_size. num_classes: 0 builds an encoder,
@@ -222,19 +248,11 @@ class VisionTransformer(nn.Module):
             nn.init.trunc_normal_(self.head.weight, std=2e-5)    # as in MAE: logits start near zero
 
     def embed(self, images, ids_keep=None):
-        """(B, 3, H, W) -> (B, 1 + V, D): class token, then the patches ids_keep (None: all). Raises
-        ValueError for another size of images than the model's."""
-        if tuple(images.shape[2:]) != self.img_size:
-            raise ValueError(f"images of {images.shape} given to a model for {self.img_size}")
+        """(B, 3, H, W) -> (B, 1 + V, D): class token, then the patches ids_keep (None: all)."""
         pos = self.pos_embed[:, 1:] if ids_keep is None else self.pos_embed[0, 1:][ids_keep]
         x = self.patch_embed(images, ids_keep) + pos
         cls_token = (self.cls_token + self.pos_embed[:, :1]).expand(x.shape[0], -1, -1)
         return torch.cat([cls_token.to(x.dtype), x], dim=1)
-
-    def forward_features(self, images, taps, ids_keep=None):
-        """Encode normalised images (B, 3, H, W) -> {tap: tokens after block `tap` (B, T, D)}, not
-        normalised. Blocks after the last tap do not run."""
-        return run_blocks(self.embed(images, ids_keep), self.blocks, taps)
 
     def forward(self, images):
         """(B, 3, H, W) -> logits (B, classes), or without a head tokens after `norm` (B, T, D)."""
@@ -248,30 +266,20 @@ class VisionTransformer(nn.Module):
         features = self.forward_features(images, taps)
         return [features[tap][:, 1:].transpose(1, 2).unflatten(2, self.grid) for tap in taps]
 
-    def attention_map(self, x, k):
-        """Compute the pre-softmax map (B, H, T, T) of block k from its input x (B, T, D)."""
-        block = self.blocks[k - 1]
-        return block.attn.logits(block.norm1(x))
-
     def representation(self, x, k):
         """Normalise the output x (B, T, D) of block k by norm1 of the next block, of the last block
         by `norm`: the representation that Fig. 2 compares."""
         return self.blocks[k].norm1(x) if k < self.depth else self.norm(x)
 
-    def resize_tables(self, state, grid):
-        """Resize the position table in a state, in place, from `grid` to that of this model."""
-        table = state["pos_embed"]
-        patches = resize_grid(table[:, 1:], grid, self.grid)
-        state["pos_embed"] = torch.cat([table[:, :1], patches], dim=1)
-
 
 # --------------------------------------------------------------------------------------------------
 # Hiera (arXiv 2306.00989), 2-D
 # --------------------------------------------------------------------------------------------------
-def unroll(x, grid, rounds=3):
-    """Reorder raster tokens (B, h * w, C) so that pooling needs no 2-D layout -> the same shape.
+def unroll(x, rounds=3):
+    """Order the tokens of a raster map (B, C, h, w) so that pooling needs no 2-D layout
+    -> (B, h * w, C).
 
-    Each round splits the grid into 2x2 cells and moves (row bit, column bit) to the front. The
+    Each round splits the grid into 2x2 cells and makes the place in the cell an axis of 4. The
     token axis becomes [4 (finest), 4, 4 (coarsest), units in raster order]: pooling is a max over
     its first axis of 4, and the tokens of one mask unit are those with the same last index. One
     round on a 4x4 grid of tokens
@@ -282,60 +290,44 @@ def unroll(x, grid, rounds=3):
          8  9 | 10 11               the max over the four groups pools 0,1,4,5 and 2,3,6,7 and ...
         12 13 | 14 15
     """
-    h, w = grid
-    B, _, C = x.shape
-    x = x.reshape(B, 1, h, w, C)
+    channels = x.shape[1]
     for _ in range(rounds):
-        h, w = h // 2, w // 2
-        x = x.view(B, -1, h, 2, w, 2, C).permute(0, 1, 3, 5, 2, 4, 6)    # (B, ., 2, 2, h, w, C)
-        x = x.flatten(1, 3)                                              # (B, 4^r, h, w, C)
-    return x.flatten(1, 3)
+        x = F.pixel_unshuffle(x, 2)                          # (B, C * 4^r, h / 2^r, w / 2^r)
+    return x.flatten(1).unflatten(1, (channels, -1)).transpose(1, 2)
 
 
 def reroll(x, units):
-    """Undo `unroll`: (B, 4^rounds * U, C) of a grid of U = units[0] * units[1] mask units -> raster
-    (B, h, w, C)."""
-    h, w = units
-    B, _, C = x.shape
-    x = x.reshape(B, -1, h, w, C)
-    while x.shape[1] > 1:
-        x = x.reshape(B, -1, 2, 2, h, w, C).permute(0, 1, 4, 2, 5, 3, 6)    # (B, ., h, 2, w, 2, C)
-        h, w = 2 * h, 2 * w
-        x = x.reshape(B, -1, h, w, C)
-    return x[:, 0]
+    """Undo `unroll`: tokens (B, 4^rounds * U, C) of a grid of U = units[0] * units[1] mask units
+    -> raster map (B, C, h, w)."""
+    channels = x.shape[2]
+    x = x.transpose(1, 2).flatten(1).unflatten(1, (-1, *units))
+    while x.shape[1] > channels:
+        x = F.pixel_shuffle(x, 2)
+    return x
 
 
-class MaskUnitAttention(nn.Module):
+class MaskUnitAttention(Attention):
     """Attention over unrolled tokens, within mask units (tokens_per_unit > 0) or global (0).
     q_pool: pool the queries of each 2x2 tokens by their maximum."""
 
-    def __init__(self, dim, dim_out, num_heads, q_pool, tokens_per_unit):
-        super().__init__()
-        self.num_heads = num_heads
+    def __init__(self, dim, num_heads, dim_out, q_pool, tokens_per_unit):
+        super().__init__(dim, num_heads, dim_out)
         self.q_pool = q_pool
         self.tokens_per_unit = tokens_per_unit
-        self.qkv = nn.Linear(dim, 3 * dim_out)
-        self.proj = nn.Linear(dim_out, dim_out)
 
     def project(self, x):
-        """Tokens (B, T, D) -> q, k, v, 3 x (B * windows, H, S, d)."""
-        B, T, _ = x.shape
-        S = self.tokens_per_unit or T
-        x = self.qkv(x).view(B, S, T // S, 3, self.num_heads, -1)           # unit index fastest
-        q, k, v = x.permute(3, 0, 2, 4, 1, 5).flatten(1, 2)
+        """Tokens (B, T, D) -> q, k, v, 3 x (B * units, H, S, d)."""
+        if self.tokens_per_unit:
+            x = x.unflatten(1, (self.tokens_per_unit, -1))                  # (B, S, units, D)
+            x = x.transpose(1, 2).flatten(0, 1)
+        q, k, v = super().project(x)
         if self.q_pool:
             q = q.unflatten(2, (4, -1)).amax(dim=2)
         return q, k, v
 
     def forward(self, x):
-        y = attend(*self.project(x))                                        # (B * windows, H, S, d)
-        y = y.unflatten(0, (x.shape[0], -1)).permute(0, 3, 1, 2, 4)         # (B, S, windows, H, d)
-        return self.proj(y.flatten(3).flatten(1, 2))
-
-    def logits(self, x):
-        """Pre-softmax map (B * windows, H, queries, keys) in float32."""
-        q, k, _ = self.project(x)
-        return attention_logits(q, k)
+        y = super().forward(x).unflatten(0, (x.shape[0], -1))               # (B, units, S, D)
+        return y.transpose(1, 2).flatten(1, 2)
 
 
 class HieraBlock(nn.Module):
@@ -345,7 +337,7 @@ class HieraBlock(nn.Module):
     def __init__(self, dim, dim_out, num_heads, q_pool, tokens_per_unit, drop_path):
         super().__init__()
         self.norm1 = LayerNorm(dim)
-        self.attn = MaskUnitAttention(dim, dim_out, num_heads, q_pool, tokens_per_unit)
+        self.attn = MaskUnitAttention(dim, num_heads, dim_out, q_pool, tokens_per_unit)
         self.norm2 = LayerNorm(dim_out)
         self.mlp = Mlp(dim_out, 4 * dim_out)
         self.drop_path = StochasticDepth(drop_path, mode="row")    # drops the branch of a sample
@@ -362,7 +354,7 @@ class HieraBlock(nn.Module):
         return x + self.drop_path(self.mlp(self.norm2(x)))
 
 
-class Hiera(nn.Module):
+class Hiera(Encoder):
     """Hierarchical ViT of four stages; each stage doubles width and heads. Tokens stay unrolled.
 
     Stages 1 and 2 attend within mask units, stages 3 and 4 globally. img_size: side or (H, W) in
@@ -390,18 +382,16 @@ class Hiera(nn.Module):
 
         self.patch_embed = nn.Sequential(OrderedDict(proj=nn.Conv2d(3, embed_dim, 7, 4, 3)))
         self.pos_embed = nn.Parameter(torch.zeros(1, math.prod(self.grid), embed_dim))
-        rates = iter(torch.linspace(0, drop_path, self.depth).tolist())
         self.blocks = nn.ModuleList()
-        width = embed_dim
-        for stage, depth in enumerate(stages):
-            for i in range(depth):
-                opens = stage > 0 and i == 0                # and attends as the stage before
-                in_unit = (64, 16, 0, 0)[stage - opens]     # tokens of a mask unit; 0: global
-                block = HieraBlock(width, self.stage_dims[stage], num_heads * 2 ** stage,
-                                   opens and stage <= q_pool, in_unit, next(rates))
-                self.blocks.append(block)
-                width = self.stage_dims[stage]
-        self.embed_dim = width
+        rates = torch.linspace(0, drop_path, self.depth).tolist()
+        before = 0    # stage of the previous block: a block that opens a stage still attends as it
+        for stage, rate in zip(np.repeat(range(4), stages).tolist(), rates):
+            in_unit = (64, 16, 0, 0)[before]    # tokens of a mask unit; 0: global
+            block = HieraBlock(self.stage_dims[before], self.stage_dims[stage],
+                               num_heads * 2 ** stage, before < stage <= q_pool, in_unit, rate)
+            self.blocks.append(block)
+            before = stage
+        self.embed_dim = self.stage_dims[-1]
         if num_classes:
             self.norm = LayerNorm(self.embed_dim)
             head = nn.Linear(self.embed_dim, num_classes)
@@ -419,27 +409,20 @@ class Hiera(nn.Module):
 
     def embed(self, images, ids_keep=None):
         """(B, 3, H, W) -> unrolled tokens (B, 64 * U, D), or (B, 64 * V, D) of the mask units
-        ids_keep (B, V). Raises ValueError for another size of images than the model's.
+        ids_keep (B, V).
 
         The patch convolutions overlap: masked units are zeroed *before* them, so nothing leaks.
         """
-        if tuple(images.shape[2:]) != self.img_size:
-            raise ValueError(f"images of {images.shape} given to a model for {self.img_size}")
         h, w = self.unit_grid
         if ids_keep is not None:
             visible = images.new_zeros(images.shape[0], h * w).scatter_(1, ids_keep, 1)
             images = images * F.interpolate(visible.view(-1, 1, h, w), scale_factor=32.0)
-        x = self.patch_embed(images).flatten(2).transpose(1, 2) + self.pos_embed
-        x = unroll(x, self.grid)
+        table = self.pos_embed.transpose(1, 2).unflatten(2, self.grid)
+        x = unroll(self.patch_embed(images) + table)
         if ids_keep is not None:
             x = x.unflatten(1, (64, h * w))                                 # (B, 64, U, D)
             x = x.take_along_dim(ids_keep[:, None, :, None], dim=2).flatten(1, 2)
         return x
-
-    def forward_features(self, images, taps, ids_keep=None):
-        """Encode normalised images (B, 3, H, W) -> {tap: unrolled tokens after block `tap`
-        (B, T, D of the block)}. Blocks after the last tap do not run."""
-        return run_blocks(self.embed(images, ids_keep), self.blocks, taps)
 
     def forward(self, images):
         """(B, 3, H, W) -> logits head(norm(mean token)) (B, classes), or without a head the
@@ -453,23 +436,12 @@ class Hiera(nn.Module):
         """(B, 3, H, W) -> tokens after the blocks in `taps`, such as `stage_ends`, a list of raster
         maps (B, D of the block, h, w)."""
         features = self.forward_features(images, taps)
-        return [reroll(features[tap], self.unit_grid).permute(0, 3, 1, 2) for tap in taps]
+        return [reroll(features[tap], self.unit_grid) for tap in taps]
 
     def unit_maps(self, x, rounds):
         """Unrolled tokens (B, 4^rounds * V, C) -> a raster map of each unit (B V, C, 2^r, 2^r)."""
         x = x.unflatten(1, (4 ** rounds, -1)).transpose(1, 2).flatten(0, 1)     # (B V, 4^r, C)
-        return reroll(x, (1, 1)).permute(0, 3, 1, 2)
-
-    def attention_map(self, x, k):
-        """Compute the pre-softmax map of block k from its input x, unrolled tokens (B, T, D):
-        (B, H, T, T) if the block is global, (B * U, H, queries, keys) if it attends within units.
-        """
-        block = self.blocks[k - 1]
-        return block.attn.logits(block.norm1(x))
-
-    def resize_tables(self, state, grid):
-        """Resize the position table in a state, in place, from `grid` to that of this model."""
-        state["pos_embed"] = resize_grid(state["pos_embed"], grid, self.grid)
+        return reroll(x, (1, 1))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -531,8 +503,6 @@ def relative_position_index(grid):
 
 def resize_relative_table(table, old, new):
     """Resize a relative position table ((2h - 1)(2w - 1) + 3, H) of the grid `old` to `new`."""
-    if tuple(old) == tuple(new):
-        return table
     rows, columns = (torch.from_numpy(spline_matrix(*sides)).float() for sides in zip(old, new))
     body = table[:-3].float().view(2 * old[0] - 1, 2 * old[1] - 1, -1)
     body = torch.einsum("yi,xj,ijh->yxh", rows, columns, body)
@@ -549,11 +519,10 @@ def spline_matrix(old, new):
     offsets are returned. As in BEiT q is at most 1.5; offsets beyond the last place, which occur
     for fewer than 6 tokens, get the last row.
     """
-    low, high = 1.0, 1.5
-    for _ in range(60):                                     # bisection for q
-        q = (low + high) / 2
-        places = np.cumsum(q ** np.arange(old - 1))
-        low, high = (q, high) if places[-1:].sum() < new - 1 else (low, q)
+    ratios = np.linspace(1, 1.5, 10_001)[:, None]
+    last_places = (ratios ** np.arange(old - 1)).sum(axis=1)
+    q = np.interp(new - 1, last_places, ratios[:, 0])       # clamps to 1 and 1.5
+    places = np.cumsum(q ** np.arange(old - 1))
     x = np.concatenate([-places[::-1], [0], places])
 
     def basis(at):    # 1, x, x^2, x^3, and (x - knot)^3 above each knot; not-a-knot: x[1], x[-2]
@@ -578,16 +547,6 @@ def pair(size, cell):
     return height, width
 
 
-def run_blocks(x, blocks, taps):
-    """Run tokens x through the blocks -> {tap: tokens after block `tap`}; 0 stands for x itself."""
-    features = {0: x} if 0 in taps else {}
-    for k, block in enumerate(blocks[:max(taps)], start=1):
-        x = block(x)
-        if k in taps:
-            features[k] = x
-    return features
-
-
 def init_mae(model):
     """Initialise linear layers as MAE does: Xavier-uniform weights and zero biases. The patch
     embedding counts as linear. Norms keep PyTorch's initialisation, the identity."""
@@ -602,8 +561,6 @@ def init_mae(model):
 def resize_grid(table, old, new):
     """Resize a position table in raster order bicubically, without antialiasing, from grid `old`
     to `new`: (1, old_h * old_w, D) -> (1, new_h * new_w, D)."""
-    if tuple(old) == tuple(new):
-        return table
     x = table.float().reshape(1, *old, -1).permute(0, 3, 1, 2)
     x = F.interpolate(x, size=tuple(new), mode="bicubic", align_corners=False)
     return x.flatten(2).transpose(1, 2)
@@ -638,12 +595,10 @@ def model_sizes(name=None, file=None, **options):
     name = name or (model_name(file) if file else "vit_tiny")
     if name not in MODELS:
         raise InputError(f"model {name} is none of {', '.join(MODELS)}")
-    sizes = dict(MODELS[name])
-    if file:
-        stored = dict(file.arch, mean=file.mean, std=file.std)
-        sizes.update((k, stored.get(k)) for k in ("img_size", "patch_size", "mean", "std"))
-    sizes.update((k, v) for k, v in options.items() if v is not None)
-    sizes = {k: v for k, v in sizes.items() if v is not None}
+    stored = dict(file.arch, mean=file.mean, std=file.std) if file else {}
+    stored = {k: stored.get(k) for k in ("img_size", "patch_size", "mean", "std")}
+    sources = (MODELS[name], stored, options)    # the last one that has a value decides
+    sizes = {k: v for source in sources for k, v in source.items() if v is not None}
     if "stages" not in sizes:
         sizes.pop("q_pool", None)
     elif "patch_size" in sizes:
@@ -652,8 +607,8 @@ def model_sizes(name=None, file=None, **options):
 
 
 def build_model(name=None, file=None, rel_pos_bias=False, **options):
-    """Build the ViT or Hiera of `model_sizes` with random weights. rel_pos_bias: give a ViT relative
-    position bias even if the file has none. Raises InputError."""
+    """Build the ViT or Hiera of `model_sizes` with random weights. rel_pos_bias: give a ViT a
+    relative position bias even if the file has none. Raises InputError."""
     sizes = model_sizes(name, file, **options)
     rel_pos_bias = rel_pos_bias or (file and file.arch.get("rel_pos_bias"))
     if "stages" not in sizes:
@@ -729,30 +684,27 @@ def load_encoder(model, file, keep_blocks=None):
     """
     file = read_encoder(file)
     target = model.state_dict()
-    ours, theirs = model.arch, file.arch
+    state = fit_state(file, model, target)
+    ours, theirs = (dict(arch, **{k: tuple(v.shape) for k, v in tensors.items()})
+                    for arch, tensors in ((model.arch, target), (file.arch, state)))
     sizes = ("kind", "patch_size", "embed_dim", "depth", "num_heads", "stages")
-    keys = [k for k in sizes if k in ours and k in theirs]
-    if all(ours[k] == theirs[k] for k in keys):    # then compare shapes
-        state = fit_state(file, model, target)
-        ours, theirs = ({k: tuple(v.shape) for k, v in tensors.items()}
-                        for tensors in (target, state))
-        optional = ("bias_table", ".gamma")    # of the model alone
-        needed = [k for k in target if layer_id(k, model.depth) <= model.depth
-                  and not k.endswith(optional)]
-        keys = dict.fromkeys([*needed, *state])
+    sizes = [k for k in sizes if k in ours and k in theirs]
+    optional = ("bias_table", ".gamma")    # of the model alone
+    needed = [k for k in target if layer_id(k, model.depth) <= model.depth
+              and not k.endswith(optional)]
     wrong = [f"{k} is {theirs.get(k, 'absent')} in the file, {ours.get(k, 'absent')} in the model"
-             for k in keys if theirs.get(k) != ours.get(k)]
+             for k in dict.fromkeys([*sizes, *needed, *state]) if theirs.get(k) != ours.get(k)]
     if wrong:
         raise InputError(f"checkpoint {file.path} does not fit the model: {'; '.join(wrong[:5])}; "
                          "choose a model of the file's sizes, with relative position bias if the "
-                         "file has bias tables")
+                         "file has bias tables, or a file of a plain ViT or Hiera")
 
     if keep_blocks is not None:
         state = {k: v for k, v in state.items() if layer_id(k, model.depth) <= keep_blocks}
     model.load_state_dict(state, strict=False)
     if int(os.environ.get("RANK", 0)) == 0:
         text = f"loaded {len(state)} tensors; {len(target) - len(state)} left at initialisation"
-        if "num_heads" not in file.arch and "num_heads" in model.arch:
+        if "num_heads" not in file.arch:
             text += f"; assuming {model.arch['num_heads']} heads (not stored in the file)"
         if not file.mean:
             text += f"; no pixel statistics in the file: assuming mean {model.mean}"
@@ -763,30 +715,29 @@ def load_encoder(model, file, keep_blocks=None):
 def fit_state(file, model, target):
     """Adapt the tensors of a file to a model with the state `target`: rename or drop the final
     norm, fold LayerScale unless the model has it, resize position tables. Raises InputError."""
-    norm_fits = file.supervised or not hasattr(model, "head")
     state = {}
     for key, value in file.state.items():
         if key.startswith("norm."):
             key = key if key in target else f"fc_{key}"
-            if key not in target or not norm_fits:
+            if key not in target or (hasattr(model, "head") and not file.supervised):
                 continue
         state[key] = value
     if not any(key.endswith(".gamma") for key in target):
         fold_layer_scale(state)
 
-    tokens = target["pos_embed"].shape[1]
-    first = tokens - math.prod(model.grid)                      # 1 for the class token, or 0
-    if not file.own and state["pos_embed"].shape[1] == tokens - first:
-        state["pos_embed"] = F.pad(state["pos_embed"], (0, 0, first, 0))    # DeiT III lacks its row
-    grid = model.grid                                           # square or not
-    if file.own or state["pos_embed"].shape[1] != tokens:
+    patches = math.prod(model.grid)
+    first = target["pos_embed"].shape[1] - patches    # 1 for the class token, 0 in Hiera
+    rows = state["pos_embed"].shape[1]
+    if file.own or rows not in (patches, patches + first):
         if "img_size" not in file.arch:
             raise InputError(f"checkpoint {file.path} has patches that fill no square, and no "
                              "image size: build the model for the size that it was trained at")
-        cell = file.arch.get("patch_size", 4)                   # of Hiera 4
-        grid = [side // cell for side in file.arch["img_size"]]
-    if state["pos_embed"].shape[1] == math.prod(grid) + first:
-        model.resize_tables(state, grid)
+        cell = file.arch.get("patch_size", 4)         # of Hiera 4
+        grid = tuple(side // cell for side in file.arch["img_size"])
+        if grid != model.grid and rows == math.prod(grid) + first:
+            model.resize_tables(state, grid)
+    elif rows == patches:    # DeiT III lacks the row of the class token
+        state["pos_embed"] = F.pad(state["pos_embed"], (0, 0, first, 0))
     return state
 
 
@@ -829,14 +780,14 @@ def read_encoder(path):
     if len(prefixes) > 1:
         prefixes = {p for p in prefixes if not re.search("tch_model|teacher|momentum", p)}
     if len(prefixes) != 1:
-        found = f"several encoders: {sorted(prefixes)}" if prefixes else "no ViT or Hiera encoder"
-        raise InputError(f"checkpoint {path} has {found} (looked for a tensor {stem})")
+        raise InputError(f"checkpoint {path} has no ViT or Hiera encoder, or several: expected one "
+                         f"tensor {stem}, found it under the prefixes {sorted(prefixes)}")
     prefix = prefixes.pop()
     supervised = any(k.endswith("classifier.weight") for k in state)    # Hugging Face's
     state = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
     join_qkv(state)
-    supervised |= bool({"head.weight", "head.projection.weight"} & state.keys())
-    pooled = bool({"fc_norm.weight", "head.projection.weight"} & state.keys())
+    pooled = "fc_norm.weight" in state or "head.projection.weight" in state
+    supervised = supervised or pooled or "head.weight" in state
     state = {re.sub("^fc_norm", "norm", k): v for k, v in state.items()}
 
     # the encoder alone
@@ -848,10 +799,6 @@ def read_encoder(path):
     mean, std = (content.get(k) if own else None for k in ("mean", "std"))
     others = {k: state.pop(k) for k in list(state)
               if layer_id(k, -1) > arch["depth"] or re.search(OTHERS, k)}
-    lost = [k for k in state if not k.startswith(ENCODER)]
-    if lost:
-        raise InputError(f"checkpoint {path} is of another architecture: this project's models "
-                         f"cannot use its tensors {', '.join(lost[:5])}")
     for key, value in state.items():
         if not value.isfinite().all():
             raise InputError(f"checkpoint {path}: {key} holds NaN or infinity: give another")
@@ -866,9 +813,8 @@ def join_qkv(state):
         parts = [key.replace("q_proj", part) for part in ("q_proj", "k_proj", "v_proj")]
         if key.endswith("bias"):
             state.setdefault(parts[1], torch.zeros_like(state[key]))
-        if all(part in state for part in parts):
-            joined = torch.cat([state.pop(part) for part in parts])
-            state[key.replace("q_proj", "qkv")] = joined
+        joined = torch.cat([state.pop(part) for part in parts if part in state])
+        state[key.replace("q_proj", "qkv")] = joined
 
 
 def infer_arch(state, path):
@@ -879,26 +825,25 @@ def infer_arch(state, path):
     square, and missing if the patches do not fill one. Raises InputError.
     """
     weight = state["patch_embed.proj.weight"]
-    width, kernel = weight.shape[0], weight.shape[-1]
-    hierarchical = kernel == 7 and "cls_token" not in state
-    if weight.dim() > 4 or "pos_embed" not in state or not (hierarchical or "cls_token" in state):
+    is_vit = "cls_token" in state
+    if weight.dim() > 4 or "pos_embed" not in state or not (is_vit or weight.shape[-1] == 7):
         raise InputError(f"checkpoint {path} is of none of this project's models: ViT with "
                          "cls_token and pos_embed, or Hiera, both for images (not for videos)")
     depth = max(layer_id(k, -1) for k in state)             # 0 for tensors outside blocks
-    tokens = state["pos_embed"].shape[1]
-    if hierarchical:
-        opens = [k for k in range(depth) if f"blocks.{k}.proj.weight" in state]
-        stages = np.diff([0, *opens, depth]).tolist()
-        arch = dict(kind="hiera", embed_dim=width, depth=depth, stages=stages)
-        cell = 4
-    else:
+    if is_vit:
         depth = 12 if depth == 13 else depth                # a student of D2-MAE
-        arch = dict(kind="vit", embed_dim=width, depth=depth, patch_size=kernel,
+        cell = weight.shape[-1]
+        arch = dict(kind="vit", patch_size=cell,
                     rel_pos_bias=any(k.endswith("bias_table") for k in state))
-        cell = kernel
-        tokens -= 1                                         # class token
-    if math.isqrt(tokens) ** 2 == tokens:
-        arch["img_size"] = [math.isqrt(tokens) * cell] * 2
+    else:
+        cell = 4
+        opens = [k for k in range(depth) if f"blocks.{k}.proj.weight" in state]
+        arch = dict(kind="hiera", stages=np.diff([0, *opens, depth]).tolist())
+    arch.update(embed_dim=len(weight), depth=depth)
+    patches = state["pos_embed"].shape[1] - is_vit
+    side = math.isqrt(patches)
+    if side ** 2 == patches:
+        arch["img_size"] = [side * cell] * 2
     return arch
 
 
@@ -949,7 +894,6 @@ RENAMED = (    # in published files -> here; q_proj, layers: names of transforme
     ("gamma_1", "ls1.gamma"),
     ("gamma_2", "ls2.gamma"),
 )
-ENCODER = ("patch_embed.proj.", "pos_embed", "cls_token", "blocks.", "norm.")
 OTHERS = (    # not of an encoder: decoders, heads, adapters, a teacher, constants
     r"^(decoder|mask_token|embeddings.mask_token|head|classifier|pooler|lm_head|predictor"
     r"|projector|encoder_norm|multi_scale|attn_adapter|adapter|distillation|extra|tch_model"

@@ -180,7 +180,7 @@ def token_centres(model, pooled):
     """Where each unrolled token lies in pixels, found by rerolling its number."""
     side = 4 * 2 ** pooled
     count = model.grid[0] * model.grid[1] // 4 ** pooled
-    raster = reroll(torch.arange(count).view(1, -1, 1), model.unit_grid)[0, :, :, 0]
+    raster = reroll(torch.arange(count).view(1, -1, 1), model.unit_grid)[0, 0]
     places = {int(raster[y, x]): ((y + 0.5) * side, (x + 0.5) * side)
               for y in range(raster.shape[0]) for x in range(raster.shape[1])}
     return [places[i] for i in range(count)]

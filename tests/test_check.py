@@ -325,7 +325,9 @@ def test_checkpoints(tmp_path, capsys):
         "    head.bias\n"
     ) == {"unknown number of attention heads": 1, "tensor with NaN or infinity": 1}
     state["register_tokens"] = torch.zeros(1, 4, 192)
-    assert look(state, "register_tokens") == {"stops the run at its start": 1}
+    assert look(state, "register_tokens is (1, 4, 192) in the file, absent in the model") == {
+        "unknown number of attention heads": 1, "tensor with NaN or infinity": 1,
+        "stops the run at its start": 1}
     del state["register_tokens"]
     state["pos_embed"] = torch.zeros(1, 11, 192)
     assert "stops the run at its start" in look(state, "fill no square")

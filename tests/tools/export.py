@@ -471,7 +471,7 @@ def to_transformers(network, out, names):
 
 
 class ConvEmbed(PatchEmbed):
-    """The patch embedding as a convolution: ncnn's converter does not know Tensor.unfold."""
+    """The patch embedding as a convolution, which ncnn's converter knows."""
 
     def forward(self, images, ids_keep=None):
         return self.proj(images).flatten(2).transpose(1, 2)
