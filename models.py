@@ -132,9 +132,11 @@ class Attention(nn.Module):
         return self.proj(x.transpose(1, 2).flatten(2))
 
     def logits(self, x):
-        """Compute the float32 pre-softmax map (B, H, T, T) of tokens (B, T, D)."""
-        q, k, _ = self.project(x)
-        return attention_logits(q, k)
+        """Compute the float32 pre-softmax map (B, H, T, T) of tokens (B, T, D) from q, k alone."""
+        rows = 2 * x.shape[2]
+        qk = F.linear(x, self.qkv.weight[:rows], self.qkv.bias[:rows])
+        qk = qk.unflatten(2, (2, self.num_heads, -1))
+        return attention_logits(*qk.permute(2, 0, 3, 1, 4))                   # 2 x (B, H, T, d)
 
 
 class Block(nn.Module):
@@ -328,6 +330,11 @@ class MaskUnitAttention(Attention):
     def forward(self, x):
         y = super().forward(x).unflatten(0, (x.shape[0], -1))               # (B, units, S, D)
         return y.transpose(1, 2).flatten(1, 2)
+
+    def logits(self, x):
+        """Compute the float32 pre-softmax map (B * units, H, queries, keys)."""
+        q, k, _ = self.project(x)
+        return attention_logits(q, k)
 
 
 class HieraBlock(nn.Module):
