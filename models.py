@@ -1147,17 +1147,16 @@ def save(args, rank, name, model, **state):
     finite; OSError if the file cannot be written.
     """
     weights = model.state_dict()
-    check_finite(sum(w.float().sum() for w in weights.values()), "the sum of the weights")
+    total = sum(w.float().sum() for w in weights.values()).item()
+    check_finite(total, "the sum of the weights")
     scale = state.get("scaler", {}).get("scale", 1)    # 65536, halved by every skipped update
     check_finite(scale if scale > 2 ** -4 else math.inf, "the gradient of 20 updates in fp16")
     if rank > 0:
         return
     path = Path(args.out, name)
     scratch = path.with_suffix(".tmp")
-    with open(Path(args.out, "log.jsonl"), "a") as file:
-        log_size = file.tell()
     state.update(model=weights, arch=model.arch, mean=list(model.mean), std=list(model.std),
-                 args=vars(args), log_size=log_size)
+                 args=vars(args), log_size=os.path.getsize(path.with_name("log.jsonl")))
     try:
         with open(scratch, "wb") as file:    # given a path, torch.save crashes on a full disk
             torch.save(state, file)
@@ -1251,14 +1250,16 @@ def open_run(args, facts):
 def check_same_run(state, options):
     """Raise InputError if a checkpoint is of another run; print which options have changed."""
     if not {"optimizer", "log_size"} <= set(state):
-        raise InputError("last.pt in --out is no training state: give another, or --no-resume")
+        raise InputError(f"last.pt in {options['out']} is no training state: give another --out, "
+                         "or --no-resume")
     before = {**state, **state["args"]}
     changes = {name: f"{name} is now {value!s:.160}, was {before.get(name)!s:.160}"
                for name, value in options.items() if value != before.get(name)}
     refused = [text for name, text in changes.items() if name not in MAY_CHANGE]
     if refused:
-        raise InputError(f"last.pt in --out is of another run: {'; '.join(refused[:5])}. Give the "
-                         "same options to resume it, another --out, or --no-resume to start again")
+        raise InputError(f"last.pt in {options['out']} is of another run: {'; '.join(refused[:5])}: "
+                         "give the same options to resume it, another --out, or --no-resume to "
+                         "start again")
     finished = f"{state['epoch']} of {options['epochs']} epochs are finished"
     print("; ".join([finished, *changes.values()]))
 

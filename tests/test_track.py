@@ -760,7 +760,7 @@ def test_checkpoint_is_plain_and_an_encoder(trained):
     saved = state["model"]["encoder.blocks.3.attn.qkv.weight"]
     assert torch.equal(encoder.blocks[3].attn.qkv.weight, saved)
     final = state_of(trained / "out" / "tracker.pt")
-    assert {"model", "epoch", "arch", "mean", "std", "args"} == set(final)
+    assert {"model", "epoch", "arch", "mean", "std", "args", "log_size"} == set(final)
     assert all(torch.equal(w, state["model"][name]) for name, w in final["model"].items())
 
 
