@@ -1257,9 +1257,9 @@ def check_same_run(state, options):
                for name, value in options.items() if value != before.get(name)}
     refused = [text for name, text in changes.items() if name not in MAY_CHANGE]
     if refused:
-        raise InputError(f"last.pt in {options['out']} is of another run: {'; '.join(refused[:5])}: "
-                         "give the same options to resume it, another --out, or --no-resume to "
-                         "start again")
+        raise InputError(f"last.pt in {options['out']} is of another run: "
+                         f"{'; '.join(refused[:5])}: give the same options to resume it, another "
+                         "--out, or --no-resume to start again")
     finished = f"{state['epoch']} of {options['epochs']} epochs are finished"
     print("; ".join([finished, *changes.values()]))
 
