@@ -43,9 +43,10 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
+from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.ops import StochasticDepth
 from torchvision.transforms import InterpolationMode, RandomResizedCrop
-from torchvision.transforms.v2.functional import pil_to_tensor, resize
+from torchvision.transforms.v2.functional import crop, pil_to_tensor, resize
 from tqdm import tqdm
 
 try:
@@ -921,15 +922,12 @@ def init_distributed(device="auto", dtype="auto", minutes=10):
     rank = int(os.environ.get("RANK", 0))
     world = int(os.environ.get("WORLD_SIZE", 1))
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
-    best = "mps" if torch.backends.mps.is_available() else "cpu"
-    best = "cuda" if torch.cuda.is_available() else best
+    best = str(torch.accelerator.current_accelerator(check_available=True) or "cpu")
     name = best if device == "auto" else device
     if name not in (best, "cpu"):
         raise InputError(f"--device {name} is not available on this machine: choose another")
     device = torch.device(name)
     if name == "cuda":
-        if local_rank >= torch.cuda.device_count():
-            raise InputError(f"process {local_rank} of this machine has no GPU: start fewer")
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")
@@ -1060,13 +1058,13 @@ def log(args, rank, world, **values):
     loop. Numbers that are not finite, such as the norm of gradients that the loss scaler skips,
     become null. Raises FloatingPointError, on all processes, if `loss` is not finite.
     """
-    tensors = {k: v.detach().float() for k, v in values.items() if torch.is_tensor(v)}
-    if tensors:
-        vector = torch.stack(list(tensors.values()))
+    names = [k for k, v in values.items() if torch.is_tensor(v)]
+    if names:
+        vector = torch.stack([values[k].detach().float() for k in names])
         if world > 1:
             dist.all_reduce(vector)
-        values.update(zip(tensors, (vector / world).tolist()))
-    check_finite(values.get("loss", 0.0), f"the loss in epoch {values.get('epoch')}")
+        values.update(zip(names, (vector / world).tolist()))
+    check_finite(values.get("loss", 0.0), f"the loss in epoch {values['epoch']}")
     if rank == 0:
         line = {k: None if isinstance(v, float) and not math.isfinite(v) else v
                 for k, v in values.items()}
@@ -1092,15 +1090,15 @@ def check_finite(value, what):
 
 
 def save(args, rank, name, model, **state):
-    """Write args.out/name on process 0: the weights of a model, its arch, mean and std, the options
-    and `state` (plain types).
+    """Write args.out/name on process 0: the weights of a model, its arch, mean and std, the
+    options, `state` (plain types) and, in last.pt, the size of log.jsonl in bytes.
 
     The write is atomic: a killed process or a full disk leaves the old file. Raises
     FloatingPointError, on all processes, if a weight is not finite, so checkpoints are always
     finite; OSError if the file cannot be written.
     """
     weights = model.state_dict()
-    total = torch.stack([w.float().sum() for w in weights.values()]).sum().item()
+    total = sum(w.float().sum() for w in weights.values()).item()
     check_finite(total, "the sum of the weights")
     scale = state.get("scaler", {}).get("scale", 1)    # 65536, halved by every skipped update
     check_finite(scale if scale > 2 ** -4 else math.inf, "the gradient of 20 updates in fp16")
@@ -1108,10 +1106,14 @@ def save(args, rank, name, model, **state):
         return
     path = Path(args.out, name)
     scratch = path.with_suffix(".tmp")
-    about = dict(arch=model.arch, mean=list(model.mean), std=list(model.std), args=vars(args))
+    state.update(model=weights, arch=model.arch, mean=list(model.mean), std=list(model.std),
+                 args=vars(args))
+    log_file = path.with_name("log.jsonl")
+    if name == "last.pt" and log_file.exists():
+        state["log_size"] = log_file.stat().st_size
     try:
         with open(scratch, "wb") as file:    # given a path, torch.save crashes on a full disk
-            torch.save(dict(model=weights, **about, **state), file)
+            torch.save(state, file)
         os.replace(scratch, path)
     except (OSError, RuntimeError) as error:
         scratch.unlink(missing_ok=True)
@@ -1127,29 +1129,24 @@ RUN_FILES = ("last.pt", "encoder.pt", "classifier.pt", "segmenter.pt", "tracker.
 
 def resume(args, run, steps, model, optimizer, scaler, **data):
     """Load args.out/last.pt, if it exists, into model, optimizer and scaler -> number of finished
-    epochs, 0 for a new run. Process 0 reads the file for all processes, locks args.out and removes
-    the lines of log.jsonl that will be logged again.
+    epochs, 0 for a new run. Process 0 locks args.out and reads the file for all processes.
 
     steps: optimizer steps per epoch. data: facts about the data, such as the number of images; they
     are compared with those in the file, to which `save` must write them. Raises InputError if
     last.pt is of another run, or if another process is writing to args.out.
     """
     rank, world, _, _ = run
-    out = Path(args.out)
-    found = dict(data, arch=model.arch)
-    for option in ("init", "teacher"):
-        source = Path(vars(args).get(option) or "none").resolve()
-        if source.parent == out.resolve() and source.name in RUN_FILES:
-            raise InputError(f"--out {out} would overwrite {source}, its own start: give another")
-    states = [{"epoch": 0}]
+    states = [None]
     if rank == 0:
-        optimizer.lock = lock_folder(out)    # the optimizer lives as long as the run
-        if args.no_resume:
-            for file in [file for name in RUN_FILES for file in out.glob(name)]:
-                file.unlink()
-        if (out / "last.pt").exists():
-            states = [read_file(out / "last.pt")]
-            check_same_run(out / "last.pt", states[0], {**vars(args), **found})
+        optimizer.lock = lock_folder(Path(args.out))    # lives as long as the optimizer
+        states = [open_run(args, dict(data, arch=model.arch))]
+        trained = sum(p.numel() for p in model.parameters() if p.requires_grad) / 1e6
+        lr = optimizer.defaults["lr"]
+        print(f"{args.out}: {trained:.2f}M trained parameters, peak lr {lr:.3g}")
+        if "base_lr" in args and (steps * args.epochs < 1000 or lr < 2.4e-4):
+            print(f"{steps * args.epochs} steps, peak lr {lr:.2g}: a model learns little in fewer "
+                  "than 1,000 steps, or below 2.4e-4, a tenth of the paper's; see 'Your own "
+                  "images' in the README")
     if world > 1:
         dist.broadcast_object_list(states, src=0)
     [state] = states
@@ -1158,15 +1155,6 @@ def resume(args, run, steps, model, optimizer, scaler, **data):
         optimizer.load_state_dict(state["optimizer"])
         if state["scaler"]:    # empty if the run had no loss scaler until now
             scaler.load_state_dict(state["scaler"])
-    if rank == 0:
-        start_log(out / "log.jsonl", args, state["epoch"], found)
-        trained = sum(p.numel() for p in model.parameters() if p.requires_grad) / 1e6
-        lr = optimizer.defaults["lr"]
-        print(f"{out}: {trained:.2f}M trained parameters, peak lr {lr:.3g}")
-        if "base_lr" in args and (steps * args.epochs < 1000 or lr < 2.4e-4):
-            print(f"{steps * args.epochs} steps, peak lr {lr:.2g}: a model learns little in fewer "
-                  "than 1,000 steps, or below 2.4e-4, a tenth of the paper's; see 'Your own "
-                  "images' in the README")
     return state["epoch"]
 
 
@@ -1186,39 +1174,57 @@ def lock_folder(out):
     return file
 
 
-def check_same_run(path, state, options):
+def open_run(args, facts):
+    """Read args.out/last.pt -> state, of epoch 0 if it does not exist, and cut log.jsonl to its
+    size when last.pt was saved: what came later will be logged again. A new log begins with the
+    options, `facts` and the git commit. Raises InputError if last.pt is of another run."""
+    out = Path(args.out).resolve()
+    written = {file for name in RUN_FILES for file in out.glob(name)}
+    starts = {Path(vars(args).get(option) or "").resolve() for option in ("init", "teacher")}
+    own = starts & written
+    if own:
+        raise InputError(f"--out {args.out} would overwrite {own.pop()}, its own start: give "
+                         "another")
+    if args.no_resume:
+        for file in written:
+            file.unlink()
+    state = {"epoch": 0}
+    if (out / "last.pt").exists():
+        state = read_file(out / "last.pt")
+        check_same_run(state, {**vars(args), **facts})
+    with open(out / "log.jsonl", "a") as file:
+        size = min(file.tell(), state.get("log_size", 0))
+        file.truncate(size)
+        if size == 0:
+            commit = subprocess.run("git rev-parse --short HEAD", shell=True, capture_output=True,
+                                    cwd=Path(__file__).parent, text=True).stdout
+            first = dict(epoch=0, args=vars(args), **facts, commit=commit.strip())
+            file.write(json.dumps(first) + "\n")
+    return state
+
+
+def check_same_run(state, options):
     """Raise InputError if a checkpoint is of another run; print which options have changed."""
-    if not isinstance(state, dict) or not {"args", "optimizer", "epoch"} <= state.keys():
-        raise InputError(f"{path} is no training state: give another --out, or --no-resume")
+    if not {"args", "optimizer", "epoch"} <= set(state):
+        raise InputError(f"last.pt in {options['out']} is no training state: give another --out, "
+                         "or --no-resume")
     before = {**state, **state["args"]}
-    changed = [k for k in options if options[k] != before.get(k)]
-    refused = [f"{k.replace('_', '-')} {str(before.get(k))[:160]}, not {str(options[k])[:160]}"
-               for k in changed if k not in MAY_CHANGE]
+    changes = {name: f"{name} is now {value!s:.160}, was {before.get(name)!s:.160}"
+               for name, value in options.items() if value != before.get(name)}
+    refused = [text for name, text in changes.items() if name not in MAY_CHANGE]
     if refused:
-        raise InputError(f"{path} was written with {'; '.join(refused[:5])}: give the same options "
-                         "to resume it, another --out, or --no-resume to start again")
-    news = "".join(f"; {k} is now {options[k]}, was {before.get(k)}" for k in changed)
-    finished = state["epoch"] >= options.get("epochs", math.inf)
-    text = "the run is finished" if finished else f"resuming after epoch {state['epoch']}"
-    print(f"{path}: {text}{news}")
-
-
-def start_log(path, args, epoch, data):
-    """Begin a log with the options, the data and the git commit, or cut it after `epoch`."""
-    kept = [v for v in read_log(path) if v["epoch"] <= epoch] if epoch and path.exists() else []
-    if not kept:
-        commit = subprocess.run("git rev-parse --short HEAD", shell=True, capture_output=True,
-                                cwd=Path(__file__).parent, text=True).stdout
-        kept = [dict(epoch=0, args=vars(args), **data, commit=commit.strip())]
-    scratch = path.with_suffix(".tmp")
-    scratch.write_text("".join(json.dumps(v) + "\n" for v in kept))
-    scratch.replace(path)
+        raise InputError(f"last.pt in {options['out']} is of another run: "
+                         f"{'; '.join(refused[:5])}: give the same options to resume it, another "
+                         "--out, or --no-resume to start again")
+    finished = f"{state['epoch']} of {options['epochs']} epochs are finished"
+    print(f"{options['out']}: {'; '.join([finished, *changes.values()])}")
 
 
 # --------------------------------------------------------------------------------------------------
 # Errors
 # --------------------------------------------------------------------------------------------------
 RUNTIME_ERRORS = {    # pattern in the message of a RuntimeError -> what to say
+    "invalid device ordinal": "this machine has more processes than GPUs: start fewer",
     "out of memory|can't allocate memory|not enough memory":
         "out of memory: in training --accum-steps 2 (or twice the number that the first line "
         "states) halves the micro-batch; otherwise give a smaller --batch-size or fewer --workers",
@@ -1390,36 +1396,34 @@ def read_text(path):
                       "UTF-8") from None
 
 
+IMAGE_TYPES = (*IMG_EXTENSIONS, ".jpe", ".jfif", ".gif", ".avif", ".jp2", ".pbm", ".pnm", ".tga")
+
+
 def list_images(folder, out=None):
     """List all image files below a folder, flat or nested -> sorted `Names`. Hidden files are
     skipped, and so is everything below `out`, the output of a run. Raises InputError if no image is
     found."""
     if not Path(folder).is_dir():
         raise InputError(f"{folder} is not a folder: give a folder of images")
-    others = {"MPEG", "FLI", "EPS", "PDF", "WMF", "GRIB", "BUFR", "HDF5", "FITS", "PSD"}
-    types = {ending for ending, kind in Image.registered_extensions().items()
-             if kind in Image.OPEN and kind not in others}    # neither videos nor documents
     files = []
     skipped = Counter()
     seen = {out and os.path.realpath(out)}
     folders = [str(folder)]
-    while folders:
-        place = folders.pop()
+    for place in folders:    # which grows
         real = os.path.realpath(place)
         is_run = place != str(folder) and os.path.exists(f"{place}/.lock")
-        if real in seen or is_run:                          # links may form a loop
+        if real in seen or is_run:    # links may form a loop
             continue
         seen.add(real)
         for entry in os.scandir(place):
-            ending = "." + entry.name.rpartition(".")[2].lower()
             if entry.name.startswith("."):
                 continue
             if entry.is_dir():
                 folders.append(entry.path)
-            elif ending in types:
+            elif entry.name.lower().endswith(IMAGE_TYPES):
                 files.append(entry.path)
             else:
-                skipped[ending] += 1
+                skipped[os.path.splitext(entry.name)[1]] += 1
     kinds = ", ".join(f"{ending} {n}" for ending, n in skipped.most_common(5)) or "no files"
     if not files:
         raise InputError(f"{folder} holds no image that Pillow reads ({kinds}) outside --out")
@@ -1436,17 +1440,15 @@ def open_image(path):
     """
     try:
         image = Image.open(path)
+        image.load()
         with contextlib.suppress(SyntaxError, struct.error):    # broken EXIF: assumed upright
-            if image.getexif().get(0x0112, 1) != 1:    # orientation
-                image.load()
-                image.info.clear()    # otherwise exif_transpose rewrites all tags, odd ones fail
-                image = ImageOps.exif_transpose(image)
-        if image.mode.startswith("I") or image.mode == "F":
+            image.getexif()
+        image.info.clear()    # of transparency, and of tags that exif_transpose fails to rewrite
+        ImageOps.exif_transpose(image, in_place=True)
+        if image.mode[0] in "IF":
             grey = np.nan_to_num(np.asarray(image, dtype=np.float64), posinf=1)
             white = 65535 if image.mode != "F" else 255 if grey.max() > 1 else 1
             image = Image.fromarray((255 * (grey / white).clip(0, 1)).round().astype(np.uint8))
-        image.info.pop("transparency", None)    # of a palette
-        image.load()
         return image.convert("RGB")
     except Exception as error:    # Pillow's plugins raise many kinds
         raise OSError(f"cannot read image {path} ({type(error).__name__}: {error}): replace it by "
@@ -1470,11 +1472,10 @@ class ImageDataset(Dataset):
         return len(self.files)
 
     def __getitem__(self, key):
-        if not isinstance(key, tuple):
-            raise TypeError(f"give (epoch, index), such as data[0, {key}]; see EpochSampler")
+        epoch, index = key    # see EpochSampler
         with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(mix_seed(self.seed, *key))
-            return self.transform(open_image(self.files[key[1]]), key[1])
+            torch.default_generator.manual_seed(mix_seed(self.seed, epoch, index))
+            return self.transform(open_image(self.files[index]), index)
 
 
 def random_crop(image, size, scale):
@@ -1486,7 +1487,6 @@ def random_crop(image, size, scale):
     """
     h, w = size
     ratio = [3 / 4 * w / h, 4 / 3 * w / h]
-    top, left, height, width = RandomResizedCrop.get_params(image, list(scale), ratio)
-    pixels = pil_to_tensor(image.crop((left, top, left + width, top + height)))
-    crop = resize(pixels, [h, w], InterpolationMode.BICUBIC, antialias=True)
-    return crop.flip(2) if torch.rand(()) < 0.5 else crop
+    box = RandomResizedCrop.get_params(image, list(scale), ratio)    # top, left, height, width
+    pixels = resize(pil_to_tensor(crop(image, *box)), [h, w], InterpolationMode.BICUBIC)
+    return pixels.flip(2) if torch.rand(()) < 0.5 else pixels

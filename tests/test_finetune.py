@@ -937,7 +937,7 @@ def test_a_finished_run_says_so_logs_nothing_and_writes_a_lost_classifier(folder
     (copied_run / "classifier.pt").unlink()
     monkeypatch.setattr(finetune, "evaluate", None)
     here(finetune, "--data", folder, "--out", copied_run, *QUICK, *PLAIN)
-    assert "the run is finished" in capsys.readouterr().out
+    assert re.search(r"(\d+) of \1 epochs are finished", capsys.readouterr().out)
     assert (copied_run / "log.jsonl").read_text() == log
     assert state_of(copied_run / "classifier.pt")["epoch"] == 2
 
@@ -958,14 +958,14 @@ def test_resume_takes_remedies_and_moved_folders(copied, copied_run, capsys):
 
 
 def test_resume_refuses_another_run(folder, copied, trained, encoder):
-    refused("epochs 2, not 3", "--data", folder, "--out", trained, *PLAIN, "--epochs", 3)
-    with pytest.raises(InputError, match="arch {.*'patch_size': 16"):
+    refused("epochs is now 3, was 2", "--data", folder, "--out", trained, *PLAIN, "--epochs", 3)
+    with pytest.raises(InputError, match="arch is now {.*'patch_size': 16"):
         here(finetune, "--data", folder, "--init", encoder, "--out", trained, *PLAIN)
     next((copied / "train").rglob("*.png")).unlink()
-    refused("train-images 24, not 23", "--data", copied, "--out", trained, *PLAIN)
+    refused("train_images is now 23, was 24", "--data", copied, "--out", trained, *PLAIN)
     for split in ("train", "val"):    # other data of as many classes and images
         (copied / split / "class 5").rename(copied / split / "zebra")
-    refused("classes .*'class 5'., not .*'zebra'", "--data", copied, "--out", trained, *PLAIN)
+    refused("classes is now .*'zebra'., was .*'class 5'", "--data", copied, "--out", trained, *PLAIN)
 
 
 @pytest.mark.parametrize("split", ["train", "val"])

@@ -597,6 +597,7 @@ def linear(*sizes):
 
 
 def saved(tmp_path, model, **state):
+    (tmp_path / "log.jsonl").touch()
     models.save(options(out=tmp_path), 0, "last.pt", model, epoch=1, **state)
 
 
@@ -607,18 +608,29 @@ def resumed(args, steps=8, lr=0.1, **data):
 
 
 def test_logs_hold_json_alone_and_resume_after_a_cut(tmp_path):
-    args = options(size=(1, 2), out=tmp_path)
+    args = options(size=(1, 2), out=tmp_path, epochs=2)
     path = tmp_path / "log.jsonl"
-    models.start_log(path, args, 0, {"train_images": 5})
+    facts = dict(train_images=5, arch={})
+    models.open_run(args, facts)
     models.log(args, 0, 1, epoch=1, step=1, lr=0.1, grad_norm=torch.tensor(float("inf")))
+    models.save(args, 0, "last.pt", linear(2, 2), epoch=1, optimizer={}, **facts)
+    saved = path.read_bytes()
     models.log(args, 0, 1, epoch=2, step=2, loss=torch.tensor(0.5))
     path.write_text(path.read_text() + '{"epoch": 2, "args": {"a": 1}')    # cut in an inner object
     lines = read_log(path)
     assert len(lines) == 3 and lines[1]["grad_norm"] is None and lines[2]["loss"] == 0.5
-    models.start_log(path, args, 1, {})    # the second epoch will be logged again
+    for _ in range(2):
+        models.open_run(args, facts)    # the second epoch will be logged again
+        assert path.read_bytes() == saved
     kept = read_log(path)
     assert [v["epoch"] for v in kept] == [0, 1]
     assert kept[0]["args"]["size"] == [1, 2] and kept[0]["train_images"] == 5
+    path.unlink()
+    models.open_run(args, facts)    # a log that is gone begins again
+    assert read_log(path)[0]["train_images"] == 5
+    torch.save({"model": {}}, tmp_path / "last.pt")
+    with pytest.raises(InputError, match="last.pt in .* is no training state"):
+        models.open_run(args, facts)
     with pytest.raises(FloatingPointError, match="loss in epoch 3 is not finite"):
         models.log(args, 0, 1, epoch=3, step=9, loss=torch.tensor(float("nan")))
 
@@ -737,15 +749,18 @@ with models.plain_errors():
     assert re.search(r"^error: cannot write \S+last.pt \(.*\); the file before it is kept$",
                      done.stderr.strip())
     assert (tmp_path / "last.pt").read_bytes() == before
-    assert [file.name for file in tmp_path.iterdir()] == ["last.pt"]
+    assert {file.name for file in tmp_path.iterdir()} == {"last.pt", "log.jsonl"}
 
 
 def test_a_run_never_overwrites_what_it_starts_from(tmp_path):
-    args = options(out=tmp_path / "a", init=f"{tmp_path}/a/encoder.pt")
-    with pytest.raises(InputError, match="would overwrite .*encoder.pt, its own start"):
-        resumed(args)
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a/encoder.pt").touch()
+    for more in (dict(init=f"{tmp_path}/a/encoder.pt"), dict(teacher=f"{tmp_path}/a/../a/encoder.pt")):
+        with pytest.raises(InputError, match="would overwrite .*encoder.pt, its own start"):
+            resumed(options(out=tmp_path / "a", no_resume=True, **more))
+    assert (tmp_path / "a/encoder.pt").exists()
     (tmp_path / "file").touch()
-    with pytest.raises(InputError, match="file is a file: give a folder"):
+    with pytest.raises(FileExistsError, match=f"File exists: .*{tmp_path}/file"):
         resumed(options(out=tmp_path / "file"))
 
 
@@ -833,6 +848,8 @@ def test_photographs_stand_upright(tmp_path):
     (RuntimeError("DataLoader worker (pid 7) is killed by signal: Bus error. It is possible"), 1,
      "error: a loader process was killed, most often for lack of memory: give fewer --workers"),
     (RuntimeError("[gloo] Connection closed by peer"), 0, "error: the connection to another"),
+    (RuntimeError("CUDA error: invalid device ordinal\nCUDA kernel errors might be"), 1,
+     "error: this machine has more processes than GPUs: start fewer"),
     (KeyboardInterrupt(), 0, "error: interrupted; rerun")])
 def test_an_error_becomes_one_sentence(error, rank, printed, monkeypatch, capsys):
     class Exit(Exception):
@@ -871,17 +888,14 @@ with models.plain_errors():
 
 def test_emulated_bf16_is_not_chosen(monkeypatch):
     """V100, T4: fp16. is_bf16_supported counts emulation unless told otherwise."""
-    for name, value in dict(is_available=True, device_count=1).items():
-        monkeypatch.setattr(torch.cuda, name, lambda value=value: value)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator",
+                        lambda check_available: torch.device("cuda"))
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported",
                         lambda including_emulation=True: including_emulation)
     precision = torch.get_float32_matmul_precision()
     assert models.init_distributed("cuda")[3] == torch.float16
     torch.set_float32_matmul_precision(precision)
-    monkeypatch.setenv("LOCAL_RANK", "1")
-    with pytest.raises(InputError, match="process 1 of this machine has no GPU: start fewer"):
-        models.init_distributed("cuda")
 
 
 def test_damaged_and_huge_files_raise_an_error_that_names_them(tmp_path, monkeypatch):
@@ -911,11 +925,8 @@ def test_a_folder_lists_each_image_once(tmp_path, capsys):
         (tmp_path / name).touch()
     (tmp_path / "d/up").symlink_to(tmp_path)
     listed = [os.path.relpath(file, tmp_path) for file in list_images(tmp_path, tmp_path / "out")]
-    avif = ["d/g.avif"] * (".avif" in Image.registered_extensions())
-    assert listed == ["a.gif", "b.JFIF", "c.png", "d/e.PPM", "d/f.jpeg", *avif]
-    left_out = capsys.readouterr().out
-    assert f"{4 - len(avif)} files of other types skipped (.heic 2, " in left_out
-    assert ".txt 1" in left_out
+    assert listed == ["a.gif", "b.JFIF", "c.png", "d/e.PPM", "d/f.jpeg", "d/g.avif"]
+    assert "3 files of other types skipped (.heic 2, .txt 1)" in capsys.readouterr().out
 
 
 def test_items_have_keys_of_epoch_and_index(tmp_path):
@@ -928,7 +939,7 @@ def test_items_have_keys_of_epoch_and_index(tmp_path):
 
     data = Levels(list_images(tmp_path), seed=0)
     assert data[0, 0] == data[0, 0] != data[1, 0] and len(data) == 2
-    with pytest.raises(TypeError, match=r"give \(epoch, index\), such as data\[0, 1\]"):
+    with pytest.raises(TypeError, match="cannot unpack"):    # the line says: epoch, index
         data[1]
     with pytest.raises(OSError, match="cannot read image .*1.png .*: replace it by a good copy"):
         data[0, 1]

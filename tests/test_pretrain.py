@@ -518,7 +518,7 @@ def test_resume_takes_remedies_and_refuses_another_run(finished, pictures, tmp_p
     assert "clip_grad is now 1.0, was 0.0" in capsys.readouterr().out
     Image.fromarray(toy.picture(0)[0]).save(tmp_path / "a.png")
     Image.fromarray(toy.picture(1)[0]).save(tmp_path / "b.png")
-    with pytest.raises(InputError, match="epochs 4, not 5; batch-size 5, not 1; train-images 40"):
+    with pytest.raises(InputError, match="epochs is now 5, was 4; batch_size is now 1, was 5; train"):
         here(P, *options, "--epochs", 5, "--data", tmp_path, "--batch-size", 1, "--out", folder)
 
 
@@ -527,7 +527,7 @@ def test_a_finished_run_writes_a_missing_encoder_again(finished, capsys):
     before = state_of(folder / "encoder.pt")["model"]
     (folder / "encoder.pt").unlink()
     here(P, *options, "--out", folder)
-    assert "is finished" in capsys.readouterr().out
+    assert "4 of 4 epochs are finished" in capsys.readouterr().out
     after = state_of(folder / "encoder.pt")["model"]
     assert all(torch.equal(before[k], after[k]) for k in before)
 
@@ -705,7 +705,7 @@ def test_what_a_run_wrote_is_no_data(folder, capsys):
     here(P, *options, "--epochs", 1)
     assert (folder / "out/reconstruction.png").exists()
     here(P, *options, "--epochs", 1)
-    assert "the run is finished" in capsys.readouterr().out
+    assert "1 of 1 epochs are finished" in capsys.readouterr().out
     assert read_log(folder / "out/log.jsonl")[0]["train_images"] == 10    # of 11, one held out
 
 
