@@ -508,8 +508,8 @@ def parse_args(argv=None):
     add("--model", help="default: that of --init, else vit_tiny, the paper's; for small images "
                         "vit_nano (1.4M parameters), vit_pico (0.4M)")
     add("--rpe", action="store_true",
-        help="add a relative position bias to every block; it starts at zero where --init has none, "
-             "and where --init has one, it is kept without this option")
+        help="add a relative position bias to every block, zero at first; one in --init is loaded, "
+             "also without this option")
     add("--patch-size", low=1, help="side of a ViT patch; default: that of --init, else of --model")
 
     add = parser.group("data")

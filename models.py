@@ -170,7 +170,8 @@ class PatchEmbed(nn.Module):
         patches = F.pixel_unshuffle(images, self.patch_size)                  # (B, 3 p p, h, w)
         patches = patches.flatten(2).transpose(1, 2)                          # (B, N, 3 p p)
         if ids_keep is not None:
-            patches = patches.take_along_dim(ids_keep[..., None], dim=1)
+            batch = torch.arange(len(images), device=images.device)[:, None]
+            patches = patches[batch, ids_keep]                                # (B, V, 3 p p)
         return F.linear(patches, self.proj.weight.flatten(1), self.proj.bias)
 
 
@@ -633,9 +634,8 @@ def load_model(kind, file=None, name=None, **options):
     as of `model_sizes`. Raises InputError, too, if file or name is of another kind."""
     file = read_encoder(file) if file else None
     sizes = model_sizes(name, file, **options)
-    found = "hiera" if "stages" in sizes else "vit"
-    if found != kind.kind:
-        raise InputError(f"{file.path if file else name} is a {found}: choose a {kind.kind}")
+    if kind.kind != ("hiera" if "stages" in sizes else "vit"):
+        raise InputError(f"{file.path if file else name} is no {kind.kind}: choose one")
     model = kind(**sizes)
     if file:
         load_encoder(model, file)
@@ -987,8 +987,8 @@ class DeviceLoader(DataLoader):
     from pinned memory, in a stream of its own, while the step before it runs."""
 
     def __init__(self, dataset, batch_size, sampler, workers, device):
-        packages = ["torch", "torchvision.transforms.v2", "PIL.Image"]
-        multiprocessing.set_forkserver_preload(packages)    # no effect under fork and spawn
+        multiprocessing.set_forkserver_preload(    # no effect under fork and spawn
+            ["torch", "torchvision.transforms.v2", "PIL.Image"])
         super().__init__(dataset, batch_size, sampler=sampler, num_workers=workers,
                          persistent_workers=workers > 0, pin_memory=device.type == "cuda",
                          generator=torch.Generator())    # the global one is left alone
@@ -1424,9 +1424,9 @@ def list_images(folder, out=None):
                 files.append(entry.path)
             else:
                 skipped[os.path.splitext(entry.name)[1]] += 1
-    kinds = ", ".join(f"{ending} {n}" for ending, n in skipped.most_common(5)) or "no files"
+    kinds = dict(skipped.most_common(5))
     if not files:
-        raise InputError(f"{folder} holds no image that Pillow reads ({kinds}) outside --out")
+        raise InputError(f"{folder} holds no image outside --out, but {kinds or 'no files'}")
     if skipped and int(os.environ.get("RANK", 0)) == 0:
         print(f"{folder}: {skipped.total()} files of other types skipped ({kinds})")
     return Names(sorted(files))

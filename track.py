@@ -129,7 +129,7 @@ def position_table(encoder, size):
         raise InputError(f"crops of {size} pixels are no multiple of the patch size "
                          f"{encoder.patch_size}: change --template-size or --search-size")
     table = resize_grid(encoder.pos_embed.detach()[:, 1:], encoder.grid, (side, side))
-    return side, nn.Parameter(table.contiguous().clone())
+    return side, nn.Parameter(table.contiguous())
 
 
 class Tracker(nn.Module):
@@ -513,9 +513,8 @@ class Pairs(Dataset):
         return self.count
 
     def __getitem__(self, key):
-        if not isinstance(key, tuple):
-            raise TypeError(f"give (epoch, index), such as pairs[0, {key}]; see EpochSampler")
-        rng = np.random.default_rng(mix_seed(self.seed, *key))
+        epoch, index = key    # see EpochSampler
+        rng = np.random.default_rng(mix_seed(self.seed, epoch, index))
         (first, second), (target, box) = self.read_pair(rng)
         template, *_ = crop_square(first, target, *self.template)
         search, side, origin = crop_square(second, jitter_box(rng, box), *self.search)
@@ -761,8 +760,8 @@ def load_tracker(path, device):
 def follow(tracker, files, box, workers):
     """Follow the target in `box` of the first frame through image files, which `workers` processes
     read ahead. Yield box and score of each frame; the first box is the given one."""
-    loader = DataLoader(files, batch_size=None, collate_fn=read_frame, num_workers=workers)
-    frames = iter(loader)
+    frames = iter(DataLoader(files, batch_size=None, collate_fn=read_frame,
+                             num_workers=workers))
     yield tracker.start(next(frames), box)
     yield from map(tracker.step, frames)
 
@@ -770,15 +769,10 @@ def follow(tracker, files, box, workers):
 def check_format(path, box, truth):
     """Raise OSError unless the first `box` (4,) of a result, read as x, y, w, h, has an IoU of at
     least 0.5 with the box that a tracker is given, `truth` (4,)."""
-    box, truth = torch.tensor(np.stack([box, truth]))[:, None]                  # (1, 4) each
-    truth = box_convert(truth, "xywh", "xyxy")
-    formats = {"x,y,w,h": "xywh", "x1,y1,x2,y2": "xyxy", "x,y of the centre,w,h": "cxcywh"}
-    fits = [name for name, code in formats.items()
-            if box_iou(box_convert(box, code, "xyxy"), truth) >= 0.5]
-    if "x,y,w,h" not in fits:
+    box, truth = (box_convert(torch.tensor(x)[None], "xywh", "xyxy") for x in (box, truth))
+    if box_iou(box, truth) < 0.5:
         raise OSError(f"line 1 of {path} is not the given box as x,y,w,h (upper left corner and "
-                      f"size in pixels){''.join(f', but as {name}' for name in fits)}: convert the "
-                      "boxes")
+                      "size in pixels): convert the boxes; tests/tools/check.py names the format")
 
 
 def write_boxes(path, boxes):
@@ -797,9 +791,7 @@ def track_frames(args):
     if Path(args.frames).is_file():
         raise InputError("--frames takes a folder of frames: write those of a video by mkdir "
                          f"frames; ffmpeg -i {args.frames} frames/%08d.jpg")
-    files = [file for file in list_images(args.frames, args.out)
-             if not file.endswith("overlay.gif")]    # of another --out
-    files.sort(key=natural_order)
+    files = sorted(list_images(args.frames, args.out), key=natural_order)
     box = np.array(re.findall(r"[-+.\d]+", str(args.box)), float)    # 303 2 60 80 or 303,2,60,80
     x, y, w, h = box if len(box) == 4 else np.zeros(4)
     width, height = open_image(files[0]).size
@@ -813,6 +805,7 @@ def track_frames(args):
     boxes, scores = zip(*tqdm(follow(tracker, files, box, args.workers), total=len(files)))
     write_boxes(Path(args.out, "boxes.txt"), boxes)
     draw_overlay(f"{args.out}/overlay.gif", files, boxes, scores)
+    Path(args.out, ".lock").touch()    # `list_images` skips folders that hold it
     print(f"{len(files)} frames of {len(set(map(os.path.dirname, files)))} folder(s); {args.out} "
           "has boxes.txt, overlay.gif")
 

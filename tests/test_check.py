@@ -126,7 +126,7 @@ def test_each_fault_of_pre_training_images(tmp_path, capsys):
     assert found == {"unreadable file": 8, "left out by the run": 2, "picture in both sets": 1,
                      "image smaller than a patch of 16 pixels": 1}
     assert "    and 3 more\n" in text and "valid (rename it to val)" in text
-    assert "1 files of other types skipped (.txt 1)" in text and "(30 x 8)" in text
+    assert "1 files of other types skipped ({'.txt': 1})" in text and "(30 x 8)" in text
     assert f"again.png (as {tmp_path}/train/0.png)" in text
     names = (tmp_path / "names").read_text().split()
     assert len(names) == 8 and f"{tmp_path}/train/cut.png" in names
@@ -287,7 +287,7 @@ def test_each_fault_of_results(copy, capsys):
     rewrite(targets[1], lambda rows: rows[:-1])
     found, text = faults(capsys, *options)
     assert found == {"result that does not fit": 2}
-    assert "but as x1,y1,x2,y2: convert" in text and "(39 lines, 40 frames)" in text
+    assert "convert the boxes; it is as x1,y1,x2,y2" in text and "(39 lines, 40 frames)" in text
     targets[0].unlink()
     assert "is missing: the score will be PARTIAL" in faults(capsys, *options)[1]
 

@@ -664,7 +664,7 @@ def test_bad_options_end_in_one_sentence(options, match, tmp_path, teacher, pict
 
 
 def test_a_teacher_of_another_kind_is_refused(teacher, tmp_path):
-    with pytest.raises(InputError, match=r"is a vit: choose a hiera"):
+    with pytest.raises(InputError, match=r"is no hiera: choose one"):
         here(P, "--teacher", teacher, "--model", "hiera_tiny", "--method", "d-mae", "--image-size",
              64, "--device", "cpu", "--out", tmp_path)
 

@@ -28,6 +28,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch.utils.data import DataLoader
+from torchvision.ops import box_convert, box_iou
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -408,6 +409,18 @@ def what_to_look_at(report, name, files):
     return partial(look_at_still, read), list(images.values())
 
 
+def likely_format(boxes, truth):
+    """Name the notation in which the first box of a result has an IoU of at least 0.5 with the box
+    that a tracker is given, if it is not x,y,w,h."""
+    if not len(boxes):    # the file could not be read
+        return ""
+    truth = box_convert(torch.tensor(truth[:1]), "xywh", "xyxy")
+    for name, code in (("x1,y1,x2,y2", "xyxy"), ("x,y of the centre,w,h", "cxcywh")):
+        if box_iou(box_convert(torch.tensor(boxes[:1]), code, "xyxy"), truth) >= 0.5:
+            return f"; it is as {name}"
+    return ""
+
+
 def check_results(args, report, files):
     """Compare the text files of --results with the boxes of LaSOT's test sequences."""
     tests = [file for file in files if file.parent.name in track.LASOT_TEST]
@@ -417,6 +430,7 @@ def check_results(args, report, files):
         if not path.exists():
             report.add("result that does not fit", path, "is missing: the score will be PARTIAL")
             continue
+        truth = boxes = ()
         try:
             truth, boxes = track.read_lasot(file).boxes, track.read_numbers(path)
             if len(boxes) != len(truth):
@@ -424,7 +438,8 @@ def check_results(args, report, files):
                            f"{len(boxes)} lines, {len(truth)} frames")
             track.check_format(path, boxes[0], truth[0])
         except OSError as error:
-            report.add("result that does not fit", path, sentence(error, path))
+            report.add("result that does not fit", path,
+                       sentence(error, path) + likely_format(boxes, truth))
 
 
 # --------------------------------------------------------------------------------------------------
