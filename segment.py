@@ -264,10 +264,10 @@ def resized_shape(shape, short, long):
     return [max(1, int(side * factor + 0.5)) for side in shape]
 
 
-def resize_for_test(image, size):
-    """Resize an image (3, H, W) to the short side of a window `size`, but to a long side of at most
-    4 times that."""
-    shape = resized_shape(image.shape[1:], min(size), 4 * min(size))
+def rescale(image, short):
+    """Resize an image (3, H, W) bilinearly, or a Mask (H, W) to nearest pixels, to a short side of
+    `short`, but to a long side of at most 4 times that."""
+    shape = resized_shape(image.shape[-2:], short, 4 * short)
     return resize(image, shape, antialias=False)
 
 
@@ -319,9 +319,8 @@ def augment(image, labels, size, fill):
     with the colour `fill` and IGNORE.
     """
     scale = uniform(0.5, 2) * min(size)
-    shape = resized_shape(labels.shape, scale, 4 * scale)
-    image = resize(image, shape, antialias=False)    # bilinear
-    labels = resize(Mask(labels), shape)             # nearest
+    image = rescale(image, scale)
+    labels = rescale(Mask(labels), scale)
     box = class_ratio_crop(labels, size)
     image = distort(crop(image, *box))
     image, labels = RandomHorizontalFlip()(image, crop(labels, *box))
@@ -366,7 +365,7 @@ class SegmentationSet(ImageDataset):
                           "as stored; tests/tools/check.py lists all such pairs")
         if self.fill:
             return augment(image, labels, self.size, self.fill)
-        return resize_for_test(image, self.size), labels
+        return rescale(image, min(self.size)), labels
 
 
 def build_loaders(args, model, run):
@@ -590,8 +589,8 @@ def load_segmenter(path, img_size=None):
     encoder, _ = load_model(RelativeVisionTransformer, file, img_size=img_size, block=ScaledBlock)
     model = SemanticFPN(encoder, stored["num_classes"])
     resized = encoder.state_dict(prefix="encoder.")    # its position tables fit img_size
-    model.load_state_dict({**file.content["model"], **resized})
-    classes = {**stored, **file.content}["classes"]    # an option in older files
+    model.load_state_dict(file.content["model"] | resized)
+    classes = (stored | file.content)["classes"]    # an option in older files
     return model.eval(), classes, stored
 
 
@@ -623,7 +622,7 @@ def predict(model, classes, zero_is_class, path, out, device):
     palette = sum(class_colors(len(classes)), (0, 0, 0) * first)
     for file in files:
         image = pil_to_tensor(open_image(file))
-        small = resize_for_test(image, model.img_size)    # full-size logits need too much memory
+        small = rescale(image, min(model.img_size))    # full-size logits need too much memory
         labels = label_image(model, small.to(device), small.shape[1:]).cpu()
         labels = resize(Mask(labels), image.shape[1:])    # nearest
         target = Path(out, "predict", Path(file).relative_to(folder)).with_suffix("")

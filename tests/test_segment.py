@@ -252,7 +252,7 @@ def test_windows_cover_the_image(length, starts):
 def test_images_are_scaled_as_in_the_paper(shape, scaled):
     assert segment.resized_shape(shape, 512, 2048) == scaled
     image = torch.zeros(3, *shape, dtype=torch.uint8)
-    assert list(segment.resize_for_test(image, (512, 512)).shape[1:]) == scaled
+    assert list(segment.rescale(image, 512).shape[1:]) == scaled
 
 
 # ---- network ---------------------------------------------------------------------------------
@@ -446,7 +446,7 @@ def test_training_and_evaluation_scale_a_picture_alike(shape, monkeypatch):
     monkeypatch.setattr(segment, "distort", lambda image: image)
     image = torch.tensor(picture(3, shape)[0]).permute(2, 0, 1)
     labels = torch.tensor(picture(3, shape)[2])
-    tested = segment.resize_for_test(image, (32, 64))
+    tested = segment.rescale(image, 32)
     assert tested.shape[1:] == ((32, 64) if shape == (40, 80) else (96, 32))
     crop, _ = segment.augment(image, labels, (32, 64), [0, 0, 0])
     rows = tested.unfold(1, 32, 1).permute(1, 0, 3, 2)    # every crop of 32 rows: (., 3, 32, w)
