@@ -48,6 +48,7 @@ import argparse
 import math
 import os
 from bisect import bisect_left
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -181,18 +182,19 @@ def build_classifier(args, classes):
     if keep is not None and not (file and keep <= model.depth):
         raise InputError(f"--keep-blocks {keep} keeps blocks of a pre-trained encoder: give --init "
                          f"FILE, of {keep} blocks or more")
-    loaded = load_encoder(model, file, keep) if file else []
     if args.rpe:
-        init_beit(model, loaded)
+        init_beit(model)
+    if file:
+        load_encoder(model, file, keep)
     return model
 
 
-def init_beit(model, loaded):
-    """Initialise the matrices that were not loaded as BEiT does (arXiv 2106.08254), and so the
-    authors' models with relative position bias: truncated normal of std 0.02, in attn.proj and
-    mlp.fc2 of block k divided by sqrt(2 k). loaded: names of the loaded tensors."""
+def init_beit(model):
+    """Initialise all matrices but the head's as BEiT does (arXiv 2106.08254), and so the authors'
+    models with relative position bias: truncated normal of std 0.02, in attn.proj and mlp.fc2 of
+    block k divided by sqrt(2 k)."""
     for name, p in model.named_parameters():
-        if p.dim() > 1 and name.endswith("weight") and name not in {"head.weight", *loaded}:
+        if p.dim() > 1 and name.endswith("weight") and name != "head.weight":
             std = 0.02
             if name.endswith(("attn.proj.weight", "mlp.fc2.weight")):
                 std /= math.sqrt(2 + 2 * int(name.split(".")[1]))    # names count from 0
@@ -214,10 +216,10 @@ def train(args):
     """Train into args.out: a new run, or the one that last.pt there continues."""
     rank, world, device, dtype = run = init_distributed(args.device, args.dtype)
     torch.manual_seed(args.seed)
-    train_items, test_items, classes = list_data(args.data, args.out)
+    *train_items, classes = list_split(args.data, "train", args.out)
     model = build_classifier(args, len(classes)).to(device)
     mixing = build_mixing(args.mixup, args.cutmix, len(classes))
-    loader, test_loader = build_loaders(args, model, train_items, test_items, run)
+    loader, test_loader = build_loaders(args, model, train_items, classes, run)
     accum_steps = loader.sampler.accum_steps
     steps = len(loader) // accum_steps    # optimizer steps per epoch
     peak_lr = args.base_lr * loader.sampler.total_batch / 256
@@ -292,60 +294,51 @@ def centre_crop(image, size):
     return pil_to_tensor(center_crop(image.resize((width, height), BICUBIC), size))
 
 
+def augment(image, size, min_crop, magnitude, fill):
+    """Augment a Pillow RGB image by a random crop and RandAugment -> (3, h, w) uint8. size: (h, w);
+    min_crop: smallest share of the area of a crop; magnitude: of RandAugment, 0 for none; fill:
+    colour of the pixels that it uncovers."""
+    pixels = random_crop(image, size, (min_crop, 1))
+    if magnitude:
+        image = rand_augment(to_pil_image(pixels), magnitude, fill)
+        pixels = pil_to_tensor(image)
+    return pixels
+
+
 class LabelledImages(ImageDataset):
     """Item (epoch, index) -> image (3, h, w) uint8, label. All randomness comes from (seed, epoch,
-    index).
+    index). labels: (n,) int64. prepare: function of a Pillow RGB image that returns the pixels,
+    `centre_crop` or `augment` of a size."""
 
-    labels: (n,) int64. image_size: (h, w). min_crop: smallest share of the area of random crops,
-    half of which are flipped; None: centre crops, for tests. magnitude: of RandAugment; 0: none.
-    fill: colour of the pixels that RandAugment uncovers.
-    """
-
-    def __init__(self, files, labels, image_size, seed=0, min_crop=None, magnitude=0.0,
-                 fill=(124, 116, 104)):
+    def __init__(self, files, labels, prepare, seed=0):
         super().__init__(files, seed)
         self.labels = labels
-        self.image_size = image_size
-        self.min_crop = min_crop
-        self.magnitude = magnitude
-        self.fill = fill
+        self.prepare = prepare
 
     def transform(self, image, index):
-        if self.min_crop is None:
-            pixels = centre_crop(image, self.image_size)
-        else:
-            pixels = random_crop(image, self.image_size, (self.min_crop, 1))
-        if self.magnitude:
-            image = rand_augment(to_pil_image(pixels), self.magnitude, self.fill)
-            pixels = pil_to_tensor(image)
-        return pixels, self.labels[index].item()
+        return self.prepare(image), self.labels[index].item()
 
 
-def build_loaders(args, model, train_items, test_items, run):
+def build_loaders(args, model, train_items, classes, run):
     """Build the loaders of the training images that --shots and --data-fraction leave, and of the
-    test images. items: (`Names`, labels)."""
+    test images. train_items, classes: of `list_split`. Raises InputError."""
     files, labels = train_items
+    *test_items, _ = list_split(args.data, "val", args.out, classes)
     kept = select(labels, args.data_fraction, args.shots, args.seed)
-    fill = tuple(round(255 * value) for value in model.mean)
-    train_set = LabelledImages(files[kept], labels[kept], model.img_size, args.seed, args.min_crop,
-                               args.rand_augment, fill)
+    prepare = partial(augment, size=model.img_size, min_crop=args.min_crop,
+                      magnitude=args.rand_augment,
+                      fill=tuple(round(255 * value) for value in model.mean))
+    train_set = LabelledImages(files[kept], labels[kept], prepare, args.seed)
     loader = train_loader(train_set, args.batch_size, args.accum_steps, 256, args.workers,
                           args.seed, run)
-    test_set = LabelledImages(*test_items, model.img_size)
+    test_set = LabelledImages(*test_items, partial(centre_crop, size=model.img_size))
     return loader, eval_loader(test_set, 128, args.workers, run)
 
 
-def list_data(root, out):
-    """List the training and the test images, root/{train,val}/CLASS/... -> two (files, labels), and
-    the sorted names of the classes. Nothing below `out` is data. Raises InputError."""
-    *train_items, classes = list_split(root, "train", out)
-    *test_items, test_classes = list_split(root, "val", out)
-    check_classes(classes, test_classes, "the training set", "the test set")
-    return train_items, test_items, classes
-
-
-def list_split(root, split, out):
-    """List the images root/split/CLASS/... -> files, labels (n,) int64, sorted names of classes."""
+def list_split(root, split, out, expected=None):
+    """List the images root/split/CLASS/... -> files, labels (n,) int64, sorted names of classes.
+    Nothing below `out` is data. Raises InputError, too, if these are not `expected`, the names
+    in the training set."""
     root = Path(root).resolve()
     folder = root / split
     if not folder.is_dir():
@@ -363,6 +356,10 @@ def list_split(root, split, out):
     if len(classes) == 1:
         raise InputError(f"{folder} has one class, {classes[0]}: its folders are the classes; if "
                          f"those of {folder / classes[0]} are meant, move them up")
+    if expected and classes != expected:
+        alone = sorted(set(classes) ^ set(expected))
+        raise InputError(f"{folder} has {len(classes)} classes, the training set {len(expected)}, "
+                         f"and not the same: only one of them has {', '.join(alone[:5])}")
     labels = torch.tensor([bisect_left(classes, name) for name in names])
     return files, labels, classes
 
@@ -378,14 +375,6 @@ def select(labels, fraction, shots, seed):
         share = max(1, round(fraction * len(indices)))
         kept.append(indices[order[:share][:shots]])
     return torch.cat(kept).sort().values
-
-
-def check_classes(a, b, name_a, name_b):
-    """Raise InputError unless the two lists of class names are the same."""
-    if a != b:
-        alone = sorted(set(a) ^ set(b))
-        raise InputError(f"{name_a} has {len(a)} classes, {name_b} {len(b)}, and not the same: "
-                         f"only one of them has {', '.join(alone[:5])}")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -448,14 +437,12 @@ def use_classifier(args):
     names = stored.get("classes")    # None in files of other publishers
     if args.eval or args.data:
         root = args.data or stored.get("data", "data/imagenet")
-        files, labels, folders = list_split(root, "val", args.out)
-        if len(folders) != classes:
-            raise InputError(f"{file.path} has {classes} classes, but {root} has {len(folders)} "
+        files, labels, names = list_split(root, "val", args.out, names)
+        if len(names) != classes:
+            raise InputError(f"{file.path} has {classes} classes, but {root} has {len(names)} "
                              "folders in val: give the data set that it was trained on")
-        names = names or folders
-        check_classes(names, folders, file.path, root)
     if args.eval:
-        test_set = LabelledImages(files, labels, model.img_size)
+        test_set = LabelledImages(files, labels, partial(centre_crop, size=model.img_size))
         evaluate(model, eval_loader(test_set, 128, args.workers, run), classes, run)
     if args.predict:
         predict(model, names or [f"class {k}" for k in range(classes)], args.predict, device)
@@ -466,7 +453,6 @@ def predict(model, classes, paths, device):
     """Print the five likeliest classes of each image file, and of each image in a folder, with
     their probabilities. classes: their names. Raises OSError for an unreadable file."""
     for path in paths:
-        os.stat(path)    # raises FileNotFoundError
         for file in list_images(path) if Path(path).is_dir() else [path]:
             pixels = centre_crop(open_image(file), model.img_size)[None]
             logits = model(normalize(pixels.to(device), model.mean, model.std))[0]

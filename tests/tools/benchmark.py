@@ -556,8 +556,9 @@ def pretrain_set(files):
 def finetune_set(files):
     recipe = finetune.IMPROVED
     labels = torch.zeros(len(files), dtype=torch.int64)
-    return finetune.LabelledImages(files, labels, (224, 224), 0, recipe["min_crop"],
-                                   recipe["rand_augment"])
+    prepare = partial(finetune.augment, size=(224, 224), min_crop=recipe["min_crop"],
+                      magnitude=recipe["rand_augment"], fill=(124, 116, 104))
+    return finetune.LabelledImages(files, labels, prepare)
 
 
 def loader_speed(args, make, files, batch=64):

@@ -38,6 +38,7 @@ import statistics
 import sys
 import time
 import warnings
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -275,13 +276,13 @@ class Deployed(nn.Module):
 
 def score_classifier(network, runtimes, data, content):
     """Print top-1 accuracies on DATA/val."""
-    files, labels, folders = finetune.list_split(data, "val", None)
+    files, labels, folders = finetune.list_split(data, "val", None, content.get("classes"))
     classes = count_classes(network)
-    names = content.get("classes") or folders
-    if names != folders or len(folders) != classes:
+    if len(folders) != classes:
         raise InputError(f"{data} has {len(folders)} classes in val, not those of the model "
                          f"({classes}): give the data set that it was trained on")
-    dataset = finetune.LabelledImages(files, labels, network.sizes[0])
+    prepare = partial(finetune.centre_crop, size=network.sizes[0])
+    dataset = finetune.LabelledImages(files, labels, prepare)
     hits = dict.fromkeys(runtimes, 0)
     for images, labels in tqdm(eval_loader(dataset, 32, 2, CPU), "top-1"):
         images = normalize(images, network.model.mean, network.model.std)
