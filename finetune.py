@@ -325,9 +325,9 @@ def build_loaders(args, model, train_items, classes, run):
     files, labels = train_items
     *test_items, _ = list_split(args.data, "val", args.out, classes)
     kept = select(labels, args.data_fraction, args.shots, args.seed)
+    fill = tuple(round(255 * value) for value in model.mean)
     prepare = partial(augment, size=model.img_size, min_crop=args.min_crop,
-                      magnitude=args.rand_augment,
-                      fill=tuple(round(255 * value) for value in model.mean))
+                      magnitude=args.rand_augment, fill=fill)
     train_set = LabelledImages(files[kept], labels[kept], prepare, args.seed)
     loader = train_loader(train_set, args.batch_size, args.accum_steps, 256, args.workers,
                           args.seed, run)

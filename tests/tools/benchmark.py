@@ -556,8 +556,8 @@ def pretrain_set(files):
 def finetune_set(files):
     recipe = finetune.IMPROVED
     labels = torch.zeros(len(files), dtype=torch.int64)
-    prepare = partial(finetune.augment, size=(224, 224), min_crop=recipe["min_crop"],
-                      magnitude=recipe["rand_augment"], fill=(124, 116, 104))
+    prepare = functools.partial(finetune.augment, size=(224, 224), min_crop=recipe["min_crop"],
+                                magnitude=recipe["rand_augment"], fill=(124, 116, 104))
     return finetune.LabelledImages(files, labels, prepare)
 
 

@@ -254,7 +254,7 @@ def check_finetune(args, report):
         elif folder.is_dir():    # look at its images all the same
             sets[split] = report.ask(list_images, folder, args.out) or []
     if len(classes) == 2:
-        report.ask(finetune.list_split, args.data, "val", args.out, classes[0])    # compares
+        report.ask(finetune.list_split, args.data, "val", args.out, classes[0])    # are they equal?
     look_at_sets(report, sets, args)
 
 
