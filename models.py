@@ -447,10 +447,10 @@ class Hiera(Encoder):
         features = self.forward_features(images, taps)
         return [reroll(features[tap], self.unit_grid) for tap in taps]
 
-    def unit_maps(self, x, rounds):
-        """Unrolled tokens (B, 4^rounds * V, C) -> a raster map of each unit (B V, C, 2^r, 2^r)."""
-        x = x.unflatten(1, (4 ** rounds, -1)).transpose(1, 2).flatten(0, 1)     # (B V, 4^r, C)
-        return reroll(x, (1, 1))
+    def unit_maps(self, x, units):
+        """Unrolled tokens (B, 4^r * V, C) of V = `units` mask units -> raster maps of the units,
+        one below the other (B, C, 2^r * V, 2^r)."""
+        return reroll(x, (units, 1))
 
 
 # --------------------------------------------------------------------------------------------------

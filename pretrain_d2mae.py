@@ -69,15 +69,6 @@ def random_masking(noise, mask_ratio):
     return ids[:, :keep], ids[:, keep:]
 
 
-def patch_pixels(images, ids, patch_size):
-    """Cut the patches `ids` (B, M) out of images (B, 3, H, W) -> pixels (B, M, P), ordered (row,
-    column, channel)."""
-    p = patch_size
-    patches = images.unfold(2, p, p).unfold(3, p, p).permute(0, 2, 3, 4, 5, 1)
-    patches = patches.flatten(3).flatten(1, 2)                                 # (B, N, P)
-    return patches[torch.arange(len(ids), device=ids.device)[:, None], ids]
-
-
 def normalize_patches(patches):
     """Normalise each patch of (B, M, P): (x - mean) / sqrt(variance + 1e-6), with the unbiased
     variance (norm_pix_loss of MAE)."""
@@ -124,12 +115,13 @@ class MaskedAutoencoder(nn.Module):
     """Student of MAE, D-MAE and D2-MAE: a ViT encoder, a decoder and, with a teacher, L_attn.
 
     encoder: VisionTransformer without a head, whose position table becomes the fixed one.
-    decoder_tap: block whose normalised output the decoder reads. norm_pix: predict normalised
-    patches. distillation: `Distillation` or None. alpha: weight of L_attn.
+    decoder_tap: block whose normalised output the decoder reads. decoder_dim: width of the decoder,
+    one block with heads of 32. norm_pix: predict normalised patches. distillation: `Distillation`
+    or None. alpha: weight of L_attn.
     """
 
-    def __init__(self, encoder, decoder_tap=12, decoder_dim=96, decoder_depth=1, decoder_heads=3,
-                 norm_pix=True, distillation=None, alpha=1.0):
+    def __init__(self, encoder, decoder_tap=12, decoder_dim=96, norm_pix=True, distillation=None,
+                 alpha=1.0):
         super().__init__()
         self.encoder = encoder
         self.arch, self.mean, self.std = encoder.arch, encoder.mean, encoder.std
@@ -145,8 +137,7 @@ class MaskedAutoencoder(nn.Module):
         if encoder.kind == "vit":    # Hiera trains its own table
             encoder.pos_embed = sincos_2d(encoder.embed_dim, encoder.grid)
         self.decoder_pos_embed = sincos_2d(decoder_dim, encoder.grid)
-        blocks = [Block(decoder_dim, decoder_heads) for _ in range(decoder_depth)]
-        self.decoder_blocks = nn.Sequential(*blocks)
+        self.decoder_blocks = nn.Sequential(Block(decoder_dim, decoder_dim // 32))
         self.decoder_norm = nn.LayerNorm(decoder_dim, eps=1e-6)
         self.decoder_pred = nn.Linear(decoder_dim, 3 * encoder.patch_size ** 2)
         for part in (self.decoder_embed, self.decoder_blocks, self.decoder_pred):
@@ -186,16 +177,18 @@ class MaskedAutoencoder(nn.Module):
     def forward_decoder(self, latent, ids_keep, ids_masked):
         """Predict the masked patches (B, M, P) from the visible tokens `latent` (B, T, D)."""
         T = latent.shape[1]
-        pos = self.decoder_pos_embed[0][self.position_rows(ids_keep, ids_masked)]
+        table = self.decoder_pos_embed[0]
+        ids = self.token_ids(torch.cat([ids_keep, ids_masked], dim=1))          # (B, N)
+        first = len(table) - ids.shape[1]    # 1 for the class token, 0 in Hiera
+        pos = table[F.pad(ids + first, (first, 0))]    # of [class, visible, masked]
         visible = self.decoder_embed(latent) + pos[:, :T]                       # (B, T, D_dec)
         masked = self.mask_token + pos[:, T:]                                   # (B, M, D_dec)
         x = self.decoder_blocks(torch.cat([visible, masked], dim=1))
         return self.decoder_pred(self.decoder_norm(x[:, T:]))
 
-    def position_rows(self, ids_keep, ids_masked):
-        """Rows of the position table (B, 1 + N) for [class, visible, masked]; the class is row 0.
-        """
-        return F.pad(torch.cat([ids_keep, ids_masked], dim=1) + 1, (1, 0))
+    def token_ids(self, ids):
+        """Raster indices of the decoder's tokens of the patches ids (B, V): one a patch."""
+        return ids
 
     def target(self, images, ids_masked):
         """Compute what the decoder should predict, (B, M, P)."""
@@ -203,8 +196,12 @@ class MaskedAutoencoder(nn.Module):
         return normalize_patches(patches) if self.norm_pix else patches
 
     def masked_pixels(self, images, ids_masked):
-        """Pixels of the masked patches (B, M, P)."""
-        return patch_pixels(images, ids_masked, self.encoder.patch_size)
+        """Cut the masked patches out of images (B, 3, H, W) -> pixels (B, M, P), ordered (row,
+        column, channel)."""
+        p = self.encoder.patch_size
+        patches = images.unfold(2, p, p).unfold(3, p, p).permute(0, 2, 3, 4, 5, 1)
+        patches = patches.flatten(3).flatten(1, 2)                              # (B, N, P)
+        return patches[torch.arange(len(images), device=images.device)[:, None], ids_masked]
 
 
 class Distillation(nn.Module):
@@ -318,7 +315,7 @@ def train(args):
             means = {}
         if (epoch + 1) % args.eval_every == 0 or epoch + 1 == args.epochs:
             report(args, run, model, teacher, val_loader, epoch=epoch + 1, step=(epoch + 1) * steps)
-        save(args, rank, "last.pt", model, epoch=epoch + 1, **data, norm_pix=args.norm_pix,
+        save(args, rank, "last.pt", model, epoch=epoch + 1, **data,
              optimizer=optimizer.state_dict(), scaler=scaler.state_dict())
 
     save(args, rank, "encoder.pt", model.encoder, epoch=args.epochs)
@@ -326,10 +323,10 @@ def train(args):
 
 def lr_at(step, total, warmup, lr, min_lr):
     """Learning rate of step `step` (from 0) of `total`: linear warm-up from 0, then half a cosine
-    from lr to min_lr."""
+    from lr to min_lr. warmup: steps, fewer than `total`."""
     if step < warmup:
         return lr * step / warmup
-    done = (step - warmup) / max(1, total - warmup)
+    done = (step - warmup) / (total - warmup)
     return min_lr + (lr - min_lr) / 2 * (1 + math.cos(math.pi * done))
 
 
@@ -349,7 +346,7 @@ def build_student(args):
     tap = args.decoder_tap or (8 if args.method == "d2-mae" else encoder.depth)
     dim = 96 if hiera else max(96, encoder.embed_dim // 2)    # of the decoder, with heads of 32
     kind = HieraMaskedAutoencoder if hiera else MaskedAutoencoder
-    model = kind(encoder, tap, dim, 1, dim // 32, args.norm_pix, alpha=args.alpha)
+    model = kind(encoder, tap, dim, args.norm_pix, alpha=args.alpha)
     if tap > encoder.depth or not 0 < int(model.cells * (1 - args.mask_ratio)) < model.cells:
         raise InputError(f"--decoder-tap {tap} must be among the {encoder.depth} blocks, and "
                          f"--mask-ratio {args.mask_ratio} must leave visible and masked patches")
@@ -427,8 +424,7 @@ def list_data(root, out):
 def build_loaders(args, model, run):
     """Build the loaders of the training images and of at most args.val_images held-out images."""
     train, val = list_data(args.data, args.out)
-    count = min(len(val), args.val_images)
-    val = val[torch.arange(count) * len(val) // count]    # from all folders
+    val = val[::math.ceil(len(val) / args.val_images)]    # from all folders
     size = model.encoder.img_size
     train_set = Images(train, args.seed, model.cells, size, args.crop_scale)
     loader = train_loader(train_set, args.batch_size, args.accum_steps, 512, args.workers,
@@ -559,8 +555,8 @@ class HieraMaskedAutoencoder(MaskedAutoencoder):
         table = torch.zeros(1, 4 * self.cells, self.mask_token.shape[2])         # in raster order
         self.decoder_pos_embed = nn.Parameter(nn.init.trunc_normal_(table, std=0.02))
         nn.init.trunc_normal_(self.mask_token, std=0.02)
-        raster = torch.arange(4 * h * w).view(h, 2, w, 2).transpose(1, 2).reshape(-1, 4)
-        self.register_buffer("unit_tokens", raster, persistent=False)            # (U, 4)
+        raster = F.pixel_unshuffle(torch.arange(4 * h * w).view(1, 2 * h, 2 * w), 2)
+        self.register_buffer("unit_tokens", raster.flatten(1).T, persistent=False)    # (U, 4)
 
         width = encoder.embed_dim
         self.decoder_taps = set(encoder.stage_ends)
@@ -574,23 +570,20 @@ class HieraMaskedAutoencoder(MaskedAutoencoder):
         """
         encoder = self.encoder
         last = features[encoder.depth]                                          # (B, 4 V, D)
-        fused = encoder.unit_maps(last, 1)                                      # (B V, D, 2, 2)
-        for tap, rounds, head in zip(encoder.stage_ends, (3, 2), self.multi_scale_fusion_heads):
-            fused = fused + head(encoder.unit_maps(features[tap], rounds))
-        return self.encoder_norm(fused.flatten(2).mT.reshape(last.shape))
+        units = last.shape[1] // 4
+        fused = encoder.unit_maps(last, units)                                  # (B, D, 2 V, 2)
+        for tap, head in zip(encoder.stage_ends, self.multi_scale_fusion_heads):
+            fused = fused + head(encoder.unit_maps(features[tap], units))
+        return self.encoder_norm(fused.flatten(2).mT)
 
-    def raster_ids(self, units):
+    def token_ids(self, ids):
         """Turn mask units (B, V) into raster indices (B, 4 V) of their tokens of 16x16 pixels."""
-        return self.unit_tokens[units].flatten(1)
-
-    def position_rows(self, ids_keep, ids_masked):
-        """Rows of the position table (B, 4 N) for [visible, masked]; there is no class token."""
-        return self.raster_ids(torch.cat([ids_keep, ids_masked], dim=1))
+        return self.unit_tokens[ids].flatten(1)
 
     def masked_pixels(self, images, ids_masked):
         """Pixels of the masked units (B, 4 M, P), ordered (channel, row, column) as by Hiera."""
-        pixels = patch_pixels(images, self.raster_ids(ids_masked), 16)
-        return pixels.unflatten(2, (256, 3)).mT.flatten(2)
+        pixels = super().masked_pixels(images, self.token_ids(ids_masked))
+        return pixels.unflatten(2, (-1, 3)).mT.flatten(2)
 
 
 # --------------------------------------------------------------------------------------------------

@@ -36,7 +36,7 @@ def small_student(decoupled=False, teacher=None, **options):
     encoder = with_statistics(VisionTransformer(**SMALL))
     kind = Distillation if decoupled else CoupledDistillation
     distillation = kind(encoder, teacher) if teacher else None
-    return MaskedAutoencoder(encoder, 8 if decoupled else 12, 24, 1, 3, distillation=distillation,
+    return MaskedAutoencoder(encoder, 8 if decoupled else 12, 32, distillation=distillation,
                              **options)
 
 
@@ -44,7 +44,7 @@ def small_hiera_student():
     torch.manual_seed(0)
     encoder = Hiera(img_size=96, embed_dim=8, num_heads=1, stages=(1, 1, 2, 1), q_pool=2)
     with_statistics(encoder)
-    return HieraMaskedAutoencoder(encoder, 5, 24, 1, 3)
+    return HieraMaskedAutoencoder(encoder, 5, 32)
 
 
 def small_teacher():
@@ -215,7 +215,7 @@ def test_hiera_matches_golden(golden):
 
     pred = model.forward_decoder(model.latent(features), ids_keep, ids_masked)
     label = model.target(images, ids_masked)
-    raster = model.raster_ids(ids_masked).argsort(1)[0]    # tokens of the first image
+    raster = model.token_ids(ids_masked).argsort(1)[0]    # tokens of the first image
     assert rel_error(pred[0, raster][:6, :24], g["pred"]) < 1e-4
     assert rel_error(label[0, raster][:6, :24], g["label"]) < 1e-4
 
@@ -290,7 +290,7 @@ def test_ablations_sum_over_layers_and_train_every_parameter(distill, decoupled)
     encoder = with_statistics(VisionTransformer(**SMALL))
     layers = [6, 13 if decoupled else 12]
     distillation = AblatedDistillation(encoder, teacher, layers, distill)
-    model = MaskedAutoencoder(encoder, 8, 24, 1, 3, distillation=distillation)
+    model = MaskedAutoencoder(encoder, 8, 32, distillation=distillation)
     target = model.distillation.target_maps(teacher, images, ids_keep)
     losses = model(images, ids_keep, ids_masked, target)
     losses["loss"].backward()
@@ -584,7 +584,7 @@ def test_other_ways_to_train(tmp_path, options, pictures, capsys):
          "--out", tmp_path, *options)
     assert "epoch 1: held-out reconstruction loss" in capsys.readouterr().out
     file = state_of(tmp_path / "last.pt")
-    assert file["norm_pix"] is ("--no-norm-pix" not in options)
+    assert file["args"]["norm_pix"] is ("--no-norm-pix" not in options)
 
 
 def test_a_run_that_learns_nothing_says_so_at_its_start_and_end(tmp_path, pictures, capsys):
