@@ -275,10 +275,11 @@ def train(args):
 
 
 def lr_at(step, total, warmup, lr, min_lr):
-    """Learning rate of step `step` (from 0): linear warm-up from 0, then half a cosine."""
+    """Learning rate of step `step` (from 0) of `total`: linear warm-up from 0, then half a cosine
+    from lr to min_lr. warmup: steps, fewer than `total`."""
     if step < warmup:
         return lr * step / warmup
-    done = (step - warmup) / max(1, total - warmup)
+    done = (step - warmup) / (total - warmup)
     return min_lr + (lr - min_lr) / 2 * (1 + math.cos(math.pi * done))
 
 
