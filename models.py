@@ -667,16 +667,13 @@ def param_groups(model, weight_decay, layer_decay=1.0, depth=12):
     start with 'encoder.'."""
     groups = {}
     for name, p in model.named_parameters():
-        if not p.requires_grad:
-            continue
-        layer = layer_id(name.removeprefix("encoder."), depth)
-        if layer_decay == 1:
-            layer = depth + 1
-        decayed = p.dim() > 1 and not name.endswith(("cls_token", "mask_token", "pos_embed"))
-        groups.setdefault((layer, decayed), []).append(p)
-    return [{"params": params, "layer": layer, "lr_scale": layer_decay ** (depth + 1 - layer),
-             "weight_decay": weight_decay if decayed else 0.0}
-            for (layer, decayed), params in sorted(groups.items())]
+        if p.requires_grad:
+            layer = layer_id(name.removeprefix("encoder."), depth)
+            scale = layer_decay ** (depth + 1 - layer)
+            decayed = p.dim() > 1 and not name.endswith(("cls_token", "mask_token", "pos_embed"))
+            groups.setdefault((scale, decayed), []).append(p)
+    return [{"params": params, "lr_scale": scale, "weight_decay": weight_decay if decayed else 0.0}
+            for (scale, decayed), params in sorted(groups.items())]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -789,11 +786,11 @@ def read_encoder(path):
     # one encoder, without its prefix
     stem = "patch_embed.proj.weight"
     found = [k.removesuffix(stem) for k in state if k.endswith(stem)]
-    students = [p for p in found if not re.search("tch_model|teacher|momentum|ema", p)]
-    if len(students or found) != 1:
+    students = [p for p in found if not re.search("tch_model|teacher|momentum|ema", p)] or found
+    if len(students) != 1:
         raise InputError(f"checkpoint {path} has no ViT or Hiera encoder, or several: expected one "
                          f"tensor {stem}, found it under the prefixes {found}")
-    [prefix] = students or found
+    [prefix] = students
     pooled = any(f"{prefix}{k}.weight" in state for k in ("fc_norm", "head.projection"))
     supervised = (pooled or f"{prefix}head.weight" in state
                   or any(k.endswith("classifier.weight") for k in state))    # of Hugging Face
