@@ -371,7 +371,7 @@ def load_models(args, num_classes=0):
     for label, source in sources.items():
         name, rpe, file = open_source(others[0] if source == "random" else source)
         pooled = num_classes or (file and file.supervised)    # others as they were pre-trained
-        pixels = {} if file and file.mean else dict(mean=args.mean, std=args.std)
+        pixels = {} if file and file.arch.get("mean") else dict(mean=args.mean, std=args.std)
         torch.manual_seed(args.seed)
         model = build_model(name, file, rpe, img_size=size, num_classes=num_classes,
                             q_pool=3 if pooled else 2, **pixels)

@@ -604,8 +604,8 @@ def model_sizes(name=None, file=None, **options):
     name = name or (model_name(file) if file else "vit_tiny")
     if name not in MODELS:
         raise InputError(f"model {name} is none of {', '.join(MODELS)}")
-    stored = dict(file.arch, mean=file.mean, std=file.std) if file else {}
-    stored = {k: stored.get(k) for k in ("img_size", "patch_size", "mean", "std")}
+    arch = file.arch if file else {}
+    stored = {k: arch.get(k) for k in ("img_size", "patch_size", "mean", "std")}
     sources = (MODELS[name], stored, options)    # the last one that has a value decides
     sizes = {k: v for source in sources for k, v in source.items() if v is not None}
     if "stages" not in sizes:
@@ -619,7 +619,8 @@ def build_model(name=None, file=None, rel_pos_bias=False, **options):
     """Build the ViT or Hiera of `model_sizes` with random weights. rel_pos_bias: give a ViT a
     relative position bias even if the file has none. Raises InputError."""
     sizes = model_sizes(name, file, **options)
-    rel_pos_bias = rel_pos_bias or (file and file.arch.get("rel_pos_bias"))
+    if file:
+        rel_pos_bias |= any(k.endswith("bias_table") for k in file.state)
     if "stages" not in sizes:
         return (RelativeVisionTransformer if rel_pos_bias else VisionTransformer)(**sizes)
     if rel_pos_bias:
@@ -666,16 +667,13 @@ def param_groups(model, weight_decay, layer_decay=1.0, depth=12):
     start with 'encoder.'."""
     groups = {}
     for name, p in model.named_parameters():
-        if not p.requires_grad:
-            continue
-        layer = layer_id(name.removeprefix("encoder."), depth)
-        if layer_decay == 1:
-            layer = depth + 1
-        decayed = p.dim() > 1 and not name.endswith(("cls_token", "mask_token", "pos_embed"))
-        groups.setdefault((layer, decayed), []).append(p)
-    return [{"params": params, "layer": layer, "lr_scale": layer_decay ** (depth + 1 - layer),
-             "weight_decay": weight_decay if decayed else 0.0}
-            for (layer, decayed), params in sorted(groups.items())]
+        if p.requires_grad:
+            layer = layer_id(name.removeprefix("encoder."), depth)
+            scale = layer_decay ** (depth + 1 - layer)
+            decayed = p.dim() > 1 and not name.endswith(("cls_token", "mask_token", "pos_embed"))
+            groups.setdefault((scale, decayed), []).append(p)
+    return [{"params": params, "lr_scale": scale, "weight_decay": weight_decay if decayed else 0.0}
+            for (scale, decayed), params in sorted(groups.items())]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -685,27 +683,29 @@ def load_encoder(model, file, keep_blocks=None):
     """Load the encoder of a file into a ViT or Hiera, in place -> names of the loaded tensors.
 
     file: a path, or what `read_encoder` returns. The file must hold every tensor of the encoder, in
-    the shape of the model; position tables are resized to the model's grid. A relative position
-    bias or LayerScale that only the model has keeps its initial value. A classifier loads the final
-    norm only if the file was trained with labels. keep_blocks: load only the embedding and the
-    first `keep_blocks` blocks (Fig. 4). Raises InputError that states the file and the tensors.
+    the shape of the model and finite; position tables are resized to the model's grid. A relative
+    position bias or LayerScale that only the model has keeps its initial value. A classifier loads
+    the final norm only if the file was trained with labels. keep_blocks: load only the embedding
+    and the first `keep_blocks` blocks (Fig. 4). Raises InputError that states the file and the
+    tensors.
     """
     file = read_encoder(file)
     target = model.state_dict()
     state = fit_state(file, model, target)
-    ours, theirs = (dict(arch, **{k: tuple(v.shape) for k, v in tensors.items()})
-                    for arch, tensors in ((model.arch, target), (file.arch, state)))
-    sizes = ("kind", "patch_size", "embed_dim", "depth", "num_heads", "stages")
-    sizes = [k for k in sizes if k in ours and k in theirs]
     optional = ("bias_table", ".gamma")    # of the model alone
     needed = [k for k in target if layer_id(k, model.depth) <= model.depth
               and not k.endswith(optional)]
+    ours = {**model.arch, **shapes(target)}
+    theirs = {**model.arch, **file.arch, **shapes(state)}    # a file may not store all sizes
+    sizes = ("kind", "patch_size", "embed_dim", "depth", "num_heads", "stages")
     wrong = [f"{k} is {theirs.get(k, 'absent')} in the file, {ours.get(k, 'absent')} in the model"
              for k in dict.fromkeys([*sizes, *needed, *state]) if theirs.get(k) != ours.get(k)]
     if wrong:
         raise InputError(f"checkpoint {file.path} does not fit the model: {'; '.join(wrong[:5])}; "
-                         "choose a model of the file's sizes, with relative position bias if the "
-                         "file has bias tables, or a file of a plain ViT or Hiera")
+                         "choose a model of the file's sizes (of its image size, too, if the "
+                         "patches of a file that stores none fill no square), with relative "
+                         "position bias if the file has bias tables, or a file of a plain ViT or "
+                         "Hiera")
 
     if keep_blocks is not None:
         state = {k: v for k, v in state.items() if layer_id(k, model.depth) <= keep_blocks}
@@ -714,15 +714,21 @@ def load_encoder(model, file, keep_blocks=None):
         text = f"loaded {len(state)} tensors; {len(target) - len(state)} left at initialisation"
         if "num_heads" not in file.arch:
             text += f"; assuming {model.arch['num_heads']} heads (not stored in the file)"
-        if not file.mean:
+        if not file.arch.get("mean"):
             text += f"; no pixel statistics in the file: assuming mean {model.mean}"
         print(f"{file.path}: {text}")
     return list(state)
 
 
+def shapes(state):
+    """Describe the tensors of a state -> {name: shape, or "NaN or infinite"}."""
+    return {k: tuple(v.shape) if v.isfinite().all() else "NaN or infinite"
+            for k, v in state.items()}
+
+
 def fit_state(file, model, target):
     """Adapt the tensors of a file to a model with the state `target`: rename or drop the final
-    norm, fold LayerScale unless the model has it, resize position tables. Raises InputError."""
+    norm, fold LayerScale unless the model has it, resize position tables."""
     state = {}
     for key, value in file.state.items():
         if key.startswith("norm."):
@@ -730,28 +736,24 @@ def fit_state(file, model, target):
             if key not in target or (hasattr(model, "head") and not file.supervised):
                 continue
         state[key] = value
-    if not any(key.endswith(".gamma") for key in target):
-        fold_layer_scale(state)
+    fold_layer_scale(state, target)
 
-    patches = math.prod(model.grid)
-    first = target["pos_embed"].shape[1] - patches    # 1 for the class token, 0 in Hiera
-    rows = state["pos_embed"].shape[1]
-    if file.own or rows not in (patches, patches + first):
-        if "img_size" not in file.arch:
-            raise InputError(f"checkpoint {file.path} has patches that fill no square, and no "
-                             "image size: build the model for the size that it was trained at")
-        cell = file.arch.get("patch_size", 4)         # of Hiera 4
-        grid = tuple(side // cell for side in file.arch["img_size"])
-        if grid != model.grid and rows == math.prod(grid) + first:
+    table = state["pos_embed"]
+    own = "num_heads" in file.arch    # a file of this project, which stores its image size
+    if own or table.shape != target["pos_embed"].shape:
+        cell = file.arch.get("patch_size", 4)    # of Hiera 4
+        grid = tuple(side // cell for side in file.arch.get("img_size", ()))
+        if "cls_token" in state and table.shape[1] == math.prod(grid):
+            state["pos_embed"] = F.pad(table, (0, 0, 1, 0))    # DeiT III: no row of the class token
+        if grid and grid != model.grid:
             model.resize_tables(state, grid)
-    elif rows == patches:    # DeiT III lacks the row of the class token
-        state["pos_embed"] = F.pad(state["pos_embed"], (0, 0, first, 0))
     return state
 
 
-def fold_layer_scale(state):
-    """Fold LayerScale, in place, into the linear layer before it, which computes the same."""
-    for key in [k for k in state if k.endswith(".gamma")]:
+def fold_layer_scale(state, target):
+    """Fold LayerScale that the state `target` lacks, in place, into the linear layer before it,
+    which computes the same."""
+    for key in [k for k in state if k.endswith(".gamma") and k not in target]:
         gamma = state.pop(key)
         layer = key.replace("ls1.gamma", "attn.proj").replace("ls2.gamma", "mlp.fc2")
         state[f"{layer}.weight"] = gamma[:, None] * state[f"{layer}.weight"]
@@ -763,66 +765,59 @@ def read_encoder(path):
     returns as it is if given, with
 
     path; state: tensors of the encoder by the names of timm, MAE and Hiera; others: other tensors
-    under the same prefix, such as heads; arch: sizes, see `infer_arch`; mean, std: pixel statistics
-    or None; supervised: whether it has a classifier; pooled: whether that reads the mean patch
-    token; own: whether this project wrote the file; content: all that the file holds.
+    under the same prefix, such as heads; arch: sizes, see `infer_arch`, and all that a file of this
+    project stores about its model, mean and std of its pixels included; supervised: whether it has
+    a classifier; pooled: whether that reads the mean patch token; content: all that the file holds.
 
-    Unwraps {'model'}, {'model_state'}, {'state_dict'}, removes prefixes (DistributedDataParallel,
-    torch.compile, MAE-Lite, MoCo-v3, Hugging Face, Lightning) and joins q, k, v. If a file has
-    several encoders, the student is read. Raises InputError.
+    Removes what stands before the names (dicts such as 'model' around the tensors,
+    DistributedDataParallel, torch.compile, MAE-Lite, MoCo-v3, Hugging Face, Lightning) and joins q,
+    k, v. If a file has several encoders, the student is read. Raises InputError.
     """
     if isinstance(path, SimpleNamespace):
         return path
     content = read_file(path)
-    state = content if isinstance(content, dict) else {}
-    for key in ("state_dict", "model_state", "model"):
-        if isinstance(state.get(key), dict):
-            state = state[key]
-    state = {str(k): v for k, v in state.items() if torch.is_tensor(v)}
-    for old, new in RENAMED:
-        state = {k.replace(old, new): v for k, v in state.items()}
+    state = {}
+    for outer, inner in {"": content, **content}.items():    # a dict in the file is one more prefix
+        if isinstance(inner, dict):
+            state.update({f"{outer}.{k}": v for k, v in inner.items() if torch.is_tensor(v)})
+    for pattern, name in RENAMED:
+        state = {re.sub(pattern, name, k): v for k, v in state.items()}
 
     # one encoder, without its prefix
     stem = "patch_embed.proj.weight"
-    prefixes = {k.removesuffix(stem) for k in state if k.endswith(stem)}
-    if len(prefixes) > 1:
-        prefixes = {p for p in prefixes if not re.search("tch_model|teacher|momentum", p)}
-    if len(prefixes) != 1:
+    found = [k.removesuffix(stem) for k in state if k.endswith(stem)]
+    students = [p for p in found if not re.search("tch_model|teacher|momentum|ema", p)] or found
+    if len(students) != 1:
         raise InputError(f"checkpoint {path} has no ViT or Hiera encoder, or several: expected one "
-                         f"tensor {stem}, found it under the prefixes {sorted(prefixes)}")
-    prefix = prefixes.pop()
-    supervised = any(k.endswith("classifier.weight") for k in state)    # Hugging Face's
-    state = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+                         f"tensor {stem}, found it under the prefixes {found}")
+    [prefix] = students
+    pooled = any(f"{prefix}{k}.weight" in state for k in ("fc_norm", "head.projection"))
+    supervised = (pooled or f"{prefix}head.weight" in state
+                  or any(k.endswith("classifier.weight") for k in state))    # of Hugging Face
+    state = {re.sub("^fc_norm", "norm", k.removeprefix(prefix)): v
+             for k, v in state.items() if k.startswith(prefix)}
     join_qkv(state)
-    pooled = "fc_norm.weight" in state or "head.projection.weight" in state
-    supervised = supervised or pooled or "head.weight" in state
-    state = {re.sub("^fc_norm", "norm", k): v for k, v in state.items()}
 
     # the encoder alone
     arch = infer_arch(state, path)
     stored = content.get("arch")
-    own = isinstance(stored, dict) and "img_size" in stored    # files of others may store a name
-    if own:
-        arch.update(stored)
-    mean, std = (content.get(k) if own else None for k in ("mean", "std"))
+    if isinstance(stored, dict) and "img_size" in stored:    # files of others may store a name
+        arch.update(stored, mean=content.get("mean"), std=content.get("std"))
     others = {k: state.pop(k) for k in list(state)
               if layer_id(k, -1) > arch["depth"] or re.search(OTHERS, k)}
-    for key, value in state.items():
-        if not value.isfinite().all():
-            raise InputError(f"checkpoint {path}: {key} holds NaN or infinity: give another")
-    return SimpleNamespace(path=path, state=state, others=others, arch=arch, mean=mean, std=std,
-                           supervised=supervised, pooled=pooled, own=own, content=content)
+    return SimpleNamespace(path=path, state=state, others=others, arch=arch, supervised=supervised,
+                           pooled=pooled, content=content)
 
 
 def join_qkv(state):
     """Join q, k and v of each block, in place. BEiT and the authors have no bias of k, which is the
     same as a bias of zero."""
-    for key in [k for k in state if ".attn.q_proj." in k]:
-        parts = [key.replace("q_proj", part) for part in ("q_proj", "k_proj", "v_proj")]
+    for key in [k for k in state if ".attn.q." in k]:
+        parts = [key.replace(".q.", f".{part}.") for part in "qkv"]
         if key.endswith("bias"):
             state.setdefault(parts[1], torch.zeros_like(state[key]))
         joined = torch.cat([state.pop(part) for part in parts if part in state])
-        state[key.replace("q_proj", "qkv")] = joined
+        state[key.replace(".q.", ".qkv.")] = joined
 
 
 def infer_arch(state, path):
@@ -834,29 +829,28 @@ def infer_arch(state, path):
     """
     weight = state["patch_embed.proj.weight"]
     is_vit = "cls_token" in state
-    if weight.dim() > 4 or "pos_embed" not in state or not (is_vit or weight.shape[-1] == 7):
+    if "pos_embed" not in state or not (is_vit or weight.shape[-1] == 7):
         raise InputError(f"checkpoint {path} is of none of this project's models: ViT with "
                          "cls_token and pos_embed, or Hiera, both for images (not for videos)")
     depth = max(layer_id(k, -1) for k in state)             # 0 for tensors outside blocks
     if is_vit:
         depth = 12 if depth == 13 else depth                # a student of D2-MAE
         cell = weight.shape[-1]
-        arch = dict(kind="vit", patch_size=cell,
-                    rel_pos_bias=any(k.endswith("bias_table") for k in state))
+        arch = dict(kind="vit", patch_size=cell)
     else:
         cell = 4
         opens = [k for k in range(depth) if f"blocks.{k}.proj.weight" in state]
         arch = dict(kind="hiera", stages=np.diff([0, *opens, depth]).tolist())
     arch.update(embed_dim=len(weight), depth=depth)
-    patches = state["pos_embed"].shape[1] - is_vit
-    side = math.isqrt(patches)
-    if side ** 2 == patches:
+    rows = state["pos_embed"].shape[1]
+    side = math.isqrt(rows)
+    if rows - side ** 2 in (0, is_vit):    # DeiT III has no row for the class token
         arch["img_size"] = [side * cell] * 2
     return arch
 
 
 def read_file(path):
-    """Read the object in a checkpoint file to the CPU. Never unpickles code. Raises InputError."""
+    """Read the dict in a checkpoint file to the CPU. Never unpickles code. Raises InputError."""
     path = Path(path)
     if not path.is_file():
         raise InputError(f"checkpoint {path} does not exist, or is a folder: give a file, such as "
@@ -865,42 +859,34 @@ def read_file(path):
         if path.suffix.lower() == ".safetensors":
             return importlib.import_module("safetensors.torch").load_file(path)
         with torch.serialization.safe_globals([argparse.Namespace]):    # of MAE's training files
-            return torch.load(path, map_location="cpu", weights_only=True)
+            return dict(torch.load(path, map_location="cpu", weights_only=True))
     except ImportError:
         raise InputError(f"{path} needs one more package: pip install safetensors") from None
     except Exception as error:    # torch and safetensors raise many kinds
-        forbidden = re.search(r"GLOBAL (\S+)|type (\S+)", str(error))
-        if forbidden and isinstance(error, pickle.UnpicklingError):
-            raise InputError(f"checkpoint {path} pickles {forbidden.group(0)}, which could run "
-                             "code when loaded: re-save only its tensors and plain types") from None
+        pickled = re.search(r"(GLOBAL|type) \S+|$", str(error))[0]
         raise InputError(f"checkpoint {path} is not a readable PyTorch or safetensors file "
-                         f"({type(error).__name__}): download it again, if it is incomplete, a Git "
-                         "LFS pointer or an HTML page") from None
+                         f"({pickled or type(error).__name__}): download it again, if it is "
+                         "incomplete, a Git LFS pointer or an HTML page; if it pickles code, which "
+                         "loading could run, re-save only its tensors and plain types") from None
 
 
 RENAMED = (    # in published files -> here; q_proj, layers: names of transformers 5
-    ("embeddings.cls_token", "cls_token"),
-    ("embeddings.position_embeddings", "pos_embed"),
-    ("embeddings.patch_embeddings.projection.", "patch_embed.proj."),
-    ("encoder.layer.", "blocks."),
-    ("layers.", "blocks."),
-    ("attention.attention.query.", "attn.q_proj."),
-    ("attention.attention.key.", "attn.k_proj."),
-    ("attention.attention.value.", "attn.v_proj."),
-    ("attention.output.dense.", "attn.proj."),
-    ("attention.o_proj.", "attn.proj."),
-    ("attention.", "attn."),             # before q_proj, k_proj, v_proj
-    ("attn.q_bias", "attn.q_proj.bias"),
-    ("attn.v_bias", "attn.v_proj.bias"),
-    ("intermediate.dense.", "mlp.fc1."),
-    ("output.dense.", "mlp.fc2."),
-    ("layernorm_before.", "norm1."),
-    ("layernorm_after.", "norm2."),
-    ("layernorm.", "norm."),
-    ("head.norm.", "norm."),             # Hiera of timm
-    ("head.fc.", "head.projection."),
-    ("gamma_1", "ls1.gamma"),
-    ("gamma_2", "ls2.gamma"),
+    (r"embeddings\.cls_token", "cls_token"),
+    (r"embeddings\.position_embeddings", "pos_embed"),
+    (r"embeddings\.patch_embeddings\.projection", "patch_embed.proj"),
+    (r"(encoder\.layer|layers)\.", "blocks."),
+    (r"attention\.(attention\.)?", "attn."),
+    (r"attn\.(output\.dense|o_proj)", "attn.proj"),
+    (r"attn\.([qkv])(uery|ey|alue|_proj)\.", r"attn.\1."),
+    (r"attn\.([qv])_bias", r"attn.\1.bias"),
+    (r"intermediate\.dense", "mlp.fc1"),
+    (r"output\.dense", "mlp.fc2"),
+    (r"layernorm_before", "norm1"),
+    (r"layernorm_after", "norm2"),
+    (r"layernorm\.", "norm."),
+    (r"head\.norm\.", "norm."),             # Hiera of timm
+    (r"head\.fc\.", "head.projection."),
+    (r"gamma_([12])", r"ls\1.gamma"),
 )
 OTHERS = (    # not of an encoder: decoders, heads, adapters, a teacher, constants
     r"^(decoder|mask_token|embeddings.mask_token|head|classifier|pooler|lm_head|predictor"

@@ -332,5 +332,5 @@ def test_checkpoints(tmp_path, capsys):
     state["pos_embed"] = torch.zeros(1, 11, 192)
     assert "stops the run at its start" in look(state, "fill no square")
     state["blocks.3.norm1.bias"][0] = torch.inf
-    look(state, "blocks.3.norm1.bias holds NaN or infinity")
+    look(state, "blocks.3.norm1.bias is NaN or infinite in the file")
     look({}, "no ViT or Hiera encoder")

@@ -260,6 +260,13 @@ FORMATS = {
     "hugging face pre-training": lambda s: {**prefixed(hugging_face_names(s), "vit."),
                                             "decoder.mask_token": torch.zeros(1)},
     "separate q and v biases": separate_biases,
+    "training file with an average": lambda s: {"model": s, "model_ema": {
+        k: 0 * v for k, v in s.items()}, "optimizer": {"state": {}, "param_groups": []}},
+    "dino": lambda s: {name: prefixed({**s, "head.mlp.0.weight": torch.zeros(2, 24)}, start)
+                       for name, start in (("teacher", "backbone."),
+                                           ("student", "module.backbone."))},
+    "own, stored before relative positions": lambda s: {
+        "model": s, "arch": {**small_vit().arch, "rel_pos_bias": False}},
     "own": lambda s: {"model": s, "arch": small_vit().arch, "mean": [0.5] * 3},
     "own last.pt": lambda s: {"model": {**prefixed(s, "encoder."), **DECODER},
                               "arch": small_vit().arch},
@@ -345,12 +352,14 @@ def test_files_that_must_be_refused(tmp_path):
     refused(VisionTransformer(**{**SMALL, "depth": 6}).state_dict(), "depth is 6 in the file, 3 in the model")
     refused(small_vit(RelativeVisionTransformer).state_dict(), "relative_position_bias_table")
     refused({**state, "pos_embed": torch.zeros(1, 18, 24)}, "fill no square")
-    refused({**prefixed(state, "a."), **prefixed(state, "b.")}, r"several: .*\['a.', 'b.'\]")
+    refused({**prefixed(state, "a."), **prefixed(state, "b.")}, r"several: .*\['.a.', '.b.'\]")
     refused({**state, "dist_token": torch.zeros(1, 1, 24)}, "dist_token")
-    refused({**state, "patch_embed.proj.weight": torch.zeros(24, 3, 2, 8, 8)}, r"none of .*\(not for videos\)")
-    refused({k: v for k, v in state.items() if k != "pos_embed"}, "ViT with cls_token and pos_embed")
+    refused({**state, "patch_embed.proj.weight": torch.zeros(24, 3, 2, 8, 8)}, r"\(24, 3, 2, 8, 8\) in the file")
+    refused({k: v for k, v in state.items() if k != "pos_embed"}, r"pos_embed.*\(not for videos\)")
+    refused([state], "not a readable PyTorch")
+    refused(state["cls_token"], "not a readable PyTorch")
     refused({**state, "pos_embed": torch.zeros(1, 15, 24)}, "fill no square")
-    refused({**state, lost: torch.full_like(state[lost], torch.nan)}, f"{lost} holds NaN")
+    refused({**state, lost: torch.full_like(state[lost], torch.nan)}, f"{lost} is NaN or infinite in")
 
 
 class ScaledBlock(models.Block):
@@ -471,6 +480,18 @@ def test_a_position_table_without_a_row_for_the_class_token_is_read(tmp_path):
     target = small_vit()
     load_encoder(target, tmp_path / "file.pth")
     assert torch.equal(target.pos_embed, source.pos_embed)
+    target, resized = small_vit(img_size=48), small_vit(img_size=48)
+    load_encoder(target, tmp_path / "file.pth")    # at another size, too
+    torch.save(source.state_dict(), tmp_path / "whole.pth")
+    load_encoder(resized, tmp_path / "whole.pth")
+    assert torch.equal(target.pos_embed, resized.pos_embed)
+    # 3 x 5 patches and a class token are 4 x 4 rows
+    for arch in ({}, {"arch": small_vit(img_size=(24, 40)).arch}):
+        source, target = (small_vit(img_size=(24, 40)) for _ in range(2))
+        seed_weights(source)
+        torch.save({"model": source.state_dict(), **arch}, tmp_path / "file.pth")
+        load_encoder(target, tmp_path / "file.pth")
+        assert torch.equal(target.pos_embed, source.pos_embed)
 
 
 def test_a_vit_of_seven_pixel_patches_is_no_hiera(tmp_path):
@@ -488,7 +509,7 @@ def test_a_foreign_grid_that_is_no_square_stays_as_it_is(tmp_path):
     load_encoder(same, tmp_path / "file.pth")
     assert torch.equal(same.pos_embed, wide.pos_embed)
     torch.save(small_vit(img_size=(16, 40)).state_dict(), tmp_path / "file.pth")    # 2 x 5
-    with pytest.raises(InputError, match="patches that fill no square.*build the model for the size"):
+    with pytest.raises(InputError, match=r"pos_embed is \(1, 11, 24\).*image size.*fill no square"):
         load_encoder(small_vit(), tmp_path / "file.pth")
 
 

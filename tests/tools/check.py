@@ -450,7 +450,7 @@ def check_checkpoint(args, report):
     if not file:
         return
     arch, state = file.arch, file.state
-    bias = arch.get("rel_pos_bias")
+    bias = any(key.endswith("bias_table") for key in state)
     scale = any(key.endswith(".gamma") for key in state)
     names = [name for name, sizes in MODELS.items() if ("stages" in sizes) == ("stages" in arch)
              and all(arch.get(k, v) == v for k, v in sizes.items() if k != "patch_size")]
@@ -464,13 +464,14 @@ def check_checkpoint(args, report):
                                            if file.pooled else "class token, which is not read")
 
     print(f"{args.file}: {kind}; "
-          + ", ".join(f"{key} {value}" for key, value in arch.items() if key != "tracker"))
+          + ", ".join(f"{key} {value}" for key, value in arch.items()
+                      if key not in ("tracker", "mean", "std")))
     print(f"encoder: {len(state)} tensors, {sum(map(torch.numel, state.values())) / 1e6:.3g} "
           f"million numbers, {'with' if bias else 'no'} relative position bias, "
           f"{'with' if scale else 'no'} LayerScale")
     print("dropped: " + (", ".join(f"{n} of {part}" for part, n in dropped.items()) or "nothing"))
     print(f"attention heads: {arch.get('num_heads', 'not stored')}; --model {heads or 'unknown'}")
-    print(f"pixel statistics: mean {file.mean}, std {file.std}" if file.mean else
+    print(f"pixel statistics: mean {arch['mean']}, std {arch['std']}" if arch.get("mean") else
           "pixel statistics: not stored; a run takes ImageNet's, or --mean and --std")
     if len(names) > 1:
         report.add("unknown number of attention heads", args.file, heads)
@@ -486,7 +487,7 @@ def check_checkpoint(args, report):
 def dropped_parts(file):
     """Parts of a checkpoint that are not of its encoder -> Counter of their tensors."""
     content = file.content
-    for key in ("state_dict", "model_state", "model"):    # as in read_encoder
+    for key in ("state_dict", "model_state", "model"):
         content = content[key] if isinstance(content.get(key), dict) else content
     parts = Counter(str(key).split(".")[0] for key, value in content.items()
                     if torch.is_tensor(value))
