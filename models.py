@@ -702,10 +702,8 @@ def load_encoder(model, file, keep_blocks=None):
              for k in dict.fromkeys([*sizes, *needed, *state]) if theirs.get(k) != ours.get(k)]
     if wrong:
         raise InputError(f"checkpoint {file.path} does not fit the model: {'; '.join(wrong[:5])}; "
-                         "choose a model of the file's sizes (of its image size, too, if the "
-                         "patches of a file that stores none fill no square), with relative "
-                         "position bias if the file has bias tables, or a file of a plain ViT or "
-                         "Hiera")
+                         "choose a model of the file's sizes, also of its image size, with "
+                         "relative position bias if the file has bias tables, or another file")
 
     if keep_blocks is not None:
         state = {k: v for k, v in state.items() if layer_id(k, model.depth) <= keep_blocks}
@@ -743,7 +741,8 @@ def fit_state(file, model, target):
     if own or table.shape != target["pos_embed"].shape:
         cell = file.arch.get("patch_size", 4)    # of Hiera 4
         grid = tuple(side // cell for side in file.arch.get("img_size", ()))
-        if "cls_token" in state and table.shape[1] == math.prod(grid):
+        whole = (math.prod(grid), math.prod(model.grid))
+        if not own and "cls_token" in state and table.shape[1] in whole:
             state["pos_embed"] = F.pad(table, (0, 0, 1, 0))    # DeiT III: no row of the class token
         if grid and grid != model.grid:
             model.resize_tables(state, grid)
@@ -786,7 +785,7 @@ def read_encoder(path):
     # one encoder, without its prefix
     stem = "patch_embed.proj.weight"
     found = [k.removesuffix(stem) for k in state if k.endswith(stem)]
-    students = [p for p in found if not re.search("tch_model|teacher|momentum|ema", p)] or found
+    students = [p for p in found if not re.search("tch_model|teacher|momentum|_ema", p)] or found
     if len(students) != 1:
         raise InputError(f"checkpoint {path} has no ViT or Hiera encoder, or several: expected one "
                          f"tensor {stem}, found it under the prefixes {found}")
@@ -844,7 +843,8 @@ def infer_arch(state, path):
     arch.update(embed_dim=len(weight), depth=depth)
     rows = state["pos_embed"].shape[1]
     side = math.isqrt(rows)
-    if rows - side ** 2 in (0, is_vit):    # DeiT III has no row for the class token
+    scaled = "blocks.0.ls1.gamma" in state    # so may be DeiT III, without a row of the class token
+    if rows - side ** 2 in (is_vit, is_vit and not scaled):
         arch["img_size"] = [side * cell] * 2
     return arch
 

@@ -351,14 +351,14 @@ def test_files_that_must_be_refused(tmp_path):
     refused({**state, "cls_token": torch.zeros(1, 1, 32)}, r"cls_token is \(1, 1, 32\) in the file")
     refused(VisionTransformer(**{**SMALL, "depth": 6}).state_dict(), "depth is 6 in the file, 3 in the model")
     refused(small_vit(RelativeVisionTransformer).state_dict(), "relative_position_bias_table")
-    refused({**state, "pos_embed": torch.zeros(1, 18, 24)}, "fill no square")
+    refused({**state, "pos_embed": torch.zeros(1, 18, 24)}, "also of its image size")
     refused({**prefixed(state, "a."), **prefixed(state, "b.")}, r"several: .*\['.a.', '.b.'\]")
     refused({**state, "dist_token": torch.zeros(1, 1, 24)}, "dist_token")
     refused({**state, "patch_embed.proj.weight": torch.zeros(24, 3, 2, 8, 8)}, r"\(24, 3, 2, 8, 8\) in the file")
     refused({k: v for k, v in state.items() if k != "pos_embed"}, r"pos_embed.*\(not for videos\)")
     refused([state], "not a readable PyTorch")
     refused(state["cls_token"], "not a readable PyTorch")
-    refused({**state, "pos_embed": torch.zeros(1, 15, 24)}, "fill no square")
+    refused({**state, "pos_embed": torch.zeros(1, 15, 24)}, "also of its image size")
     refused({**state, lost: torch.full_like(state[lost], torch.nan)}, f"{lost} is NaN or infinite in")
 
 
@@ -481,6 +481,8 @@ def test_a_position_table_without_a_row_for_the_class_token_is_read(tmp_path):
     load_encoder(target, tmp_path / "file.pth")
     assert torch.equal(target.pos_embed, source.pos_embed)
     target, resized = small_vit(img_size=48), small_vit(img_size=48)
+    gamma = {f"blocks.{k}.ls{i}.gamma": torch.ones(24) for k in range(3) for i in (1, 2)}
+    torch.save({**state, **gamma}, tmp_path / "file.pth")    # as DeiT III has it
     load_encoder(target, tmp_path / "file.pth")    # at another size, too
     torch.save(source.state_dict(), tmp_path / "whole.pth")
     load_encoder(resized, tmp_path / "whole.pth")
@@ -509,7 +511,7 @@ def test_a_foreign_grid_that_is_no_square_stays_as_it_is(tmp_path):
     load_encoder(same, tmp_path / "file.pth")
     assert torch.equal(same.pos_embed, wide.pos_embed)
     torch.save(small_vit(img_size=(16, 40)).state_dict(), tmp_path / "file.pth")    # 2 x 5
-    with pytest.raises(InputError, match=r"pos_embed is \(1, 11, 24\).*image size.*fill no square"):
+    with pytest.raises(InputError, match=r"pos_embed is \(1, 11, 24\).*also of its image size"):
         load_encoder(small_vit(), tmp_path / "file.pth")
 
 
