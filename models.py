@@ -1436,11 +1436,9 @@ def open_image(path):
             white = 65535 if image.mode != "F" else 255 if grey.max() > 1 else 1
             image = Image.fromarray((255 * (grey / white).clip(0, 1)).round().astype(np.uint8))
         return image.convert("RGB")
-    except FileNotFoundError:
-        raise
     except Exception as error:    # Pillow's plugins raise many kinds
-        raise OSError(f"cannot read image {path} ({type(error).__name__}: {error}): replace it by "
-                      "a good copy; tests/tools/check.py lists all such files") from None
+        raise OSError(f"cannot read image {path} ({type(error).__name__}: {error}): put a good "
+                      "copy there; tests/tools/check.py lists all such files") from None
 
 
 class ImageDataset(Dataset):

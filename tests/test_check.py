@@ -265,7 +265,7 @@ def test_each_fault_of_coco(tmp_path, capsys):
     assert found == {"left out by the run": 1, "unreadable file": 1, "frame turned by EXIF": 1,
                      "frame of another size than stated": 1, "box outside its frame": 1,
                      "boxes are corners x1,y1,x2,y2": 1}
-    for part in ("2 of 9 annotations skipped", "5.jpg", "2.jpg (80,5,20,20)",
+    for part in ("2 of 9 annotations skipped", "5.jpg (FileNotFoundError", "2.jpg (80,5,20,20)",
                  "60 x 40, stated 120 x 80", "4.jpg\n", "coco: 6 images; 7 boxes"):
         assert part in text, (part, text)
     file.write_text("{}")

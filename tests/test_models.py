@@ -964,7 +964,7 @@ def test_items_have_keys_of_epoch_and_index(tmp_path):
     assert data[0, 0] == data[0, 0] != data[1, 0] and len(data) == 2
     with pytest.raises(TypeError, match="cannot unpack"):    # the line says: epoch, index
         data[1]
-    with pytest.raises(OSError, match="cannot read image .*1.png .*: replace it by a good copy"):
+    with pytest.raises(OSError, match="cannot read image .*1.png .*: put a good copy there"):
         data[0, 1]
 
 
