@@ -25,7 +25,6 @@ import json
 import math
 import multiprocessing
 import os
-import pickle
 import re
 import struct
 import subprocess
@@ -636,7 +635,8 @@ def load_model(kind, file=None, name=None, **options):
     file = read_encoder(file) if file else None
     sizes = model_sizes(name, file, **options)
     if kind.kind != ("hiera" if "stages" in sizes else "vit"):
-        raise InputError(f"{file.path if file else name} is no {kind.kind}: choose one")
+        raise InputError(f"{file.path if file else name} is not a {kind.kind} model: choose "
+                         "another")
     model = kind(**sizes)
     if file:
         load_encoder(model, file)
@@ -908,7 +908,8 @@ def init_distributed(device="auto", dtype="auto", minutes=10):
     rank = int(os.environ.get("RANK", 0))
     world = int(os.environ.get("WORLD_SIZE", 1))
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
-    best = str(torch.accelerator.current_accelerator(check_available=True) or "cpu")
+    best = "mps" if torch.backends.mps.is_available() else "cpu"
+    best = "cuda" if torch.cuda.is_available() else best
     name = best if device == "auto" else device
     if name not in (best, "cpu"):
         raise InputError(f"--device {name} is not available on this machine: choose another")

@@ -1,6 +1,5 @@
 """Masking, decoders, distillation and the training run of pretrain_d2mae.py."""
 import re
-import shutil
 import time
 from argparse import Namespace
 
@@ -664,7 +663,7 @@ def test_bad_options_end_in_one_sentence(options, match, tmp_path, teacher, pict
 
 
 def test_a_teacher_of_another_kind_is_refused(teacher, tmp_path):
-    with pytest.raises(InputError, match=r"is no hiera: choose one"):
+    with pytest.raises(InputError, match=r"is not a hiera model: choose another"):
         here(P, "--teacher", teacher, "--model", "hiera_tiny", "--method", "d-mae", "--image-size",
              64, "--device", "cpu", "--out", tmp_path)
 

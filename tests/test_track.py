@@ -1187,7 +1187,7 @@ def test_own_frames_are_tracked_as_in_the_evaluation(trained):
     (["--data", "imagenet=x"], "give NAME=FOLDER"),
     (["--data", "nonsense"], "give NAME=FOLDER"),
     (["--data", "DATA", "--init", "no.pt"], "does not exist"),
-    (["--data", "DATA", "--init", "HIERA"], "hiera.pt is no vit: choose one"),
+    (["--data", "DATA", "--init", "HIERA"], "hiera.pt is not a vit model: choose another"),
     (["--data", "DATA", "--init", "CUT"], "pos_embed"),
     (["--data", "DATA", "--search-size", 250], "no multiple of the patch size 16"),
     (["--data", "coco=EMPTY,coco=EMPTY"], "each once"),
