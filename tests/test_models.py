@@ -911,8 +911,7 @@ with models.plain_errors():
 
 def test_emulated_bf16_is_not_chosen(monkeypatch):
     """V100, T4: fp16. is_bf16_supported counts emulation unless told otherwise."""
-    monkeypatch.setattr(torch.accelerator, "current_accelerator",
-                        lambda check_available: torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported",
                         lambda including_emulation=True: including_emulation)
