@@ -134,8 +134,7 @@ class MaskedAutoencoder(nn.Module):
 
         self.decoder_embed = nn.Linear(encoder.embed_dim, decoder_dim)
         self.mask_token = nn.Parameter(torch.randn(1, 1, decoder_dim) * 0.02)
-        if encoder.kind == "vit":    # Hiera trains its own table
-            encoder.pos_embed = sincos_2d(encoder.embed_dim, encoder.grid)
+        encoder.pos_embed = sincos_2d(encoder.embed_dim, encoder.grid)
         self.decoder_pos_embed = sincos_2d(decoder_dim, encoder.grid)
         self.decoder_blocks = nn.Sequential(Block(decoder_dim, decoder_dim // 32))
         self.decoder_norm = nn.LayerNorm(decoder_dim, eps=1e-6)
@@ -177,18 +176,17 @@ class MaskedAutoencoder(nn.Module):
     def forward_decoder(self, latent, ids_keep, ids_masked):
         """Predict the masked patches (B, M, P) from the visible tokens `latent` (B, T, D)."""
         T = latent.shape[1]
-        table = self.decoder_pos_embed[0]
-        ids = self.token_ids(torch.cat([ids_keep, ids_masked], dim=1))          # (B, N)
-        first = len(table) - ids.shape[1]    # 1 for the class token, 0 in Hiera
-        pos = table[F.pad(ids + first, (first, 0))]    # of [class, visible, masked]
+        rows = self.decoder_rows(torch.cat([ids_keep, ids_masked], dim=1))      # (B, 1 + N)
+        pos = self.decoder_pos_embed[0, rows]    # of [class, visible, masked]
         visible = self.decoder_embed(latent) + pos[:, :T]                       # (B, T, D_dec)
         masked = self.mask_token + pos[:, T:]                                   # (B, M, D_dec)
         x = self.decoder_blocks(torch.cat([visible, masked], dim=1))
         return self.decoder_pred(self.decoder_norm(x[:, T:]))
 
-    def token_ids(self, ids):
-        """Raster indices of the decoder's tokens of the patches ids (B, V): one a patch."""
-        return ids
+    def decoder_rows(self, ids):
+        """Rows (B, 1 + N) of the decoder's position table: row 0 for the class token, then those of
+        the patches ids (B, N)."""
+        return F.pad(ids + 1, (1, 0))
 
     def target(self, images, ids_masked):
         """Compute what the decoder should predict, (B, M, P)."""
@@ -453,7 +451,7 @@ def report(args, run, model, teacher, val_loader, epoch, step):
         text += "; that is no better than the mean, see 'Your own images' in the README"
     tqdm.write(text)
     if epoch > 0:
-        draw(args, model, teacher, val_loader)
+        draw(model, teacher, val_loader, args.mask_ratio, args.out)
 
 
 @torch.no_grad()
@@ -506,19 +504,19 @@ def paste(model, images, pixels, ids_masked):
 
 
 @torch.no_grad()
-def draw(args, model, teacher, val_loader):
-    """Draw up to eight held-out images. reconstruction.png has the rows input, masked input and
-    prediction. attention.png, for a ViT without ablations, has the rows input, student (M A_S) and
-    teacher (A_T): softmax attention of the central patch to all patches, mean over heads, white at
-    its maximum."""
+def draw(model, teacher, val_loader, mask_ratio, out):
+    """Draw up to eight held-out images into the folder `out`. reconstruction.png has the rows
+    input, masked input and prediction. attention.png, for a ViT without ablations, has the rows
+    input, student (M A_S) and teacher (A_T): softmax attention of the central patch to all patches,
+    mean over heads, white at its maximum."""
     data = val_loader.dataset
     items = [data[0, i] for i in range(0, len(data), math.ceil(len(data) / 8))]
     images, noise = (x.to(model.mask_token.device) for x in default_collate(items))
     images = normalize(images, model.mean, model.std)
-    masks = random_masking(noise, args.mask_ratio)
+    masks = random_masking(noise, mask_ratio)
     mean, std = (images.new_tensor(c).view(3, 1, 1) for c in (model.mean, model.std))
     rows = [x * std + mean for x in (images, *reconstruct(model, images, *masks))]
-    save_image(torch.cat(rows), f"{args.out}/reconstruction.png", nrow=len(items))
+    save_image(torch.cat(rows), f"{out}/reconstruction.png", nrow=len(items))
     distillation = model.distillation
     if isinstance(distillation, AblatedDistillation | None) or model.encoder.kind == "hiera":
         return
@@ -531,7 +529,7 @@ def draw(args, model, teacher, val_loader):
     attention = logits.softmax(dim=-1).mean(dim=1)[:, query, 1:]            # (2 B, N)
     attention = F.normalize(attention, math.inf).view(-1, 1, h, w)          # / its maximum
     heat = F.interpolate(attention, images.shape[2:]).expand(-1, 3, -1, -1)
-    save_image(torch.cat([rows[0], heat]), f"{args.out}/attention.png", nrow=len(items))
+    save_image(torch.cat([rows[0], heat]), f"{out}/attention.png", nrow=len(items))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -545,8 +543,10 @@ class HieraMaskedAutoencoder(MaskedAutoencoder):
     """
 
     def __init__(self, encoder, *args, **options):
+        trained = encoder.pos_embed
         super().__init__(encoder, *args, **options)
-        init_mae(encoder)    # Hiera's own initialisation is for classifiers
+        encoder.pos_embed = trained    # Hiera has no fixed table
+        init_mae(encoder)    # its own initialisation is for classifiers
         for module in encoder.modules():
             if isinstance(module, nn.LayerNorm):
                 nn.init.zeros_(module.bias)
@@ -576,13 +576,13 @@ class HieraMaskedAutoencoder(MaskedAutoencoder):
             fused = fused + head(encoder.unit_maps(features[tap], units))
         return self.encoder_norm(fused.flatten(2).mT)
 
-    def token_ids(self, ids):
+    def decoder_rows(self, ids):
         """Turn mask units (B, V) into raster indices (B, 4 V) of their tokens of 16x16 pixels."""
         return self.unit_tokens[ids].flatten(1)
 
     def masked_pixels(self, images, ids_masked):
         """Pixels of the masked units (B, 4 M, P), ordered (channel, row, column) as by Hiera."""
-        pixels = super().masked_pixels(images, self.token_ids(ids_masked))
+        pixels = super().masked_pixels(images, self.decoder_rows(ids_masked))
         return pixels.unflatten(2, (-1, 3)).mT.flatten(2)
 
 

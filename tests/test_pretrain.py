@@ -214,7 +214,7 @@ def test_hiera_matches_golden(golden):
 
     pred = model.forward_decoder(model.latent(features), ids_keep, ids_masked)
     label = model.target(images, ids_masked)
-    raster = model.token_ids(ids_masked).argsort(1)[0]    # tokens of the first image
+    raster = model.decoder_rows(ids_masked).argsort(1)[0]    # tokens of the first image
     assert rel_error(pred[0, raster][:6, :24], g["pred"]) < 1e-4
     assert rel_error(label[0, raster][:6, :24], g["label"]) < 1e-4
 
