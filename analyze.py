@@ -1,6 +1,6 @@
 """Layer similarity, attention, cost and curves of any checkpoints (Figs. 1, 3, 4 and 5).
 
-    python analyze.py cka DeiT=deit_tiny:deit.pth MAE=mae.pt D2-MAE=out/pretrain/encoder.pt # Fig. 3
+    python analyze.py cka DeiT=deit_tiny_300e.pth.tar MAE=mae.pt D2-MAE=encoder.pt          # Fig. 3
     python analyze.py attention random MAE=mae.pt D2-MAE=out/pretrain/encoder.pt            # Fig. 5
     python analyze.py cost vit_tiny vit_tiny+rpe hiera_tiny --points tests/assets/fig1.csv  # Fig. 1
     python analyze.py curves MAE=out/mae D2-MAE=out/pretrain
@@ -8,11 +8,11 @@
     python tests/tools/demo.py analyze                                            # needs no files
 
 Nothing here trains. `analyze.py COMMAND --help` explains a command. A model is [LABEL=]SOURCE; the
-default label is the end of the path. SOURCE is one of
+default label is the last two parts of the path. SOURCE is one of
 - a checkpoint of README, "Checkpoints": MAE, MAE-Lite, DeiT, MoCo-v3, Hiera, this project's own;
-- MODEL:FILE, where the file does not store its number of heads. Files 192 wide are taken for
-  vit_tiny, with the 12 heads of this paper's models, its supervised DeiT-Tiny included; the
-  DeiT-Tiny of timm and of its own authors has 3: deit_tiny:FILE, as deit_small:FILE has 6;
+- MODEL:FILE for a file that does not store its number of heads. Without MODEL, a file of width 192
+  is read as vit_tiny, with 12 heads, as all of the paper's models have, its DeiT-Tiny included. For
+  the DeiT of timm and of its own authors write deit_tiny:FILE (3 heads) or deit_small:FILE (6);
 - the name of an untrained model: vit_tiny, vit_tiny+rpe (relative position bias), hiera_tiny, ...;
 - `random`, an untrained copy of the first other model, which reads the same pixels; of vit_tiny if
   there is none.
@@ -58,8 +58,9 @@ from models import (MODELS, InputError, Parser, build_model, init_distributed, l
 # Layer similarity (Fig. 3)
 # --------------------------------------------------------------------------------------------------
 def representations(model, images):
-    """Patch tokens after the embedding (layer 0), and the normalised representation of each block
-    (Fig. 2), without the class token: images (B, 3, H, W) -> depth + 1 tensors (B, N, D).
+    """Compute the patch tokens after the embedding (layer 0) and each block's normalised
+    representation (Fig. 2), without the class token: images (B, 3, H, W) -> depth + 1 tensors
+    (B, N, D).
 
     Tokens of Hiera stay unrolled; each stage has fewer and wider ones.
     """
@@ -93,7 +94,7 @@ def centred_gram(features):
 
 
 def minibatch_cka(batches):
-    """CKA of each layer of model 0 with each layer of the others; HSICs are averaged over batches
+    """Compute CKA of each layer of model 0 with each of the others; HSICs are averaged over batches
     *before* the ratio, in which their common factor 1 / (n (n - 3)) cancels.
 
     batches: for each batch a list over models of lists over layers of features (n, ...), n >= 4 the
@@ -145,7 +146,8 @@ def cka(args):
 # Attention distance and entropy (Fig. 5)
 # --------------------------------------------------------------------------------------------------
 def attention_statistics(logits, distance):
-    """Attention distance and entropy of every image and head -> (2, B, H), means over queries i of
+    """Compute attention distance and entropy of every image and head -> (2, B, H), means over
+    queries i of
 
         sum_j p_ij |x_i - x_j|   and   -sum_j p_ij log p_ij (nats),   p = softmax of logits over j.
 
@@ -258,8 +260,8 @@ def cost(args):
 # Training curves, and accuracy by pre-trained blocks kept (Fig. 4)
 # --------------------------------------------------------------------------------------------------
 def read_run(path):
-    """log.jsonl, or the folder that holds it -> settings of the run, that is its options and what
-    it has found (the sizes of its model, numbers of images), and the other lines of its log."""
+    """Read a log.jsonl, given as such or by its folder -> settings of the run (its options, the
+    sizes of its model, numbers of images), and the other lines of its log. Raises InputError."""
     path = Path(path)
     if path.is_dir():
         path /= "log.jsonl"
@@ -359,9 +361,9 @@ def open_source(source):
 
 
 def load_models(args, num_classes=0):
-    """The models of the command line, on the device -> {label: model}. All get one image size, by
-    default that of the first that is not `random`; --mean and --std are for files that store none.
-    No model is trained: no gradients are kept."""
+    """Load the models of the command line -> {label: model} on the device, frozen. All get one
+    image size, by default that of the first that is not `random`; --mean and --std are for files
+    that store none. Raises InputError."""
     _, _, device, _ = init_distributed(args.device, "fp32")
     torch.set_float32_matmul_precision("highest")
     sources = named(args.inputs)
@@ -390,8 +392,8 @@ def draw_files(folder, count, seed, out):
 
 
 def batches(models, files, n):
-    """n images at a time for all models: a list of (label, model, images (B, 3, H, W)), normalised
-    as in the training of that model.
+    """Yield for n images at a time a list of (label, model, images (B, 3, H, W)), normalised as in
+    the training of that model.
 
     Images are the central 224/256 of the pictures in the shape of the models' image size, bicubic
     and antialiased. Raises OSError naming a file that cannot be read.
@@ -513,8 +515,8 @@ def model_options(parser, add):
     parser.pixel_options(add, "that of the first model but random",
                          "for files that store none; default: ImageNet's")
     add("--device", choices=("auto", "cuda", "mps", "cpu"), default="auto",
-        help="auto: cuda, mps or cpu, the first that is there")
-    add("--seed", low=0, default=0, help="of untrained weights and of the choice of images")
+        help="auto: the first available of cuda, mps and cpu")
+    add("--seed", low=0, default=0, help="seed of untrained weights and of the choice of images")
 
 
 def image_options(add):
@@ -526,7 +528,7 @@ def image_options(add):
 
 
 def parse_args(argv=None):
-    """Options of the command line, or of the list `argv`."""
+    """Parse the command line, or the list `argv`."""
     parser = Parser(__doc__)
     commands = parser.add_subparsers(metavar="COMMAND", required=True, prog=parser.prog)
     for command in (cka, attention, cost, curves, fig4):

@@ -2,11 +2,11 @@ r"""Fine-tuning and transfer of a pre-trained encoder to image classification (S
 
     torchrun --nproc_per_node=8 finetune.py --data data/imagenet --init out/pretrain/encoder.pt
     torchrun --nproc_per_node=8 finetune.py --data data/imagenet --init encoder.pt --rpe \
-        --epochs 1000
+        --epochs 1000 --out out/rpe
     torchrun --nproc_per_node=2 finetune.py --recipe cifar --data data/cifar100 --init encoder.pt
     python finetune.py --data my_pictures --init encoder.pt --shots 10 --batch-size 32
     python finetune.py --data data/imagenet --init encoder.pt --keep-blocks 6 \
-        --data-fraction 0.1 --seed 1                                  # one point of Fig. 4
+        --data-fraction 0.1 --seed 1 --out out/fig4/6-1               # one point of Fig. 4
     python finetune.py --eval --data data/imagenet --init mae_finetuned_vit_base.pth
     python finetune.py --predict cat.jpg my_folder          # with the classifier of out/finetune
     python tests/tools/demo.py finetune                               # needs no files
@@ -21,8 +21,8 @@ Shapes: B images, K classes, H x W pixels.
 NOTES, details that the paper does not give, and departures from the authors' code:
 1. Crops, flips and RandAugment depend on (seed, epoch, image); mixing, erasing and stochastic depth
    on (seed, epoch, process), and images are mixed within a micro-batch. The number of workers has
-   no effect. A killed run finishes with bit-identical weights on one number of CPU threads, or on
-   GPUs of one kind with deterministic kernels.
+   no effect. A killed run finishes with bit-identical weights on the same number of CPU threads, or
+   on GPUs of one kind with deterministic kernels.
 2. Every test image counts once for any number of processes. The authors' code repeats some to fill
    a batch, and evaluates every 10 epochs.
 3. Evaluation runs in float32, as the authors' does. GPUs from Ampere on multiply float32 matrices
@@ -213,7 +213,7 @@ def build_optimizer(model, args, lr):
 # Training
 # --------------------------------------------------------------------------------------------------
 def train(args):
-    """Train into args.out: a new run, or the one that last.pt there continues."""
+    """Train, resuming from args.out/last.pt if it exists, and save args.out/classifier.pt."""
     rank, world, device, dtype = run = init_distributed(args.device, args.dtype)
     torch.manual_seed(args.seed)
     *train_items, classes = list_split(args.data, "train", args.out)
@@ -275,8 +275,8 @@ def train(args):
 
 
 def lr_at(step, total, warmup, lr, min_lr):
-    """Learning rate of step `step` (from 0) of `total`: linear warm-up from 0, then half a cosine
-    from lr to min_lr. warmup: steps, fewer than `total`."""
+    """Compute the learning rate of a step (from 0) of `total`: linear warm-up from 0, then half a
+    cosine from lr to min_lr. warmup: steps, fewer than `total`."""
     if step < warmup:
         return lr * step / warmup
     done = (step - warmup) / (total - warmup)
@@ -425,8 +425,8 @@ def load_classifier(file, name=None, **options):
 
 
 def use_classifier(args):
-    """Run --eval and --predict: score the classifier in --init, or in --out, and print what it
-    sees."""
+    """Run --eval and --predict: score the classifier in --init, or in --out, and print its
+    predictions."""
     _, _, device, _ = run = init_distributed(args.device)
     file = read_encoder(args.init or f"{args.out}/classifier.pt")
     model, classes = load_classifier(file, args.model, mean=args.mean, std=args.std,
@@ -484,20 +484,21 @@ def recipe_word(text):
 
 
 def parse_args(argv=None):
-    """Options of the command line, or of the list `argv`."""
+    """Parse the command line, or the list `argv`."""
     parser = Parser(__doc__)
     add = parser.group("model")
     add("--init",
-        help="checkpoint to start from (README, 'Checkpoints'), default: random weights; with "
-             "--eval, --predict the classifier, default: classifier.pt of --out")
+        help="encoder to start from (README, 'Checkpoints'; default: random weights); with --eval "
+             "or --predict, the classifier (default: classifier.pt in --out)")
     add("--keep-blocks", low=0,
         help="load only the embedding and the first KEEP_BLOCKS blocks of --init (Fig. 4)")
-    add("--model", help="default: that of --init, else vit_tiny, the paper's; for small images "
-                        "vit_nano (1.4M parameters), vit_pico (0.4M)")
+    add("--model", help="encoder; default: that of --init, else the paper's vit_tiny (12 heads); "
+                        "for small images vit_nano (1.4M parameters), vit_pico (0.4M)")
     add("--rpe", action="store_true",
         help="add a relative position bias to every block, zero at first; one in --init is loaded, "
              "also without this option")
-    add("--patch-size", low=1, help="side of a ViT patch; default: that of --init, else of --model")
+    add("--patch-size", low=1,
+        help="side of a ViT patch in pixels; default: that of --init, else of --model")
 
     add = parser.group("data")
     add("--data",
@@ -512,20 +513,21 @@ def parse_args(argv=None):
     add("--recipe", type=recipe_word, nargs="+",
         help="improved, mae, cifar, flowers or small (pets, aircraft, cars), then KEY=VALUE for "
              "entries to override; default: improved")
-    add("--epochs", low=1, help="paper: improved 300 (1000 with --rpe), mae 100, cifar 50")
+    add("--epochs", low=1, help="passes over the data; paper: improved 300 (1000 with --rpe), mae "
+                                  "100, cifar 50")
     add("--warmup-epochs", type=float, low=0,
-        help="linear from 0; default: the recipe's, less in shorter runs")
+        help="epochs of linear warm-up from 0; default: the recipe's, fewer in shorter runs")
     add("--base-lr", type=float, low=0,
-        help="per 256 images: lr = base_lr * batch_size / 256; paper: 1e-3, cifar 0.05")
+        help="peak rate per 256 images: lr = base_lr * batch_size / 256; paper: 1e-3, cifar 0.05")
 
     add = parser.group("evaluation")
     add("--eval", action="store_true", help="score a classifier instead of training")
     add("--predict", nargs="+", metavar="PATH",
-        help="print the likeliest classes of images, or of all images below folders; where the "
-             "file names no classes, give --data to take the names of its folders")
+        help="print the likeliest classes of images, or of all images below folders; if the file "
+             "stores no class names, --data supplies those of its folders")
 
     add = parser.run_options("out/finetune", batch_size=None, eval_every=1, clip_grad=None)
-    add("--compile", action="store_true", help="torch.compile the model for training")
+    add("--compile", action="store_true", help="apply torch.compile to the model in training")
     args = parser.parse_args(argv)
     recipes = [value for key, value in args.recipe or [] if key == "recipe"]
     if len(recipes) > 1:
@@ -536,8 +538,8 @@ def parse_args(argv=None):
 
 
 def resolve(args):
-    """Fill in the recipe of a training run and the defaults that depend on other options. Raises
-    InputError unless the run is longer than its warm-up."""
+    """Fill in the recipe and the defaults that depend on other options. Raises InputError if the
+    warm-up is not shorter than the run."""
     args.data = args.data or "data/imagenet"
     changes = dict(args.recipe or [])    # pairs of `recipe_word`
     recipe = dict(RECIPES[changes.setdefault("recipe", "improved")])
@@ -551,7 +553,7 @@ def resolve(args):
 
 
 def main(args):
-    """Train, or run --eval and --predict."""
+    """Train, or run --eval or --predict."""
     if args.eval or args.predict:
         use_classifier(args)
     else:

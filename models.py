@@ -120,7 +120,7 @@ class Attention(nn.Module):
         self.proj = nn.Linear(dim_out, dim_out)
 
     def bias(self):
-        """What is added to the logits, (1, H, T, T) or None; see `RelativeAttention`."""
+        """Return the bias of the logits, (1, H, T, T) or None; see `RelativeAttention`."""
         return None
 
     def project(self, x):
@@ -175,7 +175,7 @@ class PatchEmbed(nn.Module):
 
 
 class Encoder(nn.Module):
-    """What ViT and Hiera share; they have `embed`, `blocks`, `img_size` and `grid`."""
+    """Base class of ViT and Hiera, which define `embed`, `blocks`, `img_size` and `grid`."""
 
     def forward_features(self, images, taps, ids_keep=None):
         """Encode normalised images (B, 3, H, W) -> {tap: tokens after block `tap` (B, T, D of the
@@ -365,10 +365,11 @@ class HieraBlock(nn.Module):
 class Hiera(Encoder):
     """Hierarchical ViT of four stages; each stage doubles width and heads. Tokens stay unrolled.
 
-    Stages 1 and 2 attend within mask units, stages 3 and 4 globally. img_size: side or (H, W) in
-    pixels, multiples of 32 (one mask unit = 8x8 tokens = 32x32 pixels). stages: blocks of each
-    stage. q_pool: number of stages that open with 2x2 pooling; 3 for classification (last grid 7x7
-    at 224), 2 in pre-training (14x14). Raises InputError if img_size is not a multiple of 32.
+    Stages 1, 2 and the first block of stage 3 attend within mask units, the other blocks globally.
+    img_size: side or (H, W) in pixels, multiples of 32 (one mask unit = 8x8 tokens = 32x32 pixels).
+    stages: blocks of each stage. q_pool: number of stages that open with 2x2 pooling; 3 for
+    classification (last grid 7x7 at 224), 2 in pre-training (14x14). Raises InputError if img_size
+    is not a multiple of 32.
     """
 
     kind = "hiera"
@@ -593,12 +594,12 @@ MODELS = {    # parameters: the encoder alone / with a classifier of 1000 classe
 
 
 def model_sizes(name=None, file=None, **options):
-    """Collect the arguments of a model, those of a name in MODELS or of the encoder in a file,
-    which `load_encoder` can then load -> dict.
+    """Collect the constructor arguments of a model in MODELS, or of the model that the encoder in a
+    file fits -> dict.
 
     file: what `read_encoder` returns; it supplies name, image size, patch size, mean and std unless
-    these are given. options: further arguments; None stands for the default, and a ViT is not given
-    q_pool. Raises InputError.
+    these are given. options: further arguments; None stands for the default. A ViT gets no q_pool.
+    Raises InputError.
     """
     name = name or (model_name(file) if file else "vit_tiny")
     if name not in MODELS:
@@ -610,7 +611,8 @@ def model_sizes(name=None, file=None, **options):
     if "stages" not in sizes:
         sizes.pop("q_pool", None)
     elif "patch_size" in sizes:
-        raise InputError(f"a patch size has no effect on {name}: leave it out")
+        raise InputError(f"a patch size has no effect on {name}: leave it out, or choose a ViT if "
+                         "it is that of the file")
     return sizes
 
 
@@ -655,7 +657,7 @@ def model_name(file):
 
 
 def layer_id(name, depth):
-    """Layer of a parameter: 0 for embeddings and tokens, k for block k, depth + 1 for the rest."""
+    """Return a parameter's layer: 0 for embeddings and tokens, k for block k, else depth + 1."""
     if name.startswith("blocks."):
         return int(name.split(".")[1]) + 1
     return 0 if name.startswith(("patch_embed", "pos_embed", "cls_token")) else depth + 1
@@ -682,12 +684,12 @@ def param_groups(model, weight_decay, layer_decay=1.0, depth=12):
 def load_encoder(model, file, keep_blocks=None):
     """Load the encoder of a file into a ViT or Hiera, in place -> names of the loaded tensors.
 
-    file: a path, or what `read_encoder` returns. The file must hold every tensor of the encoder, in
-    the shape of the model and finite; position tables are resized to the model's grid. A relative
-    position bias or LayerScale that only the model has keeps its initial value. A classifier loads
-    the final norm only if the file was trained with labels. keep_blocks: load only the embedding
-    and the first `keep_blocks` blocks (Fig. 4). Raises InputError that states the file and the
-    tensors.
+    file: a path, or what `read_encoder` returns. It must hold every tensor of the encoder, except
+    the final norm, and no unknown one, in the model's shapes and finite; position tables are
+    resized to the model's grid. A relative position bias or LayerScale that only the model has
+    keeps its initial value. A classifier loads the final norm only if the file was trained with
+    labels. keep_blocks: load only the embedding and the first `keep_blocks` blocks (Fig. 4). Raises
+    InputError that states the file and the tensors.
     """
     file = read_encoder(file)
     target = model.state_dict()
@@ -760,8 +762,8 @@ def fold_layer_scale(state, target):
 
 
 def read_encoder(path):
-    """Read the encoder in any file of README, "Checkpoints" -> SimpleNamespace, which this function
-    returns as it is if given, with
+    """Read the encoder in any file of README, "Checkpoints" -> SimpleNamespace of the fields below.
+    A SimpleNamespace in the place of the path is returned unchanged.
 
     path; state: tensors of the encoder by the names of timm, MAE and Hiera; others: other tensors
     under the same prefix, such as heads; arch: sizes, see `infer_arch`, and all that a file of this
@@ -900,8 +902,8 @@ OTHERS = (    # not of an encoder: decoders, heads, adapters, a teacher, constan
 def init_distributed(device="auto", dtype="auto", minutes=10):
     """Join torchrun's process group, if there is one -> rank, world, torch.device, torch.dtype.
 
-    device "auto": the first available of cuda, mps and cpu. dtype "auto": bf16 on GPUs that support
-    it, fp16 on other GPUs, else float32. minutes: timeout of collective operations. Raises
+    device "auto": the first available of cuda, mps and cpu. dtype "auto": bf16 on CUDA GPUs
+    that support it, fp16 on others, else float32. minutes: timeout of collective operations. Raises
     InputError.
     """
     check_launcher()
@@ -1213,8 +1215,8 @@ def check_same_run(state, options):
 RUNTIME_ERRORS = {    # pattern in the message of a RuntimeError -> what to say
     "invalid device ordinal": "this machine has more processes than GPUs: start fewer",
     "out of memory|can't allocate memory|not enough memory":
-        "out of memory: in training --accum-steps 2 (or twice the number that the first line "
-        "states) halves the micro-batch; otherwise give a smaller --batch-size or fewer --workers",
+        "out of memory: in training, --accum-steps 2 (or twice the number of micro-batches that "
+        "was printed) halves the micro-batch; else give a smaller --batch-size or fewer --workers",
     r"worker \(pid|shared memory|/torch_":
         "a loader process was killed, most often for lack of memory: give fewer --workers or, in "
         "a container, more shared memory (docker run --shm-size=16g)",
@@ -1235,7 +1237,7 @@ def plain_errors():
     for gradients. torchrun ends them.
 
     All processes raise InputError and FloatingPointError alike, and the first one of each machine
-    prints them. An unreadable file, a full disk or a full GPU concerns a single process.
+    prints them. An unreadable file, a full disk or a full GPU is printed by the process concerned.
     """
     alone = False
     try:
@@ -1323,7 +1325,7 @@ class Parser(argparse.ArgumentParser):
             help=f"side, or height and width, in pixels; default: {default}")
         for name in ("mean", "std"):
             add(f"--{name}", type=float, low=1e-3 * (name == "std"), high=1, nargs=3,
-                help=f"of pixels in [0, 1] (divide values of 0..255 by 255); {use}")
+                help=f"{name} of pixels in [0, 1] (divide those of 0..255 by 255); {use}")
 
     def run_options(self, out, batch_size, eval_every, clip_grad=0.0):
         """Add the options that all training scripts share -> function that adds more of them."""
@@ -1333,9 +1335,9 @@ class Parser(argparse.ArgumentParser):
         add("--no-resume", action="store_true",
             help="delete checkpoints, log and pictures of an older run in --out")
         add("--batch-size", low=1, default=batch_size,
-            help="items per optimizer step, over all processes; default: the paper's")
+            help="items per optimizer step, over all processes; the default is the paper's")
         add("--accum-steps", low=1,
-            help="micro-batches per process and batch; default: the fewest that fit a usual GPU")
+            help="micro-batches per process and step; default: the fewest that a limit allows")
         add("--clip-grad", type=float, low=0, default=clip_grad,
             help="largest gradient norm; 0: no clipping")
         cores = (os.cpu_count() or 2) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
@@ -1344,9 +1346,9 @@ class Parser(argparse.ArgumentParser):
         add("--device", choices=("auto", "cuda", "mps", "cpu"), default="auto",
             help="auto: the first available of cuda, mps and cpu")
         add("--dtype", choices=("auto", "bf16", "fp16", "fp32"), default="auto",
-            help="auto: bf16 on GPUs that support it, fp16 with loss scaling on other GPUs, else "
+            help="auto: bf16 on CUDA GPUs that support it, fp16 with loss scaling on others, else "
                  "fp32; bf16 is faster on CPUs with AVX512-BF16 or AMX")
-        add("--seed", low=0, high=2 ** 32 - 1, default=0, help="of weights, order and crops")
+        add("--seed", low=0, high=2 ** 32 - 1, default=0, help="seed of all random numbers")
         add("--log-every", low=1, default=20, help="updates per line of log.jsonl")
         add("--eval-every", low=1, default=eval_every, help="epochs between evaluations")
         return add
@@ -1388,8 +1390,8 @@ IMAGE_TYPES = (*IMG_EXTENSIONS, ".jpe", ".jfif", ".gif", ".avif", ".jp2", ".pbm"
 
 def list_images(folder, out=None):
     """List all image files below a folder, flat or nested -> sorted `Names`. Hidden files are
-    skipped, and so is everything below `out`, the output of a run. Raises InputError if no image is
-    found."""
+    skipped, and so are `out` and nested outputs of other runs (they hold .lock). Raises InputError
+    if no image is found."""
     if not Path(folder).is_dir():
         raise InputError(f"{folder} is not a folder: give a folder of images")
     files = []
@@ -1466,9 +1468,9 @@ class ImageDataset(Dataset):
 
 
 def random_crop(image, size, scale):
-    """Crop a Pillow RGB image at random, resize it to `size` (h, w), flip half of them -> (3, h, w)
-    uint8. scale: range of the crop's share of the area; its aspect ratio is 3/4 .. 4/3 times w / h.
-    Draws from torch's global generator.
+    """Crop a Pillow RGB image at random, resize it to `size` (h, w), flip it with probability 1/2
+    -> (3, h, w) uint8. scale: range of the crop's share of the area; its aspect ratio is 3/4 .. 4/3
+    times w / h. Draws from torch's global generator.
 
     torch resizes uint8 three times as fast as Pillow, to the same pixels up to rounding.
     """

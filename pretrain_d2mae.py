@@ -1,9 +1,9 @@
 r"""MAE pre-training of lightweight ViTs with decoupled attention distillation, D2-MAE (Sec. 4).
 
     torchrun --nproc_per_node=8 pretrain_d2mae.py --teacher mae_base.pt     # the paper's D2-MAE
-    torchrun --nproc_per_node=8 pretrain_d2mae.py --method mae              # its MAE baseline
+    torchrun --nproc_per_node=8 pretrain_d2mae.py --method mae --out out/mae    # its MAE baseline
     torchrun --nproc_per_node=8 pretrain_d2mae.py --model hiera_tiny --method d-mae \
-        --teacher mae_hiera_base_224.pth
+        --teacher mae_hiera_base_224.pth --out out/hiera
     python tests/tools/demo.py                                              # needs no files
 
 The student sees a quarter of the patches and is trained by two losses. Its block 8 feeds a small
@@ -25,8 +25,8 @@ NOTES, details that the paper does not give, and departures from the authors' co
    The authors' code also creates v, which it never uses.
 3. Tokens and position tables get no weight decay. The authors' code decays those that are trained.
 4. Crops, flips and masks depend on (seed, epoch, image), not on the number of workers or processes.
-   A killed run finishes with bit-identical weights for one number of CPU threads, which changes the
-   order of sums in gradients, and on GPUs of one kind if their kernels are deterministic.
+   A killed run finishes with bit-identical weights on the same number of CPU threads, since that
+   sets the order of sums in gradients, or on GPUs of one kind with deterministic kernels.
 5. Crops are resized bicubically. The authors choose bilinear or bicubic at random.
 6. Attention maps are compared in float32, in the authors' code in float16. GPUs from Ampere on
    multiply float32 matrices in TensorFloat-32.
@@ -126,11 +126,11 @@ class MaskedAutoencoder(nn.Module):
         self.encoder = encoder
         self.arch, self.mean, self.std = encoder.arch, encoder.mean, encoder.std
         self.decoder_tap = decoder_tap
-        self.decoder_taps = {decoder_tap}
+        self.decoder_taps = {decoder_tap}    # Hiera reads several
         self.norm_pix = norm_pix
         self.distillation = distillation
         self.alpha = alpha
-        self.cells = math.prod(encoder.grid)    # what a mask removes or keeps: patches
+        self.cells = math.prod(encoder.grid)    # cells of a mask: patches
 
         self.decoder_embed = nn.Linear(encoder.embed_dim, decoder_dim)
         self.mask_token = nn.Parameter(torch.randn(1, 1, decoder_dim) * 0.02)
@@ -184,8 +184,8 @@ class MaskedAutoencoder(nn.Module):
         return self.decoder_pred(self.decoder_norm(x[:, T:]))
 
     def decoder_rows(self, ids):
-        """Rows (B, 1 + N) of the decoder's position table: row 0 for the class token, then those of
-        the patches ids (B, N)."""
+        """Return rows (B, 1 + N) of the decoder's position table: row 0 for the class token, then
+        those of the patches ids (B, N)."""
         return F.pad(ids + 1, (1, 0))
 
     def target(self, images, ids_masked):
@@ -220,7 +220,7 @@ class Distillation(nn.Module):
         self.norm = nn.LayerNorm(dim, eps=1e-6)
         self.qk = nn.Linear(dim, 2 * dim)
         self.adapter = nn.Conv2d(self.heads, teacher.blocks[-1].attn.num_heads, 1, bias=False)
-        nn.init.xavier_uniform_(self.qk.weight, math.sqrt(3 / 4))    # as if v were there: Note 2
+        nn.init.xavier_uniform_(self.qk.weight, math.sqrt(3 / 4))    # as D -> 3 D: Note 2
         nn.init.zeros_(self.qk.bias)
 
     def student_map(self, encoder, features):
@@ -258,7 +258,7 @@ class CoupledDistillation(Distillation):
 # Training
 # --------------------------------------------------------------------------------------------------
 def train(args):
-    """Train into args.out: a new run, or the one that last.pt there continues."""
+    """Train, resuming from args.out/last.pt if it exists, and save args.out/encoder.pt."""
     rank, world, device, dtype = run = init_distributed(args.device, args.dtype)
     torch.manual_seed(args.seed)
     model, teacher = (x and x.to(device) for x in build_student(args))
@@ -270,7 +270,7 @@ def train(args):
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     data = dict(train_images=len(loader.dataset))    # compared on resuming
     first_epoch = resume(args, run, steps, model, optimizer, scaler, **data)
-    student = torch.compile(model) if args.compile else model
+    student = torch.compile(model) if args.compile else model    # `model` itself is saved
     if args.compile and teacher:
         model.distillation.target_maps = torch.compile(model.distillation.target_maps)
     if world > 1:
@@ -282,7 +282,7 @@ def train(args):
         loader.sampler.set_epoch(epoch)
         student.train()    # the loop draws no random numbers: masks come with the data
         bar = tqdm(loader, f"epoch {epoch + 1}/{args.epochs}", disable=rank > 0)
-        means = {}    # of the losses over a batch
+        means = {}    # each loss, averaged over the micro-batches of a step
         for i, (images, noise) in enumerate(bar):
             step = epoch * steps + i // accum_steps
             update = (i + 1) % accum_steps == 0
@@ -320,8 +320,8 @@ def train(args):
 
 
 def lr_at(step, total, warmup, lr, min_lr):
-    """Learning rate of step `step` (from 0) of `total`: linear warm-up from 0, then half a cosine
-    from lr to min_lr. warmup: steps, fewer than `total`."""
+    """Compute the learning rate of a step (from 0) of `total`: linear warm-up from 0, then half a
+    cosine from lr to min_lr. warmup: steps, fewer than `total`."""
     if step < warmup:
         return lr * step / warmup
     done = (step - warmup) / (total - warmup)
@@ -334,8 +334,8 @@ def lr_at(step, total, warmup, lr, min_lr):
 def build_student(args):
     """Build the student of the options and read its teacher -> student, frozen teacher or None.
 
-    The encoder is drawn first, so it depends on the seed alone, not on the method. The student gets
-    the same pixels as the teacher, with the teacher's normalisation. Raises InputError.
+    The encoder is initialised first: its weights depend on the seed, not on the method. The student
+    reads pixels normalised as the teacher's. Raises InputError.
     """
     hiera = args.model.startswith("hiera")
     architecture = Hiera if hiera else VisionTransformer
@@ -354,9 +354,10 @@ def build_student(args):
     teacher, file = load_model(architecture, args.teacher, **options)
     if teacher.grid != encoder.grid:
         raise InputError(f"--teacher {args.teacher} has {teacher.grid} tokens, the student "
-                         f"{encoder.grid}: choose a --model of its kind, and its --patch-size")
+                         f"{encoder.grid}: give the teacher's --image-size and --patch-size")
     if args.distill == "hidden" and "norm.weight" not in file.state:
-        raise InputError(f"--teacher {args.teacher} lacks the final norm of --distill hidden")
+        raise InputError(f"--teacher {args.teacher} lacks the final norm, which --distill hidden "
+                         "needs: give a file that holds it")
     encoder.mean, encoder.std = model.mean, model.std = teacher.mean, teacher.std
     model.distillation = build_distillation(args, encoder, teacher)
     return model, teacher.eval().requires_grad_(False)
@@ -499,16 +500,16 @@ def reconstruct(model, images, ids_keep, ids_masked):
 def paste(model, images, pixels, ids_masked):
     """Copy images (B, 3, H, W), with the pixels (B, M, P) in the masked patches."""
     numbers = torch.arange(images[0].numel(), device=images.device).view_as(images[0])
-    places = model.masked_pixels(numbers.expand_as(images), ids_masked)         # (B, M, P)
+    places = model.masked_pixels(numbers.expand_as(images), ids_masked)    # pixel numbers (B, M, P)
     return images.flatten(1).scatter(1, places.flatten(1), pixels.flatten(1)).view_as(images)
 
 
 @torch.no_grad()
 def draw(model, teacher, val_loader, mask_ratio, out):
     """Draw up to eight held-out images into the folder `out`. reconstruction.png has the rows
-    input, masked input and prediction. attention.png, for a ViT without ablations, has the rows
-    input, student (M A_S) and teacher (A_T): softmax attention of the central patch to all patches,
-    mean over heads, white at its maximum."""
+    input, masked input and prediction. attention.png, for a ViT with a teacher and no ablation, has
+    the rows input, student (M A_S) and teacher (A_T): softmax attention of the central patch to all
+    patches, mean over heads, white at its maximum."""
     data = val_loader.dataset
     items = [data[0, i] for i in range(0, len(data), math.ceil(len(data) / 8))]
     images, noise = (x.to(model.mask_token.device) for x in default_collate(items))
@@ -577,11 +578,11 @@ class HieraMaskedAutoencoder(MaskedAutoencoder):
         return self.encoder_norm(fused.flatten(2).mT)
 
     def decoder_rows(self, ids):
-        """Turn mask units (B, V) into raster indices (B, 4 V) of their tokens of 16x16 pixels."""
+        """Return the raster indices (B, 4 V) of the 16x16-pixel tokens of mask units ids (B, V)."""
         return self.unit_tokens[ids].flatten(1)
 
     def masked_pixels(self, images, ids_masked):
-        """Pixels of the masked units (B, 4 M, P), ordered (channel, row, column) as by Hiera."""
+        """Cut out the masked units -> pixels (B, 4 M, P), ordered (channel, row, column)."""
         pixels = super().masked_pixels(images, self.decoder_rows(ids_masked))
         return pixels.unflatten(2, (-1, 3)).mT.flatten(2)
 
@@ -617,7 +618,7 @@ class AblatedDistillation(Distillation):
         self.taps = {min(k - self.shift, encoder.depth) for k in layers}
 
     def read(self, model, features, k):
-        """Map (B, H, T, T) or, for "hidden", representation (B, T, D) of block k of a model."""
+        """Compute the map (B, H, T, T) or, for "hidden", representation (B, T, D) of block k."""
         extra = k > model.depth
         if self.signal == "hidden":
             return self.norm(features[k - 1]) if extra else model.representation(features[k], k)
@@ -655,11 +656,12 @@ def parse_args(argv=None):
     add("--no-norm-pix", dest="norm_pix", action="store_false",
         help="predict plain pixels, not patches normalised by their mean and variance")
     add("--decoder-tap", low=1,
-        help="block whose normalised output the decoder reads; default: d2-mae 8, others the last")
+        help="ViT block whose normalised output the decoder reads; default: d2-mae 8, else last")
     add("--distill", choices=("attention", "probabilities", "hidden"), default="attention",
         help="ablation: compare maps before the softmax, maps after it, or hidden states")
     add("--distill-layers", low=1, nargs="+",
-        help="ablation: student blocks to distil, counted from 1; default: the last")
+        help="ablation: student blocks to distil, counted from 1; d2-mae puts the 13th attention "
+             "in the place of the last; default: the last")
 
     add = parser.group("data")
     add("--data", default="data/imagenet", help="folder that holds train and optionally val, or a "
@@ -670,11 +672,11 @@ def parse_args(argv=None):
     parser.pixel_options(add, "224, the paper's")
 
     add = parser.group("recipe (Sec. 4, pre-training)")
-    add("--epochs", low=1, default=400, help="paper: 400")
+    add("--epochs", low=1, default=400, help="passes over the data; paper: 400")
     add("--warmup-epochs", type=float, low=0,
-        help="epochs of linear growth from 0; default: a tenth of --epochs, the paper's 40 of 400")
+        help="epochs of linear warm-up from 0; default: a tenth of --epochs, the paper's 40 of 400")
     add("--base-lr", type=float, low=0, default=1.5e-4,
-        help="per 256 images: lr = base_lr * batch_size / 256; paper: 1.5e-4")
+        help="peak rate per 256 images: lr = base_lr * batch_size / 256; paper: 1.5e-4")
 
     add = parser.run_options("out/pretrain", batch_size=4096, eval_every=10)
     add("--compile", action="store_true", help="apply torch.compile to student and teacher")
@@ -683,8 +685,8 @@ def parse_args(argv=None):
 
 
 def resolve(args):
-    """Fill in defaults that depend on other options. Raises InputError if options contradict each
-    other."""
+    """Fill in the defaults that depend on other options. Raises InputError if options contradict
+    each other."""
     hiera = args.model.startswith("hiera")
     if (args.method == "mae") == bool(args.teacher):
         raise InputError(f"--method {args.method} {'has no' if args.teacher else 'needs a'} "
@@ -692,7 +694,7 @@ def resolve(args):
                          "mae takes none")
     if hiera and (args.method == "d2-mae" or args.distill != "attention" or args.distill_layers):
         raise InputError("d2-mae and the ablations of the distillation are for ViT: Hiera's "
-                         "decoder reads all stages; give --method d-mae or mae alone")
+                         "decoder needs its last block; give --method d-mae or mae alone")
     if args.crop_scale[0] > args.crop_scale[1]:
         raise InputError(f"--crop-scale takes the smaller number first, not {args.crop_scale}")
     if args.mask_ratio is None:

@@ -23,7 +23,7 @@ mmsegmentation:
 1. The loss is averaged over all pixels, ignored ones included, as by mmsegmentation's default
    (avg_non_ignore=False in cross_entropy_loss.py).
 2. Training runs in bfloat16 or float16 on GPUs, as the paper says. The authors' configuration asks
-   for it by a key that MMEngine does not read, so their code trains in float32: --dtype fp32.
+   for it by a key that MMEngine does not read, so their code trains in float32 (--dtype fp32).
 3. Evaluation runs in float32, as the authors' does. GPUs from Ampere on multiply float32 matrices
    in TensorFloat-32.
 4. Warm-up reaches the full rate at iteration 1500, MMEngine's one iteration earlier.
@@ -33,7 +33,7 @@ mmsegmentation:
 7. Images smaller than a window are padded to its size with the mean colour, zero once normalised.
 8. Crops and test images are scaled by the shorter side of --image-size, whatever the shape of the
    image: its aspect ratio is kept, in training as in evaluation.
-9. Crops, flips and colours depend on (seed, epoch, image): not on the number of workers or
+9. Crops, flips and colours depend on (seed, epoch, image), not on the number of workers or
    processes. Dropout and drop path depend on (seed, epoch, process).
 10. With --accum-steps, batch statistics are those of a micro-batch. Without GPUs they are those of
     each process, since PyTorch's SyncBatchNorm needs GPUs.
@@ -108,8 +108,9 @@ class Pyramid(nn.Module):
 class SemanticFPN(nn.Module):
     """Encoder, pyramid and the head of Panoptic FPN (arXiv 1901.02446), for images of one size.
 
-    Level k of the head doubles its map k times, from 0 to 3, each time by a 3x3 convolution and
+    Level k = 0 .. 3 of the head doubles its map k times, each time by a 3x3 convolution and
     bilinear interpolation; level 0 has one convolution. The sum of the levels is classified.
+    Raises InputError if the image size is not a multiple of twice the patch size.
     """
 
     def __init__(self, encoder, num_classes, width=128, dropout=0.1):
@@ -163,7 +164,7 @@ def segmentation_loss(logits, labels):
 # Training
 # --------------------------------------------------------------------------------------------------
 def train(args):
-    """Train into args.out: a new run, or the one that last.pt there continues."""
+    """Train, resuming from args.out/last.pt if it exists, and save args.out/segmenter.pt."""
     rank, world, device, dtype = run = init_distributed(args.device, args.dtype)
     torch.manual_seed(args.seed)
     model = build_segmenter(args).to(device)
@@ -225,8 +226,8 @@ def train(args):
 
 
 def linear_lr(step, total, warmup, lr):
-    """Learning rate of step `step` (from 0): linear warm-up from a millionth of lr, then linear
-    decay to 0."""
+    """Compute the learning rate of step `step` (from 0) of `total`: linear warm-up from a millionth
+    of lr, then linear decay to 0. warmup: steps, fewer than `total`."""
     if step < warmup:
         return lr * (1e-6 + (1 - 1e-6) * step / warmup)
     return lr * (total - step) / (total - warmup)
@@ -403,8 +404,8 @@ def read_numbers(path):
 
 
 def read_labels(path, num_classes, zero_is_class=False):
-    """Read the classes (H, W) uint8 in a label file. 255 becomes IGNORE. As in ADE20K, 0 does so,
-    too, and 1 .. K are the classes 0 .. K - 1; with zero_is_class, 0 .. K - 1 are. Raises OSError
+    """Read the classes (H, W) uint8 in a label file. 255 becomes IGNORE. By default, as in ADE20K,
+    0 does too, and 1 .. K become 0 .. K - 1; with zero_is_class, 0 .. K - 1 stay. Raises OSError
     for other numbers."""
     first = 1 - zero_is_class
     numbers = read_numbers(path)
@@ -431,8 +432,8 @@ def check_labels(dataset, enough=256):
     if len(numbers - ignored) < 2:
         raise InputError(f"the labels in {dataset.label_folder} hold {sorted(numbers)} alone, and "
                          "two classes are needed: 255 is ignored, and so is 0 without "
-                         "--zero-is-class; write 1 for 255, and give --zero-is-class where 0 is a "
-                         "class")
+                         "--zero-is-class; for masks of 0 and 255 write 1 for 255 and give "
+                         "--zero-is-class")
     needed = max(numbers - ignored) + dataset.zero_is_class
     text = f"{dataset.folder}: {len(dataset)} images; the label files that were read need " \
            f"--num-classes {needed}; given is {dataset.num_classes}"
@@ -640,16 +641,17 @@ USED = "eval predict init out image_size device data workers"    # by --eval and
 
 
 def parse_args(argv=None):
-    """Options of the command line, or of the list `argv`."""
+    """Parse the command line, or the list `argv`."""
     parser = Parser(__doc__)
     add = parser.group("model and classes; --eval and --predict take the file's")
-    add("--model", help="size of the encoder; default: that of --init, else vit_tiny, the paper's")
+    add("--model", help="encoder; default: that of --init, else the paper's vit_tiny (12 heads)")
     add("--init",
-        help="checkpoint of the encoder (README, 'Checkpoints'), default: random weights; with "
-             "--eval, --predict a file of this script, default: segmenter.pt of --out")
-    add("--patch-size", low=1, help="side of a ViT patch; default: that of --init, else of --model")
+        help="encoder to start from (README, 'Checkpoints'; default: random weights); with --eval "
+             "or --predict, the segmenter (default: segmenter.pt in --out)")
+    add("--patch-size", low=1,
+        help="side of a ViT patch in pixels; default: that of --init, else of --model")
     add("--drop-path", type=float, low=0, high=1, default=0.1,
-        help="drop path rate of the encoder's last block; grows linearly from 0; paper: 0.1")
+        help="drop path rate of the last block; the rates grow linearly from 0; paper: 0.1")
 
     add = parser.group("data")
     add("--data",
@@ -666,9 +668,10 @@ def parse_args(argv=None):
     add("--iters", low=1, default=160_000,
         help="optimizer steps, which this recipe counts instead of epochs; paper: 160000")
     add("--warmup-iters", low=0,
-        help="linear from a millionth of --lr; default: the paper's 1500, scaled with --iters")
+        help="steps of linear warm-up from a millionth of --lr; default: the paper's 1500, scaled "
+             "with --iters")
     add("--lr", type=float, low=0, default=1e-4,
-        help="peak rate of pyramid and head for the whole batch; decays linearly to 0; paper: 1e-4")
+        help="peak rate of pyramid and head at any --batch-size; decays linearly to 0; paper: 1e-4")
     add("--layer-decay", type=float, low=0, high=1, default=0.8,
         help="factor on the rate for each block towards the input; paper: 0.8")
 
@@ -677,7 +680,7 @@ def parse_args(argv=None):
     add("--predict", metavar="PATH", help="label an image, or all images below a folder")
 
     add = parser.run_options("out/segment", batch_size=16, eval_every=13)
-    add("--compile", action="store_true", help="torch.compile the network for training")
+    add("--compile", action="store_true", help="apply torch.compile to the model in training")
     parser.set_defaults(**RECIPE)
     args = parser.parse_args(argv)
     if args.eval or args.predict:
@@ -686,7 +689,8 @@ def parse_args(argv=None):
 
 
 def resolve(args):
-    """Fill in the defaults that depend on other options."""
+    """Fill in the defaults that depend on other options. Raises InputError if the warm-up is not
+    shorter than the run."""
     if args.eval or args.predict:
         args.init = args.init or f"{args.out}/segmenter.pt"
         return args
@@ -699,7 +703,7 @@ def resolve(args):
 
 
 def main(args):
-    """Train, or run --eval and --predict."""
+    """Train, or run --eval or --predict."""
     args = resolve(args)
     if args.eval or args.predict:
         use_segmenter(args)

@@ -178,8 +178,8 @@ class Tracker(nn.Module):
         return x.new_zeros(shape).scatter(1, ids[..., None].expand_as(x), x)
 
     def forward(self, template, images, keep_rate):
-        """Template images or tokens, search images -> score (B, 1, g, g), size and offset
-        (B, 2, g, g)."""
+        """Locate targets: template images (B, 3, z, z) or tokens (B, Z, D), search images
+        (B, 3, s, s) -> score (B, 1, g, g), size and offset (B, 2, g, g)."""
         if template.dim() == 4:
             template = self.embed_template(template)
         x = self.forward_features(template, images, keep_rate)[:, template.shape[1]:]
@@ -187,8 +187,8 @@ class Tracker(nn.Module):
 
 
 def keep_rate_at(epoch, keep_rate=0.7, first=20, last=100):
-    """Share of search tokens that is kept in an epoch (from 1): 1 until `first`, then half a cosine
-    down to keep_rate at `last`."""
+    """Compute the share of search tokens that an epoch (from 1) keeps: 1 until `first`, then half a
+    cosine down to keep_rate at `last`."""
     done = min(max((epoch - first) / max(1, last - first), 0), 1)
     return keep_rate + (1 - keep_rate) / 2 * (1 + math.cos(math.pi * done))
 
@@ -265,8 +265,8 @@ def gaussian_radius(w, h, overlap=0.7):
 
 
 def gaussian_target(boxes, side):
-    """Score map to learn (B, side, side) for boxes (B, 4), x, y, w, h in [0, 1]: 1 in the cell of
-    the centre, around it a Gaussian of sigma = (2 r + 1) / 6, zero farther than r cells away."""
+    """Compute the target score map (B, side, side) of boxes (B, 4), x, y, w, h in [0, 1]: 1 in the
+    cell of the centre, around it a Gaussian of sigma = (2 r + 1) / 6, zero beyond r cells."""
     boxes = boxes * side                                                        # in cells
     radius = gaussian_radius(*boxes[:, 2:].T)[:, None, None]
     sigma = (2 * radius + 1) / 6
@@ -286,8 +286,8 @@ def focal_loss(score, target):
 
 
 def tracking_losses(score, size, offset, boxes):
-    """L = L_focal + 2 L_GIoU + 5 L_1 of head maps against boxes (B, 4), x, y, w, h in the crop ->
-    dict of scalars."""
+    """Compute L = L_focal + 2 L_GIoU + 5 L_1 of the head's maps against boxes (B, 4), x, y, w, h in
+    [0, 1] of the crop -> dict of scalars: loss, focal, giou, l1, iou."""
     focal = focal_loss(score, gaussian_target(boxes, score.shape[-1])[:, None])
     pred = box_convert(decode(score, size, offset), "cxcywh", "xyxy")
     truth = box_convert(boxes, "xywh", "xyxy").clamp(0, 1)    # beyond the crop nothing is seen
@@ -376,7 +376,7 @@ class OnePassTracker:
 # Training
 # --------------------------------------------------------------------------------------------------
 def train(args):
-    """Train into args.out: a new run, or the one that last.pt there continues."""
+    """Train, resuming from args.out/last.pt if it exists, and save args.out/tracker.pt."""
     rank, world, device, dtype = run = init_distributed(args.device, args.dtype)
     torch.manual_seed(args.seed)
     model = build_tracker(args).to(device)
@@ -403,7 +403,7 @@ def train(args):
         for group in optimizer.param_groups:
             group["lr"] = lr * group["lr_scale"]
         bar = tqdm(loader, f"epoch {epoch + 1}/{args.epochs}", disable=rank > 0)
-        means = {}    # of the losses over a batch
+        means = {}    # each loss, averaged over the micro-batches of a step
         for i, (template, search, boxes) in enumerate(bar):
             step = epoch * steps + i // accum_steps
             update = (i + 1) % accum_steps == 0
@@ -458,8 +458,8 @@ def build_tracker(args):
 
 
 def build_loaders(args, model, run):
-    """Loaders of the training pairs, and of fixed pairs of the same sequences: one batch, which
-    process 0 alone computes."""
+    """Build the loaders of the training pairs, and of fixed pairs of the same sequences: one batch,
+    which process 0 alone computes. Raises InputError."""
     pairs = Pairs(open_sets(args.data), args.pairs, args.seed, **model.crops)
     loader = train_loader(pairs, args.batch_size, args.accum_steps, 128, args.workers, args.seed,
                           run)
@@ -534,7 +534,8 @@ class Pairs(Dataset):
 
 
 def augment(rng, template, search, box):
-    """Turn both crops grey (5 %), each brighter or darker by up to 20 %, and mirror each (50 %)."""
+    """Turn both crops grey (5 %), change the brightness of each by up to 20 %, mirror each (50 %)
+    -> template, search (uint8), box of the search crop (4,) float32, x, y, w, h in [0, 1]."""
     crops = template, search
     if rng.random() < 0.05:
         crops = [rgb_to_grayscale(crop, 3) for crop in crops]
@@ -876,12 +877,12 @@ USED = "eval frames box data init results workers out device"
 
 
 def parse_args(argv=None):
-    """Options of the command line, or of the list `argv`."""
+    """Parse the command line, or the list `argv`."""
     parser = Parser(__doc__)
     add = parser.group("method (OSTrack-256)")
     add("--init", help="encoder to start from (README, 'Checkpoints'; default: random weights); "
                        "with --eval or --frames, the tracker (default: tracker.pt in --out)")
-    add("--model", help="encoder; default: that of --init, or the paper's vit_tiny (12 heads)")
+    add("--model", help="encoder; default: that of --init, else the paper's vit_tiny (12 heads)")
     add("--template-size", low=1,
         help="side of the template crop in pixels; default: 128, the paper's")
     add("--search-size", low=1,
@@ -892,21 +893,22 @@ def parse_args(argv=None):
     add("--head-channels", low=8,
         help="channels of the head's first layer; default: 256, the paper's")
     add("--drop-path", type=float, default=0.1,
-        help="drop path rate of the last block; the rates grow linearly from 0")
+        help="drop path rate of the last block; the rates grow linearly from 0; paper: 0.1")
     parser.pixel_options(add, "that of --init, else 224; it is the size that the encoder was "
                               "trained at, not that of the crops")
 
     add = parser.group("training (OSTrack-256), data")
     add("--data",
         default="lasot=data/lasot,got10k=data/got10k,coco=data/coco,trackingnet=data/trackingnet",
-        help="sets as NAME=FOLDER,...; --eval reads LaSOT's test sequences, training the others")
+        help="sets as NAME=FOLDER,...; --eval reads LaSOT's 280 test sequences, training all other "
+             "sequences")
     add("--pairs", low=1, default=60_000, help="pairs per epoch; paper: 60,000")
-    add("--epochs", low=1, default=300, help="paper: 300")
+    add("--epochs", low=1, default=300, help="epochs of --pairs pairs; paper: 300")
     add("--lr", type=float, default=4e-4,
-        help="learning rate of the head for the whole batch; falls to a tenth after 4/5 of the "
-             "epochs")
+        help="learning rate of the head at any --batch-size; falls to a tenth after 4/5 of the "
+             "epochs; paper: 4e-4")
     add("--encoder-lr", type=float, default=0.1,
-        help="learning rate of the encoder as a share of --lr")
+        help="learning rate of the encoder as a share of --lr; paper: 0.1")
 
     add = parser.group("use of a trained tracker")
     add("--eval", action="store_true", help="one-pass evaluation on the test sequences of --data")
@@ -931,6 +933,7 @@ def resolve(args):
 
 
 def main(args):
+    """Train, or run --eval or --frames."""
     args = resolve(args)
     if args.eval:
         evaluate(args)

@@ -42,7 +42,7 @@ def faults(capsys, *options):
     text = capsys.readouterr().out
     found = {name: int(n) for n, name in re.findall(r"^(\d+) x ([^:]+): \w", text, re.M)}
     assert status == bool(found) and found.keys() <= check.FAULTS.keys()
-    assert text.endswith(f"stop a run or bend a number: {len(found)}\n")
+    assert text.endswith(f"stop a run or distort a result: {len(found)}\n")
     return found, text
 
 

@@ -7,10 +7,11 @@
 It needs neither data nor checkpoints: images are drawn, weights are random. On a GPU it takes about
 six minutes: errors against the CPU (numerics); images/s of training steps, eager and compiled
 (steps); crops/s of the loader (loading); the hours of the paper's runs that follow (hours); and
-frames/s of the tracker (fps). On a CPU it compares with plain versions of the same computation
-(pretrain, finetune, loading, segment, track, analyze), of loader processes under each start method
-(loaders, epochs), and bfloat16 with float32 (bf16). Sides that are compared take turns, and each
-figure is a median over the rounds, so that a machine that drifts favours neither.
+frames/s of the tracker (fps). On a CPU it compares this project with straightforward
+implementations (pretrain, finetune, loading, segment, track, analyze), also of loader processes
+under each start method (loaders, epochs), and bfloat16 with float32 (bf16). Sides that are compared
+take turns, and each figure is a median over the rounds, so that a machine that drifts favours
+neither.
 """
 import argparse
 import functools

@@ -1,4 +1,4 @@
-"""Look at every file of a data set, or into a checkpoint, before the hours of a run are spent.
+"""Check every file of a data set, or a checkpoint, before a long run.
 
     python tests/tools/check.py pretrain --data data/imagenet
     python tests/tools/check.py finetune --data data/imagenet --list unreadable.txt
@@ -7,9 +7,10 @@
     python tests/tools/check.py track --data lasot=data/lasot --results DIR     # text files alone
     python tests/tools/check.py checkpoint mae_tiny.pth
 
-Prints a summary, then each thing that would stop a run or bend a number, with its remedy and up to
-five examples. The exit status is 1 if there is such a thing, else 0. The functions of the scripts
-find and read the files. Nothing is written, except the names of unreadable files by --list FILE.
+Prints a summary, then each thing that would stop a run or distort a result, with its remedy and up
+to five examples. The exit status is 1 if there is such a thing, else 0. The functions of the
+scripts find and read the files. Nothing is written, except the names of unreadable files by --list
+FILE.
 """
 import argparse
 import contextlib
@@ -39,7 +40,7 @@ import track  # noqa: E402
 from models import (MODELS, InputError, Names, build_model, list_images, load_encoder,  # noqa: E402
                     open_image, plain_errors, read_encoder)
 
-FAULTS = {    # what would stop a run or bend a number -> its remedy
+FAULTS = {    # what would stop a run or distort a result -> its remedy
     "stops the run at its start": "do as the script's sentence says",
     "left out by the run": "complete or convert it if it is meant, else remove it",
     "unreadable file": "replace it by a good copy or remove it; --list FILE writes all names",
@@ -106,7 +107,7 @@ class Report:
                 print(f"    {subject}" + f" ({detail})" * bool(detail))
             if len(examples) > 5:
                 print(f"    and {len(examples) - 5} more")
-        print(f"kinds of faults that would stop a run or bend a number: {len(self.faults)}")
+        print(f"kinds of faults that would stop a run or distort a result: {len(self.faults)}")
 
 
 def sweep(report, title, look, items, args):

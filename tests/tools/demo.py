@@ -3,7 +3,7 @@ nor a GPU is needed.
 
     python tests/tools/demo.py                 # D2-MAE pre-training with its teacher
     python tests/tools/demo.py finetune        # few labels: pre-trained encoder against scratch
-    python tests/tools/demo.py all             # also segmentation, tracking and the paper's analyses
+    python tests/tools/demo.py all            # also segmentation, tracking and the paper's analyses
 
 Each command is printed before it runs. Data go to DIR/data, outputs to DIR/pretrain, DIR/finetune,
 DIR/segment, DIR/track and DIR/analyze. Rerun the same command to resume an interrupted demo.
@@ -58,7 +58,7 @@ def pretrain(out):
 
 
 def finetune(out):
-    """Is a pre-trained encoder better than random weights when few pictures are labelled?"""
+    """Compare fine-tuning a pre-trained encoder with random weights on few labelled pictures."""
     data = data_folder(out, "images", toy.write_images)
     command = ("finetune.py", "--data", data, *settings("encoder", "finetune"))
     scores = scratch_and_pretrained(out, command, FINETUNE_SEEDS, "top1")
@@ -68,7 +68,7 @@ def finetune(out):
 
 
 def segment(out):
-    """The same question for segmentation."""
+    """Compare the same two starts in segmentation."""
     data = data_folder(out, "segmentation", toy.write_segmentation)
     command = ("segment.py", "--data", data, *settings("encoder", "segment"))
     scores = scratch_and_pretrained(out, command, SEGMENT_SEEDS, "miou")
@@ -89,7 +89,7 @@ def track(out):
 
 
 def analyze(out):
-    """Every analysis of the teacher and its student, with random weights beside them."""
+    """Run all analyses but fig4 on the teacher, its student and random weights."""
     data = data_folder(out, "images", toy.write_images) / "val"
     runs = {"teacher": out / "pretrain" / "teacher", "D2-MAE": out / "pretrain"}
     models = [f"{name}={short(folder / 'encoder.pt')}" for name, folder in runs.items()]

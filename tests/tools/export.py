@@ -82,7 +82,7 @@ class Network(nn.Module):
         return self.model(self.prepare(images))
 
     def examples(self, batch):
-        """Random inputs of so many images."""
+        """Draw random inputs of `batch` images."""
         generator = torch.Generator().manual_seed(batch)
         pixels = [torch.randint(256, (batch, 3, *size), dtype=torch.uint8, generator=generator)
                   for size in self.sizes]
@@ -202,7 +202,7 @@ def difference(outputs, truth):
 
 
 def compare(network, runtimes, rounds):
-    """Print what each runtime gives and takes -> {runtime: largest difference}."""
+    """Print the time of each runtime and its difference from PyTorch -> {runtime: the largest}."""
     names = [name for name in runtimes if name != "PyTorch"]
     worst = dict.fromkeys(names, 0.0)
     for batch in (1, 2, 5):
@@ -455,7 +455,8 @@ def to_transformers(network, out, names):
         patch_size=arch["patch_size"], layer_norm_eps=1e-6)
     if beit:
         config.update(use_absolute_position_embeddings=True, layer_scale_init_value=0.0,
-                      use_relative_position_bias=arch.get("rel_pos_bias", False), use_mean_pooling=classify)
+                      use_relative_position_bias=arch.get("rel_pos_bias", False),
+                     use_mean_pooling=classify)
     if classify:
         names = names or [f"class {k}" for k in range(count_classes(network))]
         config.update(id2label=dict(enumerate(names)), label2id={n: k for k, n in enumerate(names)})

@@ -54,7 +54,7 @@ class Shrink(Dataset):
             os.replace(scratch, target)    # whole, or not there
         except OSError as error:
             scratch.unlink(missing_ok=True)
-            raise OSError(f"cannot write {target} ({error}): rerun the command to go on") from None
+            raise OSError(f"cannot write {target} ({error}): rerun the command to resume") from None
 
 
 def shrink(source, side, raw):
