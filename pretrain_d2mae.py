@@ -274,7 +274,7 @@ def train(args):
     if args.compile and teacher:
         model.distillation.target_maps = torch.compile(model.distillation.target_maps)
     if world > 1:
-        student = DistributedDataParallel(student, gradient_as_bucket_view=True)
+        student = DistributedDataParallel(student, find_unused_parameters=bool(args.decoder_tap))
     if not first_epoch:
         report(args, run, model, teacher, val_loader, epoch=0, step=0)
 
@@ -667,7 +667,7 @@ def parse_args(argv=None):
     add("--data", default="data/imagenet", help="folder that holds train and optionally val, or a "
         "folder of images, flat or nested; without val every 50th image is held out")
     add("--patch-size", low=1, help="side of a ViT patch in pixels; default: 16, vit_huge 14")
-    add("--crop-scale", type=float, low=0, high=1, nargs=2, default=(0.08, 1.0),
+    add("--crop-scale", type=float, low=0, high=1, nargs=2, default=[0.08, 1.0],
         help="range of the random crop's share of the area")
     parser.pixel_options(add, "224, the paper's")
 
@@ -692,9 +692,10 @@ def resolve(args):
         raise InputError(f"--method {args.method} {'has no' if args.teacher else 'needs a'} "
                          "teacher: d2-mae and d-mae take --teacher FILE (README, 'Checkpoints'), "
                          "mae takes none")
-    if hiera and (args.method == "d2-mae" or args.distill != "attention" or args.distill_layers):
-        raise InputError("d2-mae and the ablations of the distillation are for ViT: Hiera's "
-                         "decoder needs its last block; give --method d-mae or mae alone")
+    if hiera and (args.method == "d2-mae" or args.distill != "attention" or args.distill_layers
+                  or args.decoder_tap):
+        raise InputError("d2-mae, --decoder-tap, --distill and --distill-layers are for ViT: "
+                         "Hiera's decoder reads all stages; give --method d-mae or mae alone")
     if args.crop_scale[0] > args.crop_scale[1]:
         raise InputError(f"--crop-scale takes the smaller number first, not {args.crop_scale}")
     if args.mask_ratio is None:

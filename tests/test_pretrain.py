@@ -513,7 +513,8 @@ def test_a_run_draws_its_pictures_and_logs_what_users_ask_for(finished):
 
 def test_resume_takes_remedies_and_refuses_another_run(finished, pictures, tmp_path, capsys):
     folder, options = finished
-    here(P, *options, "--out", f"{folder}/", "--clip-grad", 1, "--dtype", "bf16", "--base-lr", 0.01)
+    here(P, *options, "--out", f"{folder}/", "--clip-grad", 1, "--dtype", "bf16", "--base-lr", 0.01,
+         "--crop-scale", 0.08, 1)
     assert "clip_grad is now 1.0, was 0.0" in capsys.readouterr().out
     Image.fromarray(toy.picture(0)[0]).save(tmp_path / "a.png")
     Image.fromarray(toy.picture(1)[0]).save(tmp_path / "b.png")
@@ -559,6 +560,13 @@ def test_two_processes_equal_one_with_accumulation(tmp_path, teacher, pictures, 
     # the same command with other numbers of processes and micro-batches
     here(P, *command[1:], "--accum-steps", 4, "--out", tmp_path / "two")
     assert "accum_steps is now 4, was None" in capsys.readouterr().out
+
+
+def test_two_processes_leave_blocks_alone_that_the_decoder_does_not_read(tmp_path, pictures):
+    command = [SCRIPT, *QUICK, "--method", "mae", "--decoder-tap", 3, "--data", pictures, "--batch-size", 16]
+    run(*command, "--out", tmp_path / "two", torchrun=2)
+    here(P, *command[1:], "--accum-steps", 2, "--out", tmp_path / "one")
+    assert same_weights(tmp_path / "one", tmp_path / "two", 1e-4)
 
 
 def test_a_loss_that_turns_nan_ends_in_one_sentence_and_last_pt_stays_good(tmp_path, pictures):
@@ -637,7 +645,8 @@ MAE = ["--method", "mae"]
     ([*MAE, "--teacher", "T"], "mae has no teacher"),
     ([*MAE, "--data", "no/such/folder"], "no/such/folder is not a folder"),
     ([*MAE, "--data", ".ci"], "holds no image"),
-    (["--teacher", "T", "--model", "hiera_tiny", "--image-size", 64], "d2-mae .* are for ViT"),
+    (["--teacher", "T", "--model", "hiera_tiny", "--image-size", 64], "d2-mae, .* are for ViT"),
+    ([*MAE, "--model", "hiera_tiny", "--decoder-tap", 3], "--decoder-tap, .* are for ViT"),
     (["--teacher", "T", "--model", "hiera_tiny", "--method", "d-mae", "--image-size", 64],
      "patch size has no effect on hiera_tiny"),
     ([*MAE, "--model", "hiera_tiny", "--image-size", 100], "patch size has no effect on hiera"),
