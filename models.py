@@ -710,7 +710,7 @@ def load_encoder(model, file, keep_blocks=None):
     if keep_blocks is not None:
         state = {k: v for k, v in state.items() if layer_id(k, model.depth) <= keep_blocks}
     model.load_state_dict(state, strict=False)
-    if int(os.environ.get("RANK", 0)) == 0:
+    if os.getenv("RANK", "0") == "0":
         text = f"loaded {len(state)} tensors; {len(target) - len(state)} left at initialisation"
         if "num_heads" not in file.arch:
             text += f"; assuming {model.arch['num_heads']} heads (not stored in the file)"
@@ -1106,7 +1106,8 @@ def save(args, rank, name, model, **state):
         os.replace(scratch, path)
     except (OSError, RuntimeError) as error:
         scratch.unlink(missing_ok=True)
-        raise OSError(f"cannot write {path} ({error}); the file before it is kept") from None
+        raise OSError(f"cannot write {path} ({error}; is the disk full?); the file before it is "
+                      "kept") from None
 
 
 MAY_CHANGE = {"out", "data", "init", "teacher", "no_resume", "device", "dtype", "workers",
@@ -1416,7 +1417,7 @@ def list_images(folder, out=None):
     kinds = dict(skipped.most_common(5))
     if not files:
         raise InputError(f"{folder} holds no image outside --out, but {kinds or 'no files'}")
-    if skipped and int(os.environ.get("RANK", 0)) == 0:
+    if skipped and os.getenv("RANK", "0") == "0":
         print(f"{folder}: {skipped.total()} files of other types skipped ({kinds})")
     return Names(sorted(files))
 

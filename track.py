@@ -616,7 +616,7 @@ def list_coco(file):
         raise InputError(f"{file} is no annotation file of COCO ({type(error).__name__}: {error})"
                          ) from None
     lost = len(objects) - len(found)
-    if lost and int(os.environ.get("RANK", 0)) == 0:
+    if lost and os.getenv("RANK", "0") == "0":
         print(f"{file}: {lost} of {len(objects)} annotations skipped: no box, or no such image")
     return found
 
@@ -674,7 +674,7 @@ def read_numbers(path, lines=None, row=(4,)):
     first `lines` or all. Single numbers, row=(), may also stand in one line. Raises OSError."""
     try:
         text = path.read_text("utf-8-sig").replace(",", " ")
-        numbers = np.loadtxt(text.splitlines(), ndmin=1)[:lines]
+        numbers = np.loadtxt(text.splitlines(), ndmin=1 + len(row))[:lines]
         if numbers.shape != (lines or len(numbers), *row):
             raise ValueError(f"{numbers.shape}, not {(lines, *row)}")
         return numbers
@@ -779,7 +779,7 @@ def check_format(path, box, truth):
 def write_boxes(path, boxes):
     """Write one line x,y,w,h per frame, with two decimals."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_suffix(".tmp")
+    scratch = path.with_suffix(f".{os.getpid()}")    # two evaluations may run at once
     np.savetxt(scratch, boxes, "%.2f", ",")
     scratch.replace(path)
 

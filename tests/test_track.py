@@ -2,6 +2,7 @@
 import argparse
 import json
 import math
+import multiprocessing
 import os
 import pickle
 import re
@@ -668,6 +669,8 @@ def test_a_byte_order_mark_is_no_number_and_utf_16_is_told(tmp_path):
     file = tmp_path / "groundtruth.txt"
     file.write_text(LINES, "utf-8-sig")
     assert track.read_numbers(file)[0].tolist() == list(BOXES[0])
+    file.write_text(LINES.splitlines()[0])    # a video of one frame
+    assert track.read_numbers(file).tolist() == [list(BOXES[0])]
     file.write_text(LINES, "utf-16")
     with pytest.raises(OSError, match="groundtruth.txt is no UTF-8 text of 4 numbers per frame"):
         track.read_numbers(file)
@@ -1049,6 +1052,21 @@ def test_boxes_of_another_format_are_refused(convert, trained, tmp_path):
     with pytest.raises(OSError, match="line 1 of .*airplane-1.txt is not the given box"):
         here(track, "--eval", "--data", f"lasot={trained / 'lasot'}", "--results", tmp_path,
              "--device", "cpu")
+
+
+def test_two_evaluations_may_write_the_same_file_at_once(tmp_path, monkeypatch):
+    write, save = track.write_boxes, np.savetxt
+
+    def meanwhile(*args):
+        save(*args)
+        monkeypatch.setattr(np, "savetxt", save)
+        other = multiprocessing.get_context("fork").Process(target=write, args=(tmp_path / "a.txt", [BOXES[0]]))
+        other.start()
+        other.join()
+
+    monkeypatch.setattr(np, "savetxt", meanwhile)
+    write(tmp_path / "a.txt", [BOXES[0]])
+    assert [file.name for file in tmp_path.iterdir()] == ["a.txt"]
 
 
 def test_only_what_is_missing_is_tracked_and_nothing_is_deleted(trained, tmp_path):
