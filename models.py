@@ -665,8 +665,8 @@ def layer_id(name, depth):
 
 def param_groups(model, weight_decay, layer_decay=1.0, depth=12):
     """Divide trained parameters into optimizer groups with lr_scale = layer_decay^(depth + 1 -
-    layer), as in fine-tuning (Sec. "experiments"). Biases, norms, tokens and position embeddings get
-    no weight decay. Names may start with 'encoder.'."""
+    layer), as in fine-tuning (Sec. "experiments"). Biases, norms, tokens and position tables get no
+    weight decay. Names may start with 'encoder.'."""
     groups = {}
     for name, p in model.named_parameters():
         if p.requires_grad:

@@ -695,7 +695,7 @@ def resolve(args):
     if hiera and (args.method == "d2-mae" or args.distill != "attention" or args.distill_layers
                   or args.decoder_tap):
         raise InputError("d2-mae, --decoder-tap, --distill and --distill-layers are for ViT: "
-                         "Hiera's decoder reads all stages; give --method d-mae or mae alone")
+                         "Hiera's decoder needs its last block; give --method d-mae or mae alone")
     if args.crop_scale[0] > args.crop_scale[1]:
         raise InputError(f"--crop-scale takes the smaller number first, not {args.crop_scale}")
     if args.mask_ratio is None:

@@ -181,7 +181,7 @@ def train(args):
     first_epoch = resume(args, run, steps, model, optimizer, scaler, **data)
     network = torch.compile(model) if args.compile else model
     if world > 1:
-        network = DistributedDataParallel(network, gradient_as_bucket_view=True)
+        network = DistributedDataParallel(network)
 
     for epoch in range(first_epoch, epochs):
         loader.sampler.set_epoch(epoch)

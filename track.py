@@ -392,7 +392,7 @@ def train(args):
     first_epoch = resume(args, run, steps, model, optimizer, scaler, **data)
     tracker = model
     if world > 1:
-        tracker = DistributedDataParallel(model, gradient_as_bucket_view=True)
+        tracker = DistributedDataParallel(model)
 
     for epoch in range(first_epoch, args.epochs):
         loader.sampler.set_epoch(epoch)
@@ -760,7 +760,10 @@ def load_tracker(path, device):
 
 def follow(tracker, files, box, workers):
     """Follow the target in `box` of the first frame through image files, which `workers` processes
-    read ahead. Yield box and score of each frame; the first box is the given one."""
+    read ahead. Yield box and score of each frame; the first box is the given one. Raises OSError.
+    """
+    if not 0 < box[2:].min() <= box.max() < math.inf:
+        raise OSError(f"{files[0]}: the first box {box} has no extent: correct groundtruth.txt")
     frames = iter(DataLoader(files, batch_size=None, collate_fn=read_frame,
                              num_workers=workers))
     yield tracker.start(next(frames), box)

@@ -793,7 +793,7 @@ def test_defaults_are_the_papers_recipe(tmp_path):
     args = P.resolve(P.parse_args(["--teacher", "x"]))
     recipe = dict(epochs=400, warmup_epochs=40, batch_size=4096, base_lr=1.5e-4, weight_decay=0.05,
                   betas=(0.9, 0.95), alpha=1.0, clip_grad=0, mask_ratio=0.75,
-                  crop_scale=(0.08, 1.0), norm_pix=True)
+                  crop_scale=[0.08, 1.0], norm_pix=True)
     assert {k: getattr(args, k) for k in recipe} == recipe
     file = build_model("vit_base")
     torch.save(file.state_dict(), tmp_path / "teacher.pth")

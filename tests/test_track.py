@@ -1069,6 +1069,12 @@ def test_two_evaluations_may_write_the_same_file_at_once(tmp_path, monkeypatch):
     assert [file.name for file in tmp_path.iterdir()] == ["a.txt"]
 
 
+@pytest.mark.parametrize("box", [(0, 0, 0, 0), (3, 4, 5, math.inf), (3, math.nan, 5, 6)])
+def test_a_first_box_without_extent_is_refused(box):
+    with pytest.raises(OSError, match="1.jpg: the first box .* has no extent: correct ground"):
+        next(track.follow(None, ["1.jpg"], np.array(box), 0))
+
+
 def test_only_what_is_missing_is_tracked_and_nothing_is_deleted(trained, tmp_path):
     """Results belong to the weights; those of others stay as they are."""
     options = ["--eval", "--data", f"lasot={trained / 'lasot'}", "--out", tmp_path, "--init",
