@@ -357,7 +357,7 @@ def open_source(source):
     name, rpe, _ = name.partition("+rpe")
     if name not in MODELS:    # a path, which may have a colon of its own
         name, rpe, path = None, "", source
-    return name, bool(rpe), read_encoder(path) if path else None
+    return name, bool(rpe), read_encoder(path or None)
 
 
 def load_models(args, num_classes=0):

@@ -174,7 +174,7 @@ def build_mixing(mixup, cutmix, classes):
 def build_classifier(args, classes):
     """Build the classifier of the options, with the encoder of --init if given. classes: their
     number. Raises InputError for options that do not fit the model."""
-    file = read_encoder(args.init) if args.init else None
+    file = read_encoder(args.init)
     model = build_model(args.model, file, mean=args.mean, std=args.std, img_size=args.image_size,
                         patch_size=args.patch_size, num_classes=classes, drop_path=args.drop_path,
                         rel_pos_bias=args.rpe)

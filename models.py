@@ -634,7 +634,7 @@ def load_model(kind, file=None, name=None, **options):
     """Build a model of class `kind` with the encoder of a file or, without one, with random weights
     -> model, what `read_encoder` returns for the file. file: as of `load_encoder`; name, options:
     as of `model_sizes`. Raises InputError, too, if file or name is of another kind."""
-    file = read_encoder(file) if file else None
+    file = read_encoder(file)
     sizes = model_sizes(name, file, **options)
     if kind.kind != ("hiera" if "stages" in sizes else "vit"):
         raise InputError(f"{file.path if file else name} is not a {kind.kind} model: choose "
@@ -763,7 +763,7 @@ def fold_layer_scale(state, target):
 
 def read_encoder(path):
     """Read the encoder in any file of README, "Checkpoints" -> SimpleNamespace of the fields below.
-    A SimpleNamespace in the place of the path is returned unchanged.
+    In the place of the path, None and a SimpleNamespace are returned unchanged.
 
     path; state: tensors of the encoder by the names of timm, MAE and Hiera; others: other tensors
     under the same prefix, such as heads; arch: sizes, see `infer_arch`, and all that a file of this
@@ -774,7 +774,7 @@ def read_encoder(path):
     DistributedDataParallel, torch.compile, MAE-Lite, MoCo-v3, Hugging Face, Lightning) and joins q,
     k, v. If a file has several encoders, the student is read. Raises InputError.
     """
-    if isinstance(path, SimpleNamespace):
+    if path is None or isinstance(path, SimpleNamespace):
         return path
     content = read_file(path)
     state = {}

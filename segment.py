@@ -239,7 +239,7 @@ def build_segmenter(args):
     Relative position bias and LayerScale start at 0 and 1 where --init has none.
     By default crops have the paper's 512 pixels, or 512/224 of the image size of a smaller encoder.
     """
-    file = read_encoder(args.init) if args.init else None
+    file = read_encoder(args.init)
     arch = file.arch if file else {}
     cell = 2 * (args.patch_size or arch.get("patch_size", 16))
     sides = arch.get("img_size", (224, 224))

@@ -289,4 +289,4 @@ def test_a_process_that_runs_out_of_memory_says_so_and_ends_the_run(one_epoch, t
     options = [*one_epoch, "--out", tmp_path, "--model", "vit_base"]
     done = two_on_one_gpu(tmp_path, *options, short_of_memory="1", check=False, timeout=100)
     assert done.returncode
-    assert done.stderr.count("error: out of memory: in training --accum-steps 2") == 1
+    assert done.stderr.count("error: out of memory: in training, --accum-steps 2") == 1
