@@ -742,11 +742,10 @@ def fit_state(file, model, target):
     own = "num_heads" in file.arch    # a file of this project, which stores its image size
     if own or table.shape != target["pos_embed"].shape:
         cell = file.arch.get("patch_size", 4)    # of Hiera 4
-        grid = tuple(side // cell for side in file.arch.get("img_size", ()))
-        whole = (math.prod(grid), math.prod(model.grid))
-        if not own and "cls_token" in state and table.shape[1] in whole:
+        grid = tuple(side // cell for side in file.arch.get("img_size", ())) or model.grid
+        if not own and "cls_token" in state and table.shape[1] == math.prod(grid):
             state["pos_embed"] = F.pad(table, (0, 0, 1, 0))    # DeiT III: no row of the class token
-        if grid and grid != model.grid:
+        if grid != model.grid:
             model.resize_tables(state, grid)
     return state
 
@@ -787,7 +786,8 @@ def read_encoder(path):
     # one encoder, without its prefix
     stem = "patch_embed.proj.weight"
     found = [k.removesuffix(stem) for k in state if k.endswith(stem)]
-    students = [p for p in found if not re.search("tch_model|teacher|momentum|_ema", p)] or found
+    students = [p for p in found
+                if not re.search(r"tch_model|teacher|momentum|(\b|_)ema", p)] or found
     if len(students) != 1:
         raise InputError(f"checkpoint {path} has no ViT or Hiera encoder, or several: expected one "
                          f"tensor {stem}, found it under the prefixes {found}")

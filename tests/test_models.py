@@ -260,8 +260,9 @@ FORMATS = {
     "hugging face pre-training": lambda s: {**prefixed(hugging_face_names(s), "vit."),
                                             "decoder.mask_token": torch.zeros(1)},
     "separate q and v biases": separate_biases,
-    "training file with an average": lambda s: {"model": s, "model_ema": {
-        k: 0 * v for k, v in s.items()}, "optimizer": {"state": {}, "param_groups": []}},
+    "training file with averages": lambda s: {
+        "model": s, "optimizer": {"state": {}, "param_groups": []},
+        **{name: {k: 0 * v for k, v in s.items()} for name in ("ema", "model_ema", "ema_model")}},
     "dino": lambda s: {name: prefixed({**s, "head.mlp.0.weight": torch.zeros(2, 24)}, start)
                        for name, start in (("teacher", "backbone."),
                                            ("student", "module.backbone."))},
@@ -487,6 +488,11 @@ def test_a_position_table_without_a_row_for_the_class_token_is_read(tmp_path):
     torch.save(source.state_dict(), tmp_path / "whole.pth")
     load_encoder(resized, tmp_path / "whole.pth")
     assert torch.equal(target.pos_embed, resized.pos_embed)
+    # 7 x 7 patches and a class token are 5 x 10 rows
+    whole = seed_weights(small_vit(img_size=56)).state_dict()
+    torch.save(whole, tmp_path / "whole.pth")
+    load_encoder(target := small_vit(img_size=(40, 80)), tmp_path / "whole.pth")
+    assert torch.equal(target.pos_embed[:, 0], whole["pos_embed"][:, 0])
     # 3 x 5 patches and a class token are 4 x 4 rows
     for arch in ({}, {"arch": small_vit(img_size=(24, 40)).arch}):
         source, target = (small_vit(img_size=(24, 40)) for _ in range(2))
