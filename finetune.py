@@ -338,8 +338,8 @@ def build_loaders(args, model, train_items, classes, run):
 
 def list_split(root, split, out, expected=None):
     """List the images root/split/CLASS/... -> files, labels (n,) int64, sorted names of classes.
-    Nothing below `out` is data. Raises InputError, too, if these are not `expected`, the names
-    in the training set."""
+    Nothing below `out` is data. Raises InputError, also if the names are not `expected`, those of
+    the training set."""
     root = Path(root).resolve()
     folder = root / split
     if not folder.is_dir():

@@ -633,7 +633,7 @@ def build_model(name=None, file=None, rel_pos_bias=False, **options):
 def load_model(kind, file=None, name=None, **options):
     """Build a model of class `kind` with the encoder of a file or, without one, with random weights
     -> model, what `read_encoder` returns for the file. file: as of `load_encoder`; name, options:
-    as of `model_sizes`. Raises InputError, too, if file or name is of another kind."""
+    as of `model_sizes`. Raises InputError, also if file or name is of another kind."""
     file = read_encoder(file)
     sizes = model_sizes(name, file, **options)
     if kind.kind != ("hiera" if "stages" in sizes else "vit"):
@@ -845,7 +845,7 @@ def infer_arch(state, path):
     arch.update(embed_dim=len(weight), depth=depth)
     rows = state["pos_embed"].shape[1]
     side = math.isqrt(rows)
-    scaled = "blocks.0.ls1.gamma" in state    # so may be DeiT III, without a row of the class token
+    scaled = "blocks.0.ls1.gamma" in state    # as in DeiT III, which has no row for the class token
     if rows - side ** 2 in (is_vit, is_vit and not scaled):
         arch["img_size"] = [side * cell] * 2
     return arch

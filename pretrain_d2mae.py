@@ -130,7 +130,7 @@ class MaskedAutoencoder(nn.Module):
         self.norm_pix = norm_pix
         self.distillation = distillation
         self.alpha = alpha
-        self.cells = math.prod(encoder.grid)    # cells of a mask: patches
+        self.cells = math.prod(encoder.grid)    # that can be masked: patches
 
         self.decoder_embed = nn.Linear(encoder.embed_dim, decoder_dim)
         self.mask_token = nn.Parameter(torch.randn(1, 1, decoder_dim) * 0.02)
@@ -220,7 +220,7 @@ class Distillation(nn.Module):
         self.norm = nn.LayerNorm(dim, eps=1e-6)
         self.qk = nn.Linear(dim, 2 * dim)
         self.adapter = nn.Conv2d(self.heads, teacher.blocks[-1].attn.num_heads, 1, bias=False)
-        nn.init.xavier_uniform_(self.qk.weight, math.sqrt(3 / 4))    # as D -> 3 D: Note 2
+        nn.init.xavier_uniform_(self.qk.weight, math.sqrt(3 / 4))    # bound of D -> 3 D: Note 2
         nn.init.zeros_(self.qk.bias)
 
     def student_map(self, encoder, features):

@@ -236,8 +236,8 @@ def linear_lr(step, total, warmup, lr):
 def build_segmenter(args):
     """Build the SemanticFPN of the options, on the encoder of --init or on random weights.
 
-    Relative position bias and LayerScale start at 0 and 1 where --init has none.
-    By default crops have the paper's 512 pixels, or 512/224 of the image size of a smaller encoder.
+    Relative position bias and LayerScale start at 0 and 1 where --init has none. By default crops
+    have the paper's 512 pixels, or 512/224 of the image size of a smaller encoder.
     """
     file = read_encoder(args.init)
     arch = file.arch if file else {}

@@ -456,7 +456,7 @@ def to_transformers(network, out, names):
     if beit:
         config.update(use_absolute_position_embeddings=True, layer_scale_init_value=0.0,
                       use_relative_position_bias=arch.get("rel_pos_bias", False),
-                     use_mean_pooling=classify)
+                      use_mean_pooling=classify)
     if classify:
         names = names or [f"class {k}" for k in range(count_classes(network))]
         config.update(id2label=dict(enumerate(names)), label2id={n: k for k, n in enumerate(names)})
